@@ -1,0 +1,70 @@
+# Every target makes .venv and installs the pinned requirements when they are missing, and re-uses it when there.
+PYTHON ?= python3
+WORKERS ?= 2
+BENCH ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.requirements-installed
+PACKAGE := $(VENV)/.package-installed
+SOURCES := setup.py pyproject.toml $(wildcard kernels/*/__init__.py csrc/*.py) \
+           $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+HAS_TRITON = $(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all bench lint format sanitize clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(PACKAGE)  ## the environment and the package in it, with the C++ extension where it builds
+
+demo: $(PACKAGE)  ## train a small decoder on real text, then print what is proved about it (3 minutes)
+	$(BIN)/python examples/demo.py
+
+test: test-unit test-interpreter test-compile  ## everything below, one process each
+
+test-unit: $(PACKAGE)  ## the unit suite
+	$(PYTEST) -n $(WORKERS)
+
+test-interpreter: $(PACKAGE)  ## the Triton kernels on CPU tensors, in Triton's interpreter
+	@if [ ! -d tests/interpreter ]; then echo "no tests/interpreter: nothing to run"; \
+	elif ! $(HAS_TRITON); then echo "tests/interpreter needs Triton, which is not installed: not run"; \
+	else TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/interpreter; fi
+
+test-compile: $(PACKAGE)  ## the Triton kernels compiled offline for sm_90: registers, spills, shared memory
+	@if [ ! -d tests/compile ]; then echo "no tests/compile: nothing to run"; \
+	elif ! $(HAS_TRITON); then echo "tests/compile needs Triton, which is not installed: not run"; \
+	else $(PYTEST) -n $(WORKERS) tests/compile; fi
+
+compile-all: $(PACKAGE)  ## the same for sm_80, sm_90, sm_100 and gfx942
+	FLASHMARK_COMPILE_TARGETS=sm_80,sm_90,sm_100,gfx942 $(PYTEST) -n $(WORKERS) tests/compile
+
+bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
+	$(BIN)/python -m bench $(BENCH)
+
+lint: $(PACKAGE)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(PACKAGE)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sanitize: $(PACKAGE)  ## the tests of the C++ kernels under the address and undefined-behaviour sanitizers
+	@if [ ! -x csrc/sanitize.sh ]; then echo "no csrc/sanitize.sh: nothing to run"; else csrc/sanitize.sh $(BIN)/python; fi
+
+clean:  ## remove what was built, .venv included
+	rm -rf $(VENV) build dist python/*.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# torch first: with build isolation pip would fetch a second torch to build the extension against.
+$(READY): requirements-torch.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-torch.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation -r requirements-dev.txt
+	touch $@
+
+$(PACKAGE): $(READY) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,22 @@
+"""Fused block-sparse and landmark attention for PyTorch, with one meaning on every device."""
+
+from flashmark import masks, reference
+from flashmark.block_sparse import block_sparse_attention
+from flashmark.check import Report, check
+from flashmark.config import show_config
+from flashmark.dispatch import BackendUnavailable
+from flashmark.masks import BlockMask, compile_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "BlockMask",
+    "Report",
+    "block_sparse_attention",
+    "check",
+    "compile_mask",
+    "masks",
+    "reference",
+    "show_config",
+]

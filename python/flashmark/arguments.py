@@ -1,0 +1,150 @@
+"""Checks of what users pass to the operators: the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flashmark.masks import BlockMask, Mask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_DIM = 256
+
+
+def check_tensor(name: str, value, dims: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
+
+
+def check_same(
+    name: str, value: Tensor, *, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """`dtype=None` allows every floating-point dtype."""
+    if dtype is None and value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype} like query, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like query, got {value.device}")
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x, 4)
+        if x.dtype not in DTYPES:
+            allowed = "float16, bfloat16, float32 or float64"
+            raise TypeError(f"{name}: expected {allowed}, got {x.dtype}")
+        check_same(name, x, dtype=query.dtype, device=query.device)
+        if not 1 <= x.shape[3] <= MAX_DIM:
+            raise ValueError(
+                f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {x.shape[3]}"
+            )
+    batch, heads, _, dim = query.shape
+    kv_batch, kv_heads, kv_len, key_dim = key.shape
+    if kv_batch != batch:
+        raise ValueError(f"key: expected a batch of {batch} like query, got {kv_batch}")
+    if key_dim != dim:
+        raise ValueError(f"key: expected a head dimension of {dim} like query, got {key_dim}")
+    if heads == 0:
+        raise ValueError("query: expected at least one head, got 0")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key: expected a number of heads that divides {heads}, got {kv_heads}")
+    if tuple(value.shape[:3]) != (batch, kv_heads, kv_len):
+        raise ValueError(
+            f"value: expected {(batch, kv_heads, kv_len)} in the first dimensions like key, "
+            f"got {tuple(value.shape[:3])}"
+        )
+
+
+def finite(name: str, value: float, *, positive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    expected = "a finite number > 0" if positive else "a finite number"
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return float(value)
+
+
+def check_lengths(
+    name: str, value: int | Tensor | None, batch: int, device: torch.device, *, scalar: bool = True
+) -> Tensor | None:
+    """An int32 tensor of 1 or `batch` entries on `device`, or None."""
+    if value is None:
+        return None
+    expected = f"an int32 tensor of shape ({batch},)"
+    if scalar:
+        expected = f"an int, or {expected} or (1,)"
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 0:
+                raise ValueError(f"{name}: expected an int >= 0, got {value}")
+            return torch.full((1,), value, dtype=torch.int32, device=device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected {expected}, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like query, got {value.device}")
+    allowed = ((batch,), (1,), ()) if scalar else ((batch,),)
+    if tuple(value.shape) not in allowed:
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
+    return value.reshape(-1).to(torch.int32)
+
+
+def check_offset(offset: Tensor | None, q_len: int, rows: int) -> None:
+    """On a GPU this would be a host sync, and under torch.compile a break: not checked there."""
+    if offset is None or offset.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in offset.aminmax()) if offset.numel() else (0, 0)
+    if low < 0 or high + q_len > rows:
+        raise ValueError(
+            f"query_offset: expected 0 to {rows - q_len} for {q_len} queries of {rows} rows, "
+            f"got {low if low < 0 else high}"
+        )
+
+
+def check_block_mask(
+    mask, batch: int, heads: int, rows: int, kv_len: int, device: torch.device
+) -> None:
+    if mask is None or isinstance(mask, Mask):
+        return
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask: expected a Mask, a BlockMask or None, got {type(mask).__name__}")
+    expected = (f"1 or {batch}", f"1 or {heads}", rows, kv_len)
+    fits = mask.batch in (1, batch) and mask.heads in (1, heads)
+    if not fits or (mask.q_len, mask.kv_len) != (rows, kv_len):
+        wanted = "(" + ", ".join(map(str, expected)) + ")"
+        raise ValueError(f"mask: expected one compiled for {wanted}, got {mask.shape}")
+    if mask.device != device:
+        raise ValueError(f"mask: expected one on {device} like query, got {mask.device}")
+
+
+def check_bias(bias, shape: tuple[int, int, int, int], rows: int, device: torch.device) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a tensor, got {type(bias).__name__}")
+    check_same("bias", bias, dtype=None, device=device)
+    relative = (shape[1], rows + shape[3] - 1)
+    dense = bias.dim() == 4 and all(
+        got in (1, want) for got, want in zip(bias.shape, shape, strict=True)
+    )
+    if not dense and tuple(bias.shape) != relative:
+        raise ValueError(
+            f"bias: expected {relative} (relative) or 4-d broadcastable to {shape}, "
+            f"got {tuple(bias.shape)}"
+        )
+
+
+def check_sinks(sinks, heads: int, device: torch.device) -> None:
+    if sinks is None:
+        return
+    check_tensor("sinks", sinks, 1)
+    check_same("sinks", sinks, dtype=None, device=device)
+    if sinks.shape[0] != heads:
+        raise ValueError(
+            f"sinks: expected ({heads},), one per query head, got {tuple(sinks.shape)}"
+        )

@@ -1,0 +1,51 @@
+"""flashmark.show_config: what is installed and what can run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from flashmark.dispatch import CAN_RUN, BackendUnavailable
+
+OPERATORS = ("block_sparse", "nystrom")
+
+
+def show_config() -> str:
+    """Versions, devices, and for every operator and device which backends can run and why the
+    others cannot.
+
+    Returns the text; `print(flashmark.show_config())` shows it.
+    """
+    lines = [f"flashmark {_version('flashmark')}", f"python    {platform.python_version()}"]
+    lines += [f"torch     {torch.__version__}", f"triton    {_version('triton')}"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines.append(f"cpu       {capability}, {torch.get_num_threads()} threads")
+    devices = [torch.device("cpu")]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        lines.append(f"cuda:{index}    {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+        devices.append(torch.device("cuda", index))
+    for operator in OPERATORS:
+        for device in devices:
+            lines.append(f"{operator} on {device}")
+            sample = torch.empty(1, 1, 1, 1, device=device)
+            for backend in CAN_RUN:
+                lines.append(f"  {backend:<7} {_answer(operator, backend, sample)}")
+    return "\n".join(lines)
+
+
+def _answer(operator: str, backend: str, sample: torch.Tensor) -> str:
+    try:
+        CAN_RUN[backend](operator, sample, raise_error=True)
+    except BackendUnavailable as error:
+        return f"no: {str(error).split(': ', 2)[-1]}"
+    return "yes"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

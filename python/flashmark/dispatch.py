@@ -1,0 +1,112 @@
+"""Which backend runs: `can_run_*` answers the dispatcher and words the user's error message."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
+HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly requested backend cannot run; the message says why."""
+
+
+def _answer(reason: str | None, backend: str, raise_error: bool) -> bool:
+    if reason is not None and raise_error:
+        raise BackendUnavailable(
+            f"backend: expected one that can run here, got {backend!r}: {reason}"
+        )
+    return reason is None
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """Is there such a module? Its parents are imported, itself not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # no parent
+        return False
+
+
+def can_run_triton(operator: str, query: Tensor, *, raise_error: bool = False) -> bool:
+    """Triton kernels: a GPU of compute capability 8.0 or later, or the interpreter on the CPU."""
+    return _answer(_why_not_triton(operator, query.device, query.dtype), "triton", raise_error)
+
+
+def _why_not_triton(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _is_installed("triton"):
+        return "Triton is not installed"
+    if not _is_installed(f"flashmark.kernels.{operator}"):
+        return f"this build has no Triton kernels for {operator}"
+    if dtype not in HALF_OR_SINGLE:
+        return f"its kernels take float16, bfloat16 and float32, not {dtype}"
+    if interpreting():
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 needs CPU tensors"
+    if device.type != "cuda":
+        return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+def can_run_cpu(operator: str, query: Tensor, *, raise_error: bool = False) -> bool:
+    """C++ kernels: the extension was built, tensors on the CPU, half or single precision."""
+    return _answer(_why_not_cpu(operator, query.device, query.dtype), "cpu", raise_error)
+
+
+def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it needs CPU tensors, not {device.type}"
+    if dtype not in HALF_OR_SINGLE:
+        return f"its kernels take float16, bfloat16 and float32, not {dtype}"
+    if not _is_installed(f"flashmark.cpu.{operator}"):
+        return f"this build has no C++ kernels for {operator}"
+    from flashmark import cpu
+
+    return None if cpu.available() else cpu.why_not()
+
+
+def can_run_eager(operator: str, query: Tensor, *, raise_error: bool = False) -> bool:
+    """Tiled PyTorch runs on every device, in float16, bfloat16, float32 and float64."""
+    known = query.dtype in (*HALF_OR_SINGLE, torch.float64)
+    reason = None if known else f"it takes floating-point tensors, not {query.dtype}"
+    return _answer(reason, "eager", raise_error)
+
+
+CAN_RUN = {"triton": can_run_triton, "cpu": can_run_cpu, "eager": can_run_eager}
+
+
+def check_backend_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def choose_backend(operator: str, backend: str, query: Tensor) -> str:
+    """The backend that will run. "auto" takes the fastest that can; a named one runs or raises.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailable: a named backend that cannot run, with the reason.
+    """
+    check_backend_name(backend)
+    if backend == "reference":
+        return backend
+    if backend != "auto":
+        CAN_RUN[backend](operator, query, raise_error=True)
+        return backend
+    if query.device.type == "cuda" and can_run_triton(operator, query):
+        return "triton"
+    if query.device.type == "cpu" and can_run_cpu(operator, query):
+        return "cpu"
+    return "eager"

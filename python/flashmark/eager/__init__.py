@@ -1,0 +1,1 @@
+"""Tiled PyTorch implementations: linear memory, explicit backward, any device and dtype."""

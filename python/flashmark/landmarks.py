@@ -1,0 +1,237 @@
+"""Landmarks: their core matrix, how to initialise them, and how to keep weight decay off them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+METHODS = ("cholesky", "tikhonov", "newton_schulz", "identity")
+KINDS = ("softmax", "kernel")
+
+
+def landmark_core(
+    landmark_queries: Tensor,
+    landmark_keys: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    method: str | None = None,
+    kind: str = "softmax",
+    jitter: float = 1e-4,
+    iterations: int = 6,
+) -> Tensor:
+    """The core of Nyström attention: the (pseudo-)inverse of how landmarks attend to each other.
+
+    With S = exp(scale X Y^T) for landmark queries X and landmark keys Y, D = diag(S), and
+    A = softmax(scale X Y^T) over the last dimension:
+
+    - "cholesky" (tied landmarks, Y = X; the default there): S is positive definite. kind="softmax":
+      (S + jitter D)^-1 diag((S + jitter D) 1), an inverse of A whose rows sum to 1 by construction.
+    - "tikhonov" (the default for a pair): argmin_C |A C - I|^2 + jitter |C - 1 1^T / M|^2, that is
+      (A^T A + jitter)^-1 (A^T + jitter 1 1^T / M); its rows sum to 1 as well. Untied landmarks are
+      ill-conditioned: one warning a process names the condition number of A.
+    - "newton_schulz": the iteration of Nyströmformer (Xiong et al., 2021), for its trained weights.
+      It has not converged after its customary 6 steps.
+    - "identity": landmarks are read as they are.
+
+    kind="kernel" is for normalize="mass": the same for S scaled to a unit diagonal,
+    D^-1/2 S D^-1/2, with no row normalisation: (. + jitter)^-1, or (S^T S + jitter)^-1 S^T.
+
+    Args:
+        landmark_queries: (..., M, D), any floating-point dtype.
+        landmark_keys: the same shape, or None for tied landmarks.
+        scale: factor of X Y^T; 1 / sqrt(D) when None. Use the scale of the attention.
+        method: one of the above; None is "cholesky" when tied, "tikhonov" for a pair.
+        kind: "softmax" or "kernel".
+        jitter: relative regularisation, > 0 (the diagonal is 1, or rows sum to 1).
+        iterations: steps of "newton_schulz".
+
+    Returns:
+        (..., M, M) in float32 (float64 for float64 landmarks). Gradients go through solves of the
+        same system, never through an unrolled inverse ("newton_schulz" is its own definition).
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or "cholesky" on a pair.
+    """
+    tied = landmark_keys is None or landmark_keys is landmark_queries
+    if method is None:
+        method = "cholesky" if tied else "tikhonov"
+    _check(landmark_queries, landmark_keys, method, kind, jitter, iterations)
+    if method == "cholesky" and not tied:
+        raise ValueError("method: expected 'tikhonov' for a pair of landmarks, got 'cholesky'")
+    scale = 1 / math.sqrt(landmark_queries.shape[-1]) if scale is None else float(scale)
+    with torch.autocast(landmark_queries.device.type, enabled=False):
+        dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
+        X = landmark_queries.to(dtype)
+        Y = X if tied else landmark_keys.to(dtype)
+        scores = scale * (X @ Y.mT)
+        eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
+        if method == "identity":
+            return eye.expand(scores.shape).clone()
+        if kind == "kernel":
+            matrix = _unit_diagonal(scores)[0]
+        elif method == "cholesky":
+            return _row_normalised_inverse(scores, jitter, eye)
+        else:
+            matrix = torch.softmax(scores, -1)
+        if method == "cholesky":
+            return torch.cholesky_solve(eye, _cholesky(matrix + jitter * eye))
+        if method == "newton_schulz":
+            return _newton_schulz(matrix, eye, iterations)
+        if not tied:
+            _warn_once(matrix)
+        target = matrix.mT
+        if kind == "softmax":
+            target = target + jitter / eye.shape[0]
+        return torch.cholesky_solve(target, _cholesky(matrix.mT @ matrix + jitter * eye))
+
+
+def _unit_diagonal(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """D^-1/2 S D^-1/2 for S = exp(scores), and log diag(D) / 2."""
+    half = 0.5 * scores.diagonal(dim1=-2, dim2=-1)
+    return torch.exp(scores - half.unsqueeze(-1) - half.unsqueeze(-2)), half
+
+
+def _row_normalised_inverse(scores: Tensor, jitter: float, eye: Tensor) -> Tensor:
+    """(S + jitter D)^-1 diag((S + jitter D) 1), through the unit-diagonal form: nothing overflows."""
+    unit, half = _unit_diagonal(scores)
+    unit = unit + jitter * eye
+    root = torch.exp(half - half.amax(-1, keepdim=True))  # a common factor cancels
+    row_sums = (unit * root.unsqueeze(-2)).sum(-1)
+    return torch.cholesky_solve(torch.diag_embed(row_sums), _cholesky(unit)) / root.unsqueeze(-1)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Without the check that would wait for a GPU: jitter keeps the matrix positive definite."""
+    return torch.linalg.cholesky_ex(matrix)[0]
+
+
+def _newton_schulz(A: Tensor, eye: Tensor, iterations: int) -> Tensor:
+    """Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, from A^T / (|A|_1 |A|_inf)."""
+    columns, rows = (A.abs().sum(dim).amax(-1)[..., None, None] for dim in (-2, -1))
+    Z = A.mT / (columns * rows)
+    for _ in range(iterations):
+        AZ = A @ Z
+        Z = 0.25 * Z @ (13 * eye - AZ @ (15 * eye - AZ @ (7 * eye - AZ)))
+    return Z
+
+
+_warned = False
+
+
+def _warn_once(matrix: Tensor) -> None:
+    global _warned
+    if _warned or torch.compiler.is_compiling() or matrix.device.type == "meta":
+        return
+    _warned = True
+    condition = float(torch.linalg.cond(matrix.detach()).max())
+    warnings.warn(
+        f"untied landmarks give an ill-conditioned core (condition number {condition:.1e}): it is "
+        "regularised; tied landmarks, one tensor for queries and keys, are better conditioned",
+        stacklevel=3,
+    )
+
+
+def _check(landmark_queries, landmark_keys, method, kind, jitter, iterations) -> None:
+    for name, x in (("landmark_queries", landmark_queries), ("landmark_keys", landmark_keys)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        if x.dim() < 2 or x.shape != landmark_queries.shape:
+            expected = "(..., M, D)" if x.dim() < 2 else str(tuple(landmark_queries.shape))
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected None or one of {', '.join(METHODS)}, got {method!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected 'softmax' or 'kernel', got {kind!r}")
+    if not jitter > 0:
+        raise ValueError(f"jitter: expected a number > 0, got {jitter}")
+    if iterations < 1:
+        raise ValueError(f"iterations: expected an int >= 1, got {iterations}")
+
+
+_cores: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def cached_landmark_core(
+    landmark_queries: Tensor, landmark_keys: Tensor | None = None, **options
+) -> Tensor:
+    """`landmark_core`, remembered as long as the landmarks live and keep their version.
+
+    Only where nothing differentiates through it: with gradients on, or under `torch.compile`, it is
+    computed. An update in place (an optimiser's step, `load_state_dict`) makes a new version; writes
+    through `.data` do not, and need `forget_landmark_core`.
+    """
+    tensors = [landmark_queries] if landmark_keys is None else [landmark_queries, landmark_keys]
+    recording = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.compiler.is_compiling() or recording or any(x.is_inference() for x in tensors):
+        return landmark_core(landmark_queries, landmark_keys, **options)
+    stamp = [(id(x), x.data_ptr(), x._version, x.dtype, x.device) for x in tensors]
+    stamp.append(tuple(sorted(options.items())))
+    known = _cores.get(landmark_queries)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    core = landmark_core(landmark_queries, landmark_keys, **options)
+    if not core.is_inference():
+        _cores[landmark_queries] = stamp, core
+    return core
+
+
+def forget_landmark_core(landmark_queries: Tensor) -> None:
+    """Drop what `cached_landmark_core` remembers of these landmarks."""
+    _cores.pop(landmark_queries, None)
+
+
+def init_landmarks(
+    kv_heads: int,
+    landmarks: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Orthogonal rows times sqrt(head_dim), (kv_heads, landmarks, head_dim).
+
+    More landmarks than dimensions are stacked from several orthogonal blocks. Wrap the result in an
+    `nn.Parameter` and `mark_landmarks` it.
+    """
+    for name, n in (("kv_heads", kv_heads), ("landmarks", landmarks), ("head_dim", head_dim)):
+        if n < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {n}")
+    blocks = -(-landmarks // head_dim)
+    normal = torch.randn(kv_heads, blocks, head_dim, head_dim, generator=generator, device=device)
+    rows = torch.linalg.qr(normal).Q.flatten(1, 2)[:, :landmarks]
+    return (rows * math.sqrt(head_dim)).to(dtype).contiguous()
+
+
+def mark_landmarks(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter as landmarks (attribute `_flashmark_landmarks`) and return it."""
+    parameter._flashmark_landmarks = True
+    return parameter
+
+
+def landmark_parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for an optimiser that keep landmarks out of weight decay.
+
+    Decay pulls landmarks to the origin, where they are all alike and the core is singular.
+    Landmarks are parameters marked by `mark_landmarks`, and those whose own name starts with
+    "landmark" (a deep copy of a module loses the mark, not the name).
+
+    Returns:
+        [{"params": the others, "weight_decay": weight_decay}, {"params": landmarks, ...: 0.0}],
+        in the order of `module.named_parameters()`; a group without parameters is left out.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            named = name.rsplit(".", 1)[-1].startswith("landmark")
+            groups[named or getattr(parameter, "_flashmark_landmarks", False)].append(parameter)
+    decays = {False: weight_decay, True: 0.0}
+    return [{"params": groups[k], "weight_decay": decays[k]} for k in groups if groups[k]]

@@ -1,0 +1,35 @@
+"""Compiled masks, kept on the expression they came from."""
+
+from __future__ import annotations
+
+import torch
+
+from flashmark.masks.block_mask import BlockMask
+from flashmark.masks.compile import compile_mask
+from flashmark.masks.expression import Mask
+
+ENTRIES = 16
+
+
+def compiled(
+    mask: Mask,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+) -> BlockMask:
+    """`compile_mask`, remembered for a few shapes until a tensor in the mask changes in place."""
+    tensors = mask.tensors()
+    sizes, block_size = (batch, heads, q_len, kv_len), mask.block_size()
+    if any(t.is_inference() for t in tensors):  # they do not count their changes
+        return compile_mask(mask, *sizes, device=device, block_size=block_size)
+    versions = tuple(t._version for t in tensors)
+    leading = mask.dims(batch, heads) if mask.closed_form else (batch, heads)
+    entry = (leading, q_len, kv_len, device, versions)
+    cache: dict = mask.__dict__.setdefault("_compiled", {})
+    if entry not in cache:
+        if len(cache) >= ENTRIES:
+            cache.pop(next(iter(cache)))
+        cache[entry] = compile_mask(mask, *sizes, device=device, block_size=block_size)
+    return cache[entry]

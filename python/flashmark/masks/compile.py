@@ -1,0 +1,265 @@
+"""compile_mask: from a mask expression to the tile lists that kernels read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmark.masks.arguments import BLOCK_SIZES, check_block_size, integer
+from flashmark.masks.block_mask import BlockMask, TileLists, heavy_first, pack_bits
+from flashmark.masks.capacity import compile_with_capacity, reads_only_blocks
+from flashmark.masks.expression import EMPTY, FULL, Grid, Mask, classify
+from flashmark.masks.positions import is_plain_causal
+
+COARSE = 64  # a coarse look covers COARSE x COARSE tiles
+FINE_LIMIT = 1 << 16  # tile grids up to this size are classified without a coarse look
+BAND = 1 << 22  # elements evaluated at a time
+
+
+class _Everything(Mask):
+    """The mask of `mask=None`."""
+
+    def tiles(self, grid, b, h, q_block, kv_block):
+        everything = torch.ones_like(q_block * kv_block, dtype=torch.bool)
+        return classify(everything, ~everything)
+
+    def key(self, grid, b, h, q_block, kv_block):
+        return {}
+
+    def elements(self, grid, b, h, i, j):
+        return torch.ones_like(i * j, dtype=torch.bool)
+
+
+def compile_mask(
+    mask: Mask | None,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    *,
+    device: torch.device | str,
+    block_size: int | tuple[int, int] = 128,
+) -> BlockMask:
+    """Compile a mask expression for given sizes.
+
+    Args:
+        mask: the expression; None means that every key is visible.
+        batch, heads: sizes of the query tensor. Masks that do not depend on them are stored once.
+        q_len, kv_len: query and key lengths. For decoding into a cache, the cache's full size,
+            twice.
+        device: where the BlockMask's tensors live.
+        block_size: 16, 32, 64, 128, or a pair (queries, keys) of those.
+
+    Time and memory grow with the tiles that are neither FULL nor part of a large uniform area;
+    nothing of size q_len x kv_len is allocated.
+
+    Raises:
+        TypeError, ValueError: a size or block size out of range, or tensors in the mask that do not
+            fit.
+    """
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"mask: expected a flashmark mask or None, got {type(mask).__name__}")
+    for name, size in (("batch", batch), ("heads", heads), ("q_len", q_len), ("kv_len", kv_len)):
+        integer(name, size, 0)
+    block_q, block_kv = check_block_size(block_size)
+    if not {block_q, block_kv} <= {*BLOCK_SIZES}:
+        raise ValueError(
+            f"block_size: expected 16, 32, 64, 128 or a pair of them, got {block_size!r}"
+        )
+    device = torch.device(device)
+    kind = "dense" if mask is None else "causal" if is_plain_causal(mask) else "sparse"
+    mask = _Everything() if mask is None else mask.to(device)
+    grid = Grid(q_len, kv_len, block_q, block_kv, device)
+    mask.validate(grid)
+    leading = mask.dims(batch, heads)
+    if reads_only_blocks(mask):
+        return compile_with_capacity(mask, grid, leading, _compile)
+    return _compile(mask, grid, leading, kind)
+
+
+def _compile(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str = "sparse") -> BlockMask:
+    full, tiles = _classify(mask, grid, leading)
+    tile_bits, visible, row_of, proved_full = _evaluate(mask, grid, leading, tiles)
+    full = full.with_tiles(tiles[:, proved_full])
+    partial, row_of = tiles[:, row_of >= 0], row_of[row_of >= 0]
+    lines, blocks = grid.q_blocks, grid.kv_blocks
+    return BlockMask(
+        rows=_tile_lists(leading, lines, blocks, full, partial, row_of),
+        cols=_tile_lists(leading, blocks, lines, full.transposed(), partial[[0, 2, 1]], row_of),
+        tile_bits=tile_bits,
+        kept=visible[row_of].sum() + full.tiles() * grid.block_q * grid.block_kv,
+        q_len=grid.q_len,
+        kv_len=grid.kv_len,
+        block_q=grid.block_q,
+        block_kv=grid.block_kv,
+        batch=leading[0],
+        heads=leading[1],
+        kind=kind,
+    )
+
+
+class _FullTiles(NamedTuple):
+    """Squares of COARSE x COARSE tiles, and single tiles: (3, n) leading index, row, column."""
+
+    squares: Tensor
+    single: Tensor
+
+    def with_tiles(self, tiles: Tensor) -> _FullTiles:
+        return _FullTiles(self.squares, torch.cat([self.single, tiles], dim=1))
+
+    def transposed(self) -> _FullTiles:
+        return _FullTiles(self.squares[[0, 2, 1]], self.single[[0, 2, 1]])
+
+    def tiles(self) -> int:
+        return self.squares.shape[1] * COARSE**2 + self.single.shape[1]
+
+
+def _classify(mask: Mask, grid: Grid, leading: tuple[int, int]) -> tuple[_FullTiles, Tensor]:
+    """The FULL tiles, and a (3, n) list of the tiles that must be evaluated."""
+    none = torch.empty(3, 0, dtype=torch.long, device=grid.device)
+    leading_size = leading[0] * leading[1]
+    if leading_size * grid.q_blocks * grid.kv_blocks <= FINE_LIMIT or not mask.closed_form:
+        full, partial = _look(mask, grid, leading, *_all_tiles(grid, leading_size))
+        return _FullTiles(none, full), partial
+
+    coarse = grid.coarser(COARSE)
+    squares, uncertain = _look(mask, coarse, leading, *_all_tiles(coarse, leading_size))
+    inside = torch.arange(COARSE, device=grid.device)
+    full, partial = [none], [none]
+    for some in uncertain.split(BAND // COARSE**2, dim=1):
+        bh, row, column = (x.view(-1, 1, 1) for x in some)
+        bh, row, column = torch.broadcast_tensors(
+            bh, row * COARSE + inside.view(-1, 1), column * COARSE + inside
+        )
+        exists = (row < grid.q_blocks) & (column < grid.kv_blocks)
+        found = _look(mask, grid, leading, bh[exists], row[exists], column[exists])
+        full.append(found[0])
+        partial.append(found[1])
+    return _FullTiles(squares, torch.cat(full, dim=1)), torch.cat(partial, dim=1)
+
+
+def _all_tiles(grid: Grid, leading_size: int) -> tuple[Tensor, ...]:
+    sizes = (leading_size, grid.q_blocks, grid.kv_blocks)
+    return torch.meshgrid(*(torch.arange(n, device=grid.device) for n in sizes), indexing="ij")
+
+
+def _look(mask: Mask, grid: Grid, leading, bh, row, column) -> tuple[Tensor, Tensor]:
+    """Classify the given tiles: lists of the FULL and of the PARTIAL ones."""
+    classes = mask.tiles(grid, bh // leading[1], bh % leading[1], row, column)
+    full = (classes == FULL) & ~grid.ragged(row, column)
+    partial = (classes != EMPTY) & ~full
+    at = torch.stack([bh, row, column])
+    return at[:, full], at[:, partial]
+
+
+def _evaluate(mask: Mask, grid: Grid, leading: tuple[int, int], tiles: Tensor):
+    """The bits of the given tiles, every distinct key evaluated once.
+
+    Returns tile_bits (U, block_q, words), the visible elements of each (U,), for every given tile
+    its row of tile_bits or -1 (it proved empty or full), and which of them proved full.
+    """
+    bh, row, column = tiles
+    keys = mask.key(grid, bh // leading[1], bh % leading[1], row, column)
+    keys["q_edge"] = (grid.q_len - row * grid.block_q).clamp(max=grid.block_q)
+    keys["kv_edge"] = (grid.kv_len - column * grid.block_kv).clamp(max=grid.block_kv)
+    group, representative = _group(list(keys.values()))
+
+    area = grid.block_q * grid.block_kv
+    packed, visible = [], []
+    for some in tiles[:, representative].split(max(1, BAND // area), dim=1):
+        elements = _elements(mask, grid, leading, some)
+        count = elements.sum((1, 2))
+        visible.append(count)
+        packed.append(pack_bits(elements[(count > 0) & (count < area)]))
+    words = -(-grid.block_kv // 32)
+    packed.append(torch.empty(0, grid.block_q, words, dtype=torch.int32, device=grid.device))
+    visible.append(group.new_empty(0))
+    visible, packed = torch.cat(visible), torch.cat(packed)
+
+    is_partial = (visible > 0) & (visible < area)
+    tile_bits, same = packed, torch.arange(packed.shape[0], device=grid.device)
+    if packed.shape[0] > 1:
+        tile_bits, same = torch.unique(packed, dim=0, return_inverse=True)
+    row_of_group = torch.full_like(visible, -1)
+    row_of_group[is_partial] = same
+    visible_of_row = visible.new_empty(tile_bits.shape[0])
+    visible_of_row[same] = visible[is_partial]
+    return tile_bits, visible_of_row, row_of_group[group], (visible == area)[group]
+
+
+def _group(keys: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Number the distinct combinations of keys: every entry's number, one entry of each."""
+    combined, count = torch.zeros_like(keys[0]), 1
+    if combined.numel() == 0:
+        return combined, combined
+    for key in keys:
+        distinct, number = torch.unique(key, return_inverse=True)
+        if distinct.numel() > 1:
+            distinct, combined = torch.unique(
+                combined * distinct.numel() + number, return_inverse=True
+            )
+            count = distinct.numel()
+    entries = torch.arange(combined.numel(), device=combined.device)
+    representative = entries.new_empty(count).scatter_(0, combined, entries)
+    return combined, representative
+
+
+def _elements(mask: Mask, grid: Grid, leading: tuple[int, int], tiles: Tensor) -> Tensor:
+    """Visible elements of the given tiles, bool (n, block_q, block_kv); False outside."""
+    bh, row, column = (x.view(-1, 1, 1, 1) for x in tiles)
+    i = row * grid.block_q + torch.arange(grid.block_q, device=grid.device).view(-1, 1)
+    j = column * grid.block_kv + torch.arange(grid.block_kv, device=grid.device)
+    inside = (i < grid.q_len) & (j < grid.kv_len)
+    i, j = i.clamp(max=grid.q_len - 1), j.clamp(max=grid.kv_len - 1)
+    return (mask.elements(grid, bh // leading[1], bh % leading[1], i, j) & inside).squeeze(1)
+
+
+def _tile_lists(leading, lines: int, blocks: int, full: _FullTiles, partial, row_of) -> TileLists:
+    """CSR lists along lines. Places are line * (blocks + 1) + block: no run crosses a line."""
+    stride, total = blocks + 1, leading[0] * leading[1] * lines
+    bh, line, block = full.single
+    places, lengths = (bh * lines + line) * stride + block, torch.ones_like(bh)
+    if full.squares.shape[1]:
+        wide = -(-blocks // COARSE) + 1
+        bh, line, block = full.squares
+        band, long = _merge((bh * -(-lines // COARSE) + line) * wide + block, torch.ones_like(bh))
+        bh_line, block = band // wide, band % wide
+        bh, line = bh_line // -(-lines // COARSE), bh_line % -(-lines // COARSE)
+        inside = torch.arange(COARSE, device=bh.device).view(-1, 1)
+        spread = (bh * lines + line * COARSE + inside) * stride + block * COARSE
+        places = torch.cat([places, spread.flatten()])
+        lengths = torch.cat([lengths, (long * COARSE).expand_as(spread).flatten()])
+    places, lengths = _merge(places, lengths)
+    run_line, first = places // stride, places % stride
+
+    bh, line, block = partial
+    place, order = ((bh * lines + line) * stride + block).sort()
+    partial_line = place // stride
+
+    counts = torch.bincount(partial_line, minlength=total)
+    counts = counts.index_add(0, run_line, lengths).view(*leading, lines)
+    return TileLists(
+        run_offsets=_offsets(run_line, total),
+        runs=torch.stack([first, lengths], dim=1).int(),
+        partial_offsets=_offsets(partial_line, total),
+        partials=torch.stack([place % stride, row_of[order]], dim=1).int(),
+        counts=counts.int(),
+        order=heavy_first(counts),
+    )
+
+
+def _merge(places: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort segments [place, place + length) and join those that touch."""
+    places, order = places.sort()
+    lengths = lengths[order]
+    starts = torch.ones_like(places, dtype=torch.bool)
+    starts[1:] = places[1:] != places[:-1] + lengths[:-1]
+    first = places[starts]
+    return first, torch.zeros_like(first).index_add_(0, starts.cumsum(0) - 1, lengths)
+
+
+def _offsets(line: Tensor, total: int) -> Tensor:
+    counts = torch.bincount(line, minlength=total)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()

@@ -1,0 +1,142 @@
+"""Masks of positions and lengths. Query i sits at p = i + (kv_len - q_len) among the keys."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashmark.masks.arguments import check_batch, integer, integer_tensor
+from flashmark.masks.expression import Mask, Or, classify
+
+
+class _Band(Mask):
+    """low < j - p <= high, either side open when None: causal, windows and the diagonal."""
+
+    def __init__(self, name: str, low: int | None, high: int | None):
+        self.name, self.low, self.high = name, low, high
+
+    def tiles(self, grid, b, h, q_block, kv_block):
+        p_first, p_last = grid.positions(q_block)
+        j_first, j_last = grid.keys(kv_block)
+        nearest, farthest = j_last - p_first, j_first - p_last  # extremes of j - p over the tile
+        full, empty = True, False
+        if self.low is not None:
+            full, empty = farthest > self.low, nearest <= self.low
+        if self.high is not None:
+            full, empty = full & (nearest <= self.high), empty | (farthest > self.high)
+        return classify(full, empty)
+
+    def key(self, grid, b, h, q_block, kv_block):
+        return {"delta": grid.delta(q_block, kv_block)}
+
+    def elements(self, grid, b, h, i, j):
+        delta = j - (i + grid.offset)
+        if self.low is None:
+            return delta <= self.high
+        if self.high is None:
+            return delta > self.low
+        return (delta > self.low) & (delta <= self.high)
+
+    def __repr__(self):
+        return self.name
+
+
+def causal() -> Mask:
+    """j <= p: a query sees its own position and all before it, aligned to the bottom right."""
+    return _Band("causal()", None, 0)
+
+
+def sliding_window(left: int, right: int | None = None) -> Mask:
+    """p - left < j, so `left` counts oneself; and j <= p + right when `right` is given.
+
+    Alone it does not hide the future unless `right=0`: write `causal() & sliding_window(512)`.
+    """
+    left = integer("left", left, 1)
+    if right is None:
+        return _Band(f"sliding_window({left})", -left, None)
+    right = integer("right", right, 0)
+    return _Band(f"sliding_window({left}, {right})", -left, right)
+
+
+def diagonal() -> Mask:
+    """j == p: only oneself."""
+    return _Band("diagonal()", -1, 0)
+
+
+class _Dilated(Mask):
+    def __init__(self, stride: int):
+        self.stride = stride
+
+    def tiles(self, grid, b, h, q_block, kv_block):
+        p_first, p_last = grid.positions(q_block)
+        j_first, j_last = grid.keys(kv_block)
+        low, high = p_first - j_last, p_last - j_first
+        multiples = high.div(self.stride, rounding_mode="floor") - (low - 1).div(
+            self.stride, rounding_mode="floor"
+        )
+        return classify(multiples == high - low + 1, multiples == 0)
+
+    def key(self, grid, b, h, q_block, kv_block):
+        return {("dilated", self.stride): grid.delta(q_block, kv_block) % self.stride}
+
+    def elements(self, grid, b, h, i, j):
+        return (i + grid.offset - j) % self.stride == 0
+
+    def __repr__(self):
+        return f"dilated({self.stride})"
+
+
+def dilated(stride: int) -> Mask:
+    """(p - j) % stride == 0: every stride-th key, past and future, counted from oneself."""
+    return _Dilated(integer("stride", stride, 1))
+
+
+class Prefix(Mask):
+    def __init__(self, length: int | Tensor, name: str = "prefix"):
+        self.length, self.name = length, name
+
+    def dims(self, batch, heads):
+        if isinstance(self.length, int):
+            return 1, 1
+        check_batch(f"{self.name} length", self.length.shape[0], batch)
+        return self.length.shape[0], 1
+
+    def _at(self, b):
+        return self.length if isinstance(self.length, int) else self.length[b]
+
+    def tiles(self, grid, b, h, q_block, kv_block):
+        j_first, j_last = grid.keys(kv_block)
+        n = self._at(b)
+        return classify(j_last < n, j_first >= n)
+
+    def key(self, grid, b, h, q_block, kv_block):
+        inside = self._at(b) - kv_block * grid.block_kv
+        return {(self.name, id(self)): inside.clamp(0, grid.block_kv)}
+
+    def elements(self, grid, b, h, i, j):
+        return j < self._at(b)
+
+    def tensors(self):
+        return () if isinstance(self.length, int) else (self.length,)
+
+    def to(self, device):
+        return self if isinstance(self.length, int) else Prefix(self.length.to(device), self.name)
+
+    def __repr__(self):
+        n = self.length if isinstance(self.length, int) else f"<{self.length.shape[0]} lengths>"
+        return f"{self.name}({n})"
+
+
+def prefix(n: int | Tensor) -> Mask:
+    """j < n, with n an int or an integer tensor (B,), one per sample."""
+    if isinstance(n, Tensor):
+        return Prefix(integer_tensor("n", n, (1,)))
+    return Prefix(integer("n", n, 0))
+
+
+def pinned(n: int | Tensor) -> Mask:
+    """prefix(n) | diagonal(): the first n keys and oneself, for parallel decoding."""
+    return Or(prefix(n), diagonal())
+
+
+def is_plain_causal(mask: Mask) -> bool:
+    return isinstance(mask, _Band) and (mask.low, mask.high) == (None, 0)
