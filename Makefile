@@ -21,7 +21,7 @@ help:  ## this list
 setup: $(PACKAGE)  ## the environment and the package in it, with the C++ extension where it builds
 
 demo: $(PACKAGE)  ## train a small decoder on real text, then print what is proved about it (3 minutes)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: test-unit test-interpreter test-compile  ## everything below, one process each
 

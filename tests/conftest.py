@@ -1,4 +1,4 @@
-"""Hygiene for every test: uninitialised memory holds NaN, randomness is seeded, thread count is fixed."""
+"""For every test: uninitialised memory holds NaN, randomness is seeded, one thread."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _poisoning(allocate):
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty(request, monkeypatch):
-    """`torch.empty` and its relatives return NaN, so that an element nobody writes shows up in the result."""
+    """`torch.empty` and its relatives return NaN: an element that nobody writes shows."""
     if request.node.get_closest_marker("plain_empty"):
         return
     for owner, names in (

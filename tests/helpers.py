@@ -1,4 +1,4 @@
-"""Shared by the tests: poisoned inputs, error measures, and mask rules written out independently of the library."""
+"""Shared by the tests: poisoned inputs, error measures, masks written out by formula."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from flashmark import masks
+from flashmark.dispatch import can_run_cpu
 
 # Backends that every behavioural test of an operator runs on, on this machine.
-BACKENDS = ["eager"]
+BACKENDS = ["eager"] + ["cpu"] * can_run_cpu("block_sparse", torch.zeros(1))
 
 PAD = 512  # poisoned elements on either side of an input
 
 
 def poisoned(tensor: Tensor, *, layout: str = "contiguous") -> Tensor:
-    """A copy of `tensor` that lies in the middle of a buffer of NaN (largest integer for integer dtypes).
+    """A copy of `tensor` in the middle of a buffer of NaN (largest integer for integer dtypes).
 
-    A kernel that reads beside its input gets poison in its result. `layout`, with stride(-1) == 1 always:
-    "contiguous"; "bnhd" stores dims 1 and 2 transposed, as a projection leaves them; "gaps" leaves poison between rows.
+    A kernel that reads beside its input gets poison in its result. `layout`, with stride(-1) == 1
+    always: "contiguous"; "bnhd" stores dims 1 and 2 transposed, as a projection leaves them; "gaps"
+    leaves poison between rows.
     """
     dtype = tensor.dtype
     poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
@@ -34,7 +36,9 @@ def poisoned(tensor: Tensor, *, layout: str = "contiguous") -> Tensor:
     return view.copy_(tensor.detach())
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False) -> Tensor:
+def randn(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False
+) -> Tensor:
     """Normal numbers that depend on `seed` and `shape` only, inside a poisoned buffer."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -57,19 +61,28 @@ def qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query, key, value as leaves inside poisoned buffers."""
     kv_heads, kv_len, v_dim = kv_heads or heads, kv_len or q_len, v_dim or dim
-    shapes = (batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, v_dim)
+    shapes = (
+        (batch, heads, q_len, dim),
+        (batch, kv_heads, kv_len, dim),
+        (batch, kv_heads, kv_len, v_dim),
+    )
     tensors = (randn(*s, dtype=dtype, seed=3 * seed + n) for n, s in enumerate(shapes))
     return tuple(poisoned(t, layout=layout).requires_grad_(grad) for t in tensors)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max |actual - expected| / max |expected|, infinite entries compared exactly, NaN never accepted."""
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    """max |actual - expected| / max |expected|; infinities must be equal, NaN is refused."""
+    assert actual.shape == expected.shape, (
+        f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     if expected.numel() == 0:
         return 0.0
     actual, expected = actual.detach().double(), expected.detach().double()
     infinite = expected.isinf()
-    if not torch.equal(actual[infinite], expected[infinite]) or not actual[~infinite].isfinite().all():
+    if (
+        not torch.equal(actual[infinite], expected[infinite])
+        or not actual[~infinite].isfinite().all()
+    ):
         return float("inf")
     actual, expected = actual[~infinite], expected[~infinite]
     if expected.numel() == 0:
@@ -87,21 +100,28 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
 def assert_identical(actual: Tensor, expected: Tensor, name: str = "result") -> None:
     """The same bits, NaN apart (which is never accepted)."""
     assert not actual.isnan().any(), f"{name}: has NaN"
-    assert torch.equal(actual, expected), f"{name}: differs, largest by {(actual - expected).abs().max()}"
+    assert torch.equal(actual, expected), (
+        f"{name}: differs, largest by {(actual - expected).abs().max()}"
+    )
 
 
 def outputs_and_grads(
     op: Callable, tensors: dict[str, Tensor], *, seed: int = 100, **options
 ) -> dict[str, Tensor]:
-    """Run `op(**tensors, **options, return_lse=True)`, then backpropagate random gradients of out and lse.
+    """Run `op` with `return_lse=True`, then backpropagate random gradients of out and lse.
 
     Returns {"out", "lse", "d <name>"...}; tensors that do not require a gradient have no entry.
     """
     out, lse = op(**tensors, **options, return_lse=True)
     # few enough bits that every dtype holds the same numbers
-    d_out, d_lse = (randn(*t.shape, dtype=torch.bfloat16, seed=seed + n).to(t.dtype) for n, t in enumerate((out, lse)))
+    d_out, d_lse = (
+        randn(*t.shape, dtype=torch.bfloat16, seed=seed + n).to(t.dtype)
+        for n, t in enumerate((out, lse))
+    )
     leaves = {name: t for name, t in tensors.items() if t.requires_grad}
-    grads = torch.autograd.grad((out, lse), list(leaves.values()), (d_out, d_lse), allow_unused=True)
+    grads = torch.autograd.grad(
+        (out, lse), list(leaves.values()), (d_out, d_lse), allow_unused=True
+    )
     result = {"out": out.detach(), "lse": lse.detach()}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
         assert grad is not None, f"no gradient for {name}"
@@ -122,8 +142,8 @@ def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class Rule:
     """A mask of the library beside the formula that it stands for.
 
-    `sees(b, h, i, p, j)` takes broadcastable int64 indices: sample, head, query, position of the query among the
-    keys (i + Nk - Nq), key.
+    `sees(b, h, i, p, j)` takes broadcastable int64 indices: sample, head, query, position of the
+    query among the keys (i + Nk - Nq), key.
     """
 
     name: str
@@ -173,7 +193,9 @@ def diagonal() -> Rule:
 
 
 def dilated(stride: int) -> Rule:
-    return Rule(f"dilated({stride})", masks.dilated(stride), lambda b, h, i, p, j: (p - j) % stride == 0)
+    return Rule(
+        f"dilated({stride})", masks.dilated(stride), lambda b, h, i, p, j: (p - j) % stride == 0
+    )
 
 
 def prefix(n: int | Tensor) -> Rule:
@@ -208,7 +230,9 @@ def documents(ids: Tensor) -> Rule:
 def key_padding(lengths: Tensor) -> Rule:
     if lengths.dtype == torch.bool:
         return Rule(
-            "key_padding(bool)", masks.key_padding(lengths), lambda b, h, i, p, j: lengths[b, j] | (p != p)
+            "key_padding(bool)",
+            masks.key_padding(lengths),
+            lambda b, h, i, p, j: lengths[b, j] | (p != p),
         )
     return Rule(
         f"key_padding({lengths.tolist()})",

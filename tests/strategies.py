@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import helpers
 import torch
 from hypothesis import strategies as st
 
+import helpers
 from flashmark import masks
 
 BLOCK_SIZES = [16, 32, 64, 128, (16, 64), (128, 32), (32, 16), (64, 128)]
@@ -28,7 +28,13 @@ class Problem:
 
     def compile(self) -> masks.BlockMask:
         return masks.compile_mask(
-            self.rule.mask, self.batch, self.heads, self.q_len, self.kv_len, device="cpu", block_size=self.block_size
+            self.rule.mask,
+            self.batch,
+            self.heads,
+            self.q_len,
+            self.kv_len,
+            device="cpu",
+            block_size=self.block_size,
         )
 
     def expected(self) -> torch.Tensor:
@@ -59,7 +65,8 @@ def leaf(draw, batch, heads, q_len, kv_len, sizes) -> helpers.Rule:
     shape = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
     kind = draw(
         st.sampled_from(
-            "causal window window2 prefix prefix_b pinned diagonal dilated documents lengths padding blocks dense mod".split()
+            ["causal", "window", "window2", "prefix", "prefix_b", "pinned", "diagonal", "dilated"]
+            + ["documents", "lengths", "padding", "blocks", "dense", "mod"]
         )
     )
     if kind == "causal":

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 
-import helpers
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashmark
+import helpers
 from flashmark import masks
 
 FORWARD, GRADIENT = 1e-5, 5e-5  # relative, float32
@@ -22,7 +22,7 @@ def op(request):
 
 
 def compare(op, tensors, rule=None, *, forward=FORWARD, gradient=GRADIENT, mask=None, **options):
-    """Outputs and all gradients of `op` against the reference in float64 on a mask written out by formula."""
+    """Outputs and all gradients against the float64 reference on a mask written out by formula."""
     query, key = tensors["query"], tensors["key"]
     sizes = *query.shape[:2], query.shape[2], key.shape[2]
     if mask is None and rule is not None:
@@ -35,7 +35,9 @@ def compare(op, tensors, rule=None, *, forward=FORWARD, gradient=GRADIENT, mask=
     )
     actual = helpers.outputs_and_grads(op, tensors, mask=mask, **options)
     for name, value in expected.items():
-        helpers.assert_close(actual[name], value, gradient if name.startswith("d ") else forward, name)
+        helpers.assert_close(
+            actual[name], value, gradient if name.startswith("d ") else forward, name
+        )
     assert actual["out"].dtype == query.dtype
     assert actual["lse"].dtype == (torch.float64 if query.dtype == torch.float64 else torch.float32)
     return actual
@@ -91,7 +93,9 @@ def shape_id(shape):
 def test_float32_is_close_to_float64(op, shape):
     batch, heads, kv_heads, q_len, kv_len, dim, v_dim, layout, name = shape
     tensors = named(
-        *helpers.qkv(batch, heads, q_len, dim, kv_heads=kv_heads, kv_len=kv_len, v_dim=v_dim, layout=layout)
+        *helpers.qkv(
+            batch, heads, q_len, dim, kv_heads=kv_heads, kv_len=kv_len, v_dim=v_dim, layout=layout
+        )
     )
     compare(op, tensors, RULES[name])
 
@@ -107,12 +111,19 @@ def test_any_block_size_gives_the_same_result(op, name, block_size):
 
 PER_SAMPLE = {
     "prefix": helpers.prefix(torch.tensor([0, 7, 150])),
-    "documents": helpers.causal() & helpers.documents((torch.arange(150) // torch.tensor([[150], [40], [20]])) - 1),
+    "documents": helpers.causal()
+    & helpers.documents((torch.arange(150) // torch.tensor([[150], [40], [20]])) - 1),
     "key-padding": helpers.key_padding(torch.tensor([150, 40, 0])) & helpers.causal(),
     "bool-padding": helpers.key_padding(torch.arange(450).view(3, 150) % 7 != 3),
-    "dense": helpers.dense(torch.rand(3, 1, 100, 150, generator=torch.Generator().manual_seed(0)) < 0.3),
-    "sample-and-head": helpers.mask_mod("both", lambda b, h, q, kv: (q - kv).abs() <= 9 * b + 4 * h),
-    "blocks": helpers.blocks(torch.rand(3, 4, 2, 3, generator=torch.Generator().manual_seed(1)) < 0.5, 64),
+    "dense": helpers.dense(
+        torch.rand(3, 1, 100, 150, generator=torch.Generator().manual_seed(0)) < 0.3
+    ),
+    "sample-and-head": helpers.mask_mod(
+        "both", lambda b, h, q, kv: (q - kv).abs() <= 9 * b + 4 * h
+    ),
+    "blocks": helpers.blocks(
+        torch.rand(3, 4, 2, 3, generator=torch.Generator().manual_seed(1)) < 0.5, 64
+    ),
 }
 
 
@@ -127,11 +138,15 @@ def test_masks_per_sample_and_per_head(op, name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["none", "causal", "sink-window"])
-@pytest.mark.parametrize("shape", [(127, 127, 64), (129, 300, 24), (300, 300, 128)], ids=["N127", "N129x300", "N300"])
+@pytest.mark.parametrize(
+    "shape", [(127, 127, 64), (129, 300, 24), (300, 300, 128)], ids=["N127", "N129x300", "N300"]
+)
 def test_half_precision_within_twice_the_error_of_pytorch(op, dtype, name, shape):
     q_len, kv_len, dim = shape
     rule = RULES[name]
-    tensors = named(*helpers.qkv(1, 4, q_len, dim, kv_heads=1, kv_len=kv_len, dtype=dtype, layout="bnhd"))
+    tensors = named(
+        *helpers.qkv(1, 4, q_len, dim, kv_heads=1, kv_len=kv_len, dtype=dtype, layout="bnhd")
+    )
     mask = rule.dense(1, 4, q_len, kv_len) if rule else None
     dense = flashmark.reference.block_sparse_attention
     exact = helpers.outputs_and_grads(dense, helpers.upcast(tensors), mask=mask)
@@ -187,7 +202,9 @@ def test_agrees_with_scaled_dot_product_attention(op, name):
     helpers.assert_close(out, theirs, 2 * FORWARD, "out")
     d_out = helpers.randn(*out.shape, seed=9)
     ours = torch.autograd.grad(out, tensors.values(), d_out)
-    for name, a, b in zip(tensors, ours, torch.autograd.grad(theirs, tensors.values(), d_out), strict=True):
+    for name, a, b in zip(
+        tensors, ours, torch.autograd.grad(theirs, tensors.values(), d_out), strict=True
+    ):
         helpers.assert_close(a, b, 2 * GRADIENT, f"d {name}")
 
 
@@ -207,7 +224,9 @@ def test_causal_is_aligned_to_the_bottom_right(op):
     out = op(query, key, value, masks.causal())
     for i in range(3):
         seen = slice(0, i + 3)
-        row = scaled_dot_product_attention(query[:, :, i : i + 1], key[:, :, seen], value[:, :, seen])
+        row = scaled_dot_product_attention(
+            query[:, :, i : i + 1], key[:, :, seen], value[:, :, seen]
+        )
         helpers.assert_close(out[:, :, i : i + 1], row, 1e-6)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import helpers
 import pytest
 import torch
 
 import flashmark
+import helpers
 from flashmark import masks
 
 MASKS = {
@@ -40,11 +40,15 @@ def test_outputs_ignore_the_future_bitwise(op, name, last, block_size):
         changed[0][:, :, later] = changed[1][:, :, later] = poison
         changed[2][:, :, later] = torch.randn_like(changed[2][:, :, later]).sign() * 1e30
         new_out, new_lse = op(*changed, mask, return_lse=True)
-        helpers.assert_identical(new_out[:, :, : last + 1], out[:, :, : last + 1], f"out with {poison}")
+        helpers.assert_identical(
+            new_out[:, :, : last + 1], out[:, :, : last + 1], f"out with {poison}"
+        )
         assert torch.equal(new_lse[:, :, : last + 1], lse[:, :, : last + 1]), f"lse with {poison}"
 
 
-@pytest.mark.parametrize("feature", ["relative-bias", "dense-bias", "sinks", "softcap", "dropout", "bfloat16"])
+@pytest.mark.parametrize(
+    "feature", ["relative-bias", "dense-bias", "sinks", "softcap", "dropout", "bfloat16"]
+)
 def test_outputs_ignore_the_future_bitwise_with(op, feature):
     last, later = 70, slice(71, None)
     dtype = torch.bfloat16 if feature == "bfloat16" else torch.float32
@@ -65,7 +69,9 @@ def test_outputs_ignore_the_future_bitwise_with(op, feature):
         if feature == "dense-bias":
             options = {"bias": options["bias"].clone()}
             options["bias"][:, :, later] = options["bias"][:, :, :, later] = float("nan")
-        helpers.assert_identical(op(*changed, masks.causal(), **options)[:, :, : last + 1], out[:, :, : last + 1])
+        helpers.assert_identical(
+            op(*changed, masks.causal(), **options)[:, :, : last + 1], out[:, :, : last + 1]
+        )
 
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
@@ -93,7 +99,7 @@ def test_hidden_keys_in_the_past_do_not_matter_either(op):
 
 
 def test_rows_depend_on_the_prefix_only(op):
-    """Attention over a prefix of the sequence, causal, equals the prefix of attention over all of it."""
+    """Causal attention over a prefix of the sequence is the prefix of attention over it all."""
     query, key, value = helpers.qkv(1, 2, N, 16, grad=False)
     whole = op(query, key, value, masks.causal())
     for n in (1, 33, 128):

@@ -1,4 +1,4 @@
-"""Wrong arguments to block_sparse_attention: one sentence that names the argument, what was expected and what came."""
+"""Wrong arguments to block_sparse_attention: one sentence, argument, expected, got."""
 
 from __future__ import annotations
 
@@ -35,19 +35,38 @@ BAD = {
     "query-list": ({"query": [1.0]}, TypeError, "query.*list"),
     "value-none": ({"value": None}, TypeError, "value.*NoneType"),
     "query-int": ({"query": tensor(2, 4, 8, 16, dtype=torch.int64)}, TypeError, "query.*int64"),
-    "key-dtype": ({"key": tensor(2, 2, 8, 16, dtype=torch.float16)}, TypeError, "key.*float32.*float16"),
-    "value-dtype": ({"value": tensor(2, 2, 8, 16, dtype=torch.float64)}, TypeError, "value.*float32.*float64"),
+    "key-dtype": (
+        {"key": tensor(2, 2, 8, 16, dtype=torch.float16)},
+        TypeError,
+        "key.*float32.*float16",
+    ),
+    "value-dtype": (
+        {"value": tensor(2, 2, 8, 16, dtype=torch.float64)},
+        TypeError,
+        "value.*float32.*float64",
+    ),
     "key-device": ({"key": tensor(2, 2, 8, 16, device="meta")}, ValueError, "key.*cpu.*meta"),
     "value-device": ({"value": tensor(2, 2, 8, 16, device="meta")}, ValueError, "value.*cpu.*meta"),
     "head-ratio": (
-        {"key": tensor(2, 3, 8, 16), "value": tensor(2, 3, 8, 16)}, ValueError, "(heads|multiple|divi).*3"),
-    "more-kv-heads": ({"key": tensor(2, 8, 8, 16), "value": tensor(2, 8, 8, 16)}, ValueError, "multiple|heads"),
+        {"key": tensor(2, 3, 8, 16), "value": tensor(2, 3, 8, 16)},
+        ValueError,
+        "(heads|multiple|divi).*3",
+    ),
+    "more-kv-heads": (
+        {"key": tensor(2, 8, 8, 16), "value": tensor(2, 8, 8, 16)},
+        ValueError,
+        "multiple|heads",
+    ),
     "key-batch": ({"key": tensor(1, 2, 8, 16)}, ValueError, "key.*2.*1"),
     "key-dim": ({"key": tensor(2, 2, 8, 24)}, ValueError, "key.*16.*24"),
     "value-length": ({"value": tensor(2, 2, 9, 16)}, ValueError, "value.*8.*9"),
     "value-heads": ({"value": tensor(2, 4, 8, 16)}, ValueError, "value.*2.*4"),
     "dim-0": ({"query": tensor(2, 4, 8, 0), "key": tensor(2, 2, 8, 0)}, ValueError, "256.*0"),
-    "dim-257": ({"query": tensor(2, 4, 8, 257), "key": tensor(2, 2, 8, 257)}, ValueError, "256.*257"),
+    "dim-257": (
+        {"query": tensor(2, 4, 8, 257), "key": tensor(2, 2, 8, 257)},
+        ValueError,
+        "256.*257",
+    ),
     "v-dim-300": ({"value": tensor(2, 2, 8, 300)}, ValueError, "value.*256.*300"),
     "no-heads": ({"query": tensor(2, 0, 8, 16)}, ValueError, "query|heads"),
     "scale-nan": ({"scale": float("nan")}, ValueError, "scale.*nan"),
@@ -62,14 +81,25 @@ BAD = {
     "dropout-nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p.*nan"),
     "seed-float": ({"dropout_p": 0.5, "dropout_seed": 1.5}, TypeError, "dropout_seed.*float"),
     "seed-two": (
-        {"dropout_p": 0.5, "dropout_seed": torch.tensor([1, 2])}, ValueError, r"dropout_seed.*one element.*\(2,\)"),
-    "seed-int32": ({"dropout_p": 0.5, "dropout_seed": int32(1)}, (ValueError, TypeError), "dropout_seed.*int64.*int32"),
+        {"dropout_p": 0.5, "dropout_seed": torch.tensor([1, 2])},
+        ValueError,
+        r"dropout_seed.*one element.*\(2,\)",
+    ),
+    "seed-int32": (
+        {"dropout_p": 0.5, "dropout_seed": int32(1)},
+        (ValueError, TypeError),
+        "dropout_seed.*int64.*int32",
+    ),
     "bias-1d": ({"bias": tensor(15)}, ValueError, r"bias.*\(15,\)"),
     "bias-3d": ({"bias": tensor(4, 8, 8)}, ValueError, r"bias.*\(4, 8, 8\)"),
     "bias-width": ({"bias": tensor(4, 14)}, ValueError, "bias.*15.*14"),
     "bias-heads": ({"bias": tensor(3, 15)}, ValueError, "bias.*4.*3"),
     "bias-kv-heads": ({"bias": tensor(2, 15)}, ValueError, "bias.*4.*2"),
-    "bias-not-broadcastable": ({"bias": tensor(2, 2, 8, 8)}, ValueError, r"bias.*\(2, 4, 8, 8\).*\(2, 2, 8, 8\)"),
+    "bias-not-broadcastable": (
+        {"bias": tensor(2, 2, 8, 8)},
+        ValueError,
+        r"bias.*\(2, 4, 8, 8\).*\(2, 2, 8, 8\)",
+    ),
     "bias-int": ({"bias": tensor(4, 15, dtype=torch.int64)}, TypeError, "bias.*int64"),
     "bias-device": ({"bias": tensor(4, 15, device="meta")}, ValueError, "bias.*cpu.*meta"),
     "bias-float": ({"bias": 1.0}, TypeError, "bias.*float"),
@@ -81,14 +111,22 @@ BAD = {
     "kv-lengths-float": ({"kv_lengths": tensor(2)}, TypeError, "kv_lengths.*int32.*float32"),
     "kv-lengths-2d": ({"kv_lengths": int32([5, 5])}, ValueError, r"kv_lengths.*\(1, 2\)"),
     "kv-lengths-batch": ({"kv_lengths": int32(5, 5, 5)}, ValueError, r"kv_lengths.*2.*3"),
-    "kv-lengths-device": ({"kv_lengths": int32(5, 5).to("meta")}, ValueError, "kv_lengths.*cpu.*meta"),
+    "kv-lengths-device": (
+        {"kv_lengths": int32(5, 5).to("meta")},
+        ValueError,
+        "kv_lengths.*cpu.*meta",
+    ),
     "offset-float": ({"query_offset": 1.5}, TypeError, "query_offset.*float"),
     "offset-negative": ({"query_offset": -1}, ValueError, "query_offset.*-1"),
     "offset-bool": ({"query_offset": True}, TypeError, "query_offset.*bool"),
     "offset-float-tensor": ({"query_offset": tensor(2)}, TypeError, "query_offset.*int32.*float32"),
     "offset-batch": ({"query_offset": int32(0, 0, 0)}, ValueError, "query_offset.*2.*3"),
     "offset-beyond-the-keys": ({"query_offset": 1}, ValueError, "query_offset.*1"),
-    "offset-beyond-the-mask": ({"mask": compiled(), "query_offset": 5}, ValueError, "query_offset.*5"),
+    "offset-beyond-the-mask": (
+        {"mask": compiled(), "query_offset": 5},
+        ValueError,
+        "query_offset.*5",
+    ),
     "mask-string": ({"mask": "causal"}, TypeError, "mask.*str"),
     "mask-tensor": ({"mask": torch.ones(8, 8, dtype=torch.bool)}, TypeError, "mask.*Tensor"),
     "mask-function": ({"mask": masks.causal}, TypeError, "mask.*function"),
@@ -96,16 +134,28 @@ BAD = {
     "mask-kv-len": ({"mask": compiled(kv_len=9)}, ValueError, "mask.*8.*9"),
     "mask-heads": ({"mask": compiled(heads=3, mask=PER_HEAD)}, ValueError, "mask.*4.*3"),
     "mask-batch": ({"mask": compiled(batch=3, mask=PER_SAMPLE)}, ValueError, "mask.*2.*3"),
-    "mask-kv-len-with-offset": ({"mask": compiled(9, 9), "query_offset": 0}, ValueError, "mask.*8.*9"),
+    "mask-kv-len-with-offset": (
+        {"mask": compiled(9, 9), "query_offset": 0},
+        ValueError,
+        "mask.*8.*9",
+    ),
     "expression-for-other-lengths": (
-        {"mask": masks.documents(torch.zeros(9, dtype=torch.long))}, ValueError, "ids.*8.*9"),
+        {"mask": masks.documents(torch.zeros(9, dtype=torch.long))},
+        ValueError,
+        "ids.*8.*9",
+    ),
     "unknown-backend": ({"backend": "cuda"}, ValueError, "backend.*triton.*eager.*cuda"),
     "backend-none": ({"backend": None}, (ValueError, TypeError), "backend.*None"),
 }
 
 
 def call(**changes):
-    good = {"query": tensor(2, 4, 8, 16), "key": tensor(2, 2, 8, 16), "value": tensor(2, 2, 8, 16), "backend": "eager"}
+    good = {
+        "query": tensor(2, 4, 8, 16),
+        "key": tensor(2, 2, 8, 16),
+        "value": tensor(2, 2, 8, 16),
+        "backend": "eager",
+    }
     return flashmark.block_sparse_attention(**good | changes)
 
 
@@ -135,7 +185,9 @@ def test_misspelled_and_positional_options_are_refused():
         flashmark.block_sparse_attention(*[tensor(1, 1, 2, 4)] * 3, None, 0)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs Triton kernels here")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs Triton kernels here"
+)
 def test_triton_cannot_run_on_cpu_tensors_and_says_why():
     with pytest.raises(RuntimeError, match="backend.*triton") as caught:
         call(backend="triton")
@@ -152,7 +204,9 @@ def test_float64_runs_on_eager_and_reference_only(backend):
         assert call(**wide, backend=backend).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["scale-nan", "head-ratio", "bias-width", "mask-q-len", "sinks-length", "mask-string"])
+@pytest.mark.parametrize(
+    "name", ["scale-nan", "head-ratio", "bias-width", "mask-q-len", "sinks-length", "mask-string"]
+)
 def test_the_reference_backend_checks_its_arguments_too(name):
     changes, error, match = BAD[name]
     with pytest.raises(error, match=match):

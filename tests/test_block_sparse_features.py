@@ -1,17 +1,17 @@
-"""Bias, sinks, softcap, dropout, lse gradients, empty rows: each against the float64 definition, with gradients."""
+"""Bias, sinks, softcap, dropout, lse gradients, empty rows, against the float64 definition."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 
-import helpers
 import pytest
 import torch
-from test_block_sparse_accuracy import compare, named
 
 import flashmark
+import helpers
 from flashmark import masks
+from test_block_sparse_accuracy import compare, named
 
 RULES = {"none": None, "causal": helpers.causal(), "window": helpers.causal() & helpers.window(20)}
 
@@ -22,10 +22,16 @@ def op(request):
 
 
 def inputs(batch=2, heads=4, q_len=70, kv_len=90, dim=16, **options):
-    return named(*helpers.qkv(batch, heads, q_len, dim, kv_heads=options.pop("kv_heads", 2), kv_len=kv_len, **options))
+    return named(
+        *helpers.qkv(
+            batch, heads, q_len, dim, kv_heads=options.pop("kv_heads", 2), kv_len=kv_len, **options
+        )
+    )
 
 
-@pytest.mark.parametrize("deterministic", [None, True, False], ids=["default", "deterministic", "atomic"])
+@pytest.mark.parametrize(
+    "deterministic", [None, True, False], ids=["default", "deterministic", "atomic"]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_relative_bias(op, rule, deterministic):
     tensors = inputs() | {"bias": helpers.randn(4, 70 + 90 - 1, seed=7, grad=True)}
@@ -39,10 +45,21 @@ def test_relative_bias_is_indexed_by_distance(op):
     spelled = torch.empty(1, 2, 5, 8)
     for h, i, j in itertools.product(range(2), range(5), range(8)):
         spelled[0, h, i, j] = bias[h, j - i + 4]
-    helpers.assert_close(op(query, key, value, bias=bias), op(query, key, value, bias=spelled), 1e-6)
+    helpers.assert_close(
+        op(query, key, value, bias=bias), op(query, key, value, bias=spelled), 1e-6
+    )
 
 
-DENSE = [(2, 4, 70, 90), (1, 4, 70, 90), (2, 1, 70, 90), (1, 1, 70, 90), (1, 1, 1, 90), (2, 1, 1, 90), (1, 4, 70, 1), (2, 4, 1, 1)]
+DENSE = [
+    (2, 4, 70, 90),
+    (1, 4, 70, 90),
+    (2, 1, 70, 90),
+    (1, 1, 70, 90),
+    (1, 1, 1, 90),
+    (2, 1, 1, 90),
+    (1, 4, 70, 1),
+    (2, 4, 1, 1),
+]
 
 
 @pytest.mark.parametrize("shape", DENSE, ids=lambda s: "x".join(map(str, s)))
@@ -167,7 +184,9 @@ def philox_keep(seed, p, b, h, heads, i, j):
 def test_dropout_keeps_exactly_the_defined_elements(op, seed):
     batch, heads, q_len, kv_len, p = 2, 3, 9, 21, 0.4
     query, key, _ = helpers.qkv(batch, heads, q_len, 4, kv_len=kv_len, grad=False)
-    value = torch.eye(kv_len).expand(batch, heads, kv_len, kv_len)  # the output is the probabilities themselves
+    value = torch.eye(kv_len).expand(
+        batch, heads, kv_len, kv_len
+    )  # the output is the probabilities themselves
     kept = op(query, key, value, dropout_p=p, dropout_seed=seed) != 0
     for b, h, i, j in itertools.product(range(batch), range(heads), range(q_len), range(kv_len)):
         assert kept[b, h, i, j].item() == philox_keep(seed, p, b, h, heads, i, j), (b, h, i, j)
@@ -185,7 +204,9 @@ def test_dropout_leaves_lse_alone_and_rescales(op):
     out, lse = op(query, key, value, dropout_p=0.5, dropout_seed=3, return_lse=True)
     helpers.assert_identical(lse, op(query, key, value, return_lse=True)[1])
     assert abs(out.mean().item() - 1) < 0.03 and out.std() > 0.01
-    helpers.assert_identical(op(query, key, value, dropout_p=0.0, dropout_seed=3), op(query, key, value))
+    helpers.assert_identical(
+        op(query, key, value, dropout_p=0.0, dropout_seed=3), op(query, key, value)
+    )
 
 
 def test_dropout_without_a_seed_follows_torchs_generator(op):
@@ -212,9 +233,15 @@ def test_dropout_without_a_seed_has_the_gradient_of_what_it_drew(op):
 def test_gradient_of_lse_alone(op):
     query, key, value = helpers.qkv(1, 4, 50, 8, kv_heads=2)
     _, lse = op(query, key, value, masks.causal(), return_lse=True)
-    d_query, d_key, d_value = torch.autograd.grad(lse.square().sum(), (query, key, value), allow_unused=True)
-    wide = {name: t.detach().double().requires_grad_() for name, t in named(query, key, value).items()}
-    wanted = flashmark.reference.block_sparse_attention(**wide, mask=masks.causal(), return_lse=True)[1]
+    d_query, d_key, d_value = torch.autograd.grad(
+        lse.square().sum(), (query, key, value), allow_unused=True
+    )
+    wide = {
+        name: t.detach().double().requires_grad_() for name, t in named(query, key, value).items()
+    }
+    wanted = flashmark.reference.block_sparse_attention(
+        **wide, mask=masks.causal(), return_lse=True
+    )[1]
     exact = torch.autograd.grad(wanted.square().sum(), (wide["query"], wide["key"]))
     helpers.assert_close(d_query, exact[0], 5e-5)
     helpers.assert_close(d_key, exact[1], 5e-5)
@@ -272,7 +299,9 @@ def test_a_sink_of_minus_infinity_is_no_sink(op):
 
 
 @pytest.mark.parametrize(
-    ("batch", "q_len", "kv_len"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=["no-sample", "no-query", "no-key"]
+    ("batch", "q_len", "kv_len"),
+    [(0, 5, 5), (2, 0, 5), (2, 5, 0)],
+    ids=["no-sample", "no-query", "no-key"],
 )
 @pytest.mark.parametrize("mask", [None, masks.causal()], ids=["none", "causal"])
 def test_empty_tensors(op, batch, q_len, kv_len, mask):
@@ -281,5 +310,7 @@ def test_empty_tensors(op, batch, q_len, kv_len, mask):
     out, lse = op(query, key, value, mask, return_lse=True)
     assert out.shape == (batch, 2, q_len, 4) and lse.shape == (batch, 2, q_len)
     assert (out == 0).all() and (lse == float("-inf")).all()
-    for leaf, grad in zip((query, key, value), torch.autograd.grad(out.sum(), (query, key, value)), strict=True):
+    for leaf, grad in zip(
+        (query, key, value), torch.autograd.grad(out.sum(), (query, key, value)), strict=True
+    ):
         assert grad.shape == leaf.shape and not grad.any()

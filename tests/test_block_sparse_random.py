@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import helpers
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import problems
 
 import flashmark
+import helpers
+from strategies import problems
 
 
 @st.composite
@@ -22,7 +22,15 @@ def calls(draw):
     layout = draw(st.sampled_from(["contiguous", "bnhd", "gaps"]))
     seed = draw(st.integers(0, 1000))
     q, k, v = helpers.qkv(
-        batch, heads, q_len, dim, kv_heads=heads // group, kv_len=kv_len, v_dim=v_dim, layout=layout, seed=seed
+        batch,
+        heads,
+        q_len,
+        dim,
+        kv_heads=heads // group,
+        kv_len=kv_len,
+        v_dim=v_dim,
+        layout=layout,
+        seed=seed,
     )
     tensors, options = {"query": q, "key": k, "value": v}, {}
     bias = draw(st.sampled_from([None, "relative", "dense"]))
@@ -34,7 +42,9 @@ def calls(draw):
     if draw(st.integers(0, 3)) == 0:
         tensors["sinks"] = helpers.randn(heads, seed=seed, grad=True)
     if draw(st.integers(0, 3)) == 0:
-        tensors["kv_lengths"] = torch.tensor([draw(st.integers(0, kv_len)) for _ in range(batch)], dtype=torch.int32)
+        tensors["kv_lengths"] = torch.tensor(
+            [draw(st.integers(0, kv_len)) for _ in range(batch)], dtype=torch.int32
+        )
     if draw(st.integers(0, 3)) == 0:
         options["softcap"] = draw(st.sampled_from([0.5, 3.0, 50.0]))
     if draw(st.integers(0, 3)) == 0:
@@ -49,12 +59,21 @@ def calls(draw):
 def test_random_calls(backend, call):
     problem, tensors, options = call
     expected = helpers.outputs_and_grads(
-        flashmark.reference.block_sparse_attention, helpers.upcast(tensors), mask=problem.expected(), **options
+        flashmark.reference.block_sparse_attention,
+        helpers.upcast(tensors),
+        mask=problem.expected(),
+        **options,
     )
     actual = helpers.outputs_and_grads(
-        flashmark.block_sparse_attention, tensors, mask=problem.compile(), backend=backend, **options
+        flashmark.block_sparse_attention,
+        tensors,
+        mask=problem.compile(),
+        backend=backend,
+        **options,
     )
-    gradients = [value.abs().max().item() for name, value in expected.items() if name.startswith("d ")]
+    gradients = [
+        value.abs().max().item() for name, value in expected.items() if name.startswith("d ")
+    ]
     for name, value in expected.items():
         if name.startswith("d "):
             # a gradient that cancels to nothing is measured against the others

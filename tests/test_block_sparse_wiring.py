@@ -1,19 +1,19 @@
-"""The operator as a citizen of PyTorch: autograd, opcheck, compile, autocast, checkpointing, FLOPs, memory."""
+"""The operator as a citizen of PyTorch: autograd, opcheck, autocast, checkpoints, FLOPs, memory."""
 
 from __future__ import annotations
 
 import functools
 
-import helpers
 import pytest
 import torch
-from features import FEATURES, WINDOW, block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashmark
+import helpers
+from features import FEATURES, WINDOW, block_mask
 from flashmark import masks
 
 
@@ -24,7 +24,7 @@ def op(request):
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_opcheck(op, feature):
-    """Schema, fake implementation and tracing of every registered operator that a forward and backward reach."""
+    """Schema, fake implementation and tracing of every registered operator that a call reaches."""
     calls = []
 
     class Recorder(TorchDispatchMode):
@@ -40,23 +40,34 @@ def test_opcheck(op, feature):
         (out.sum() + lse.sum()).backward()
     assert len(calls) >= 2
     for func, args, kwargs in calls:
-        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            torch.Tensor, torch.Tensor.detach, (args, kwargs)
+        )
         torch.library.opcheck(func, args, kwargs)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_gradcheck(feature):
-    query, key, value = (t.detach()[..., :3].clone().requires_grad_() for t in helpers.qkv(1, 2, 40, 8, kv_len=50))
+    query, key, value = (
+        t.detach()[..., :3].clone().requires_grad_() for t in helpers.qkv(1, 2, 40, 8, kv_len=50)
+    )
     leaves = [t.detach().double().requires_grad_() for t in (query, key, value)]
     options = FEATURES[feature](torch.float64)
     extra = [name for name in ("bias", "sinks") if name in options]
 
     def call(query, key, value, *more):
         return flashmark.block_sparse_attention(
-            query, key, value, **options | dict(zip(extra, more, strict=True)), return_lse=True, backend="eager"
+            query,
+            key,
+            value,
+            **options | dict(zip(extra, more, strict=True)),
+            return_lse=True,
+            backend="eager",
         )
 
-    assert torch.autograd.gradcheck(call, (*leaves, *(options[name] for name in extra)), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        call, (*leaves, *(options[name] for name in extra)), fast_mode=True
+    )
 
 
 def test_a_block_mask_passes_through_tree_map(op):
@@ -83,17 +94,21 @@ def test_autocast_as_scaled_dot_product_attention(op, dtype):
 
 
 def test_autocast_does_not_reach_inside_the_operator(op):
-    """Products accumulate in float32 and lse keeps its precision, whatever autocast makes of matmul."""
+    """Products accumulate in float32 and lse keeps its precision, whatever autocast does."""
     query, key, value = helpers.qkv(1, 2, 130, 16, grad=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, lse = op(query, key, value, masks.causal(), return_lse=True)
     halves = [t.bfloat16() for t in (query, key, value)]
-    exact = flashmark.reference.block_sparse_attention(*(t.double() for t in halves), masks.causal(), return_lse=True)[1]
+    exact = flashmark.reference.block_sparse_attention(
+        *(t.double() for t in halves), masks.causal(), return_lse=True
+    )[1]
     helpers.assert_close(lse, exact, 1e-5)
     wide = [t.double() for t in (query, key, value)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flashmark.block_sparse_attention(*wide, masks.causal(), backend="eager")
-    helpers.assert_close(out, flashmark.reference.block_sparse_attention(*wide, masks.causal()), 1e-13)
+    helpers.assert_close(
+        out, flashmark.reference.block_sparse_attention(*wide, masks.causal()), 1e-13
+    )
 
 
 def test_autocast_leaves_float64_and_float32_parameters_alone(op):
@@ -101,8 +116,12 @@ def test_autocast_leaves_float64_and_float32_parameters_alone(op):
     sinks = helpers.randn(2, seed=7, grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, lse = op(query, key, value, sinks=sinks, return_lse=True)
-        wide = flashmark.block_sparse_attention(query.double(), key.double(), value.double(), backend="eager")
-    assert wide.dtype == torch.float64 and out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        wide = flashmark.block_sparse_attention(
+            query.double(), key.double(), value.double(), backend="eager"
+        )
+    assert (
+        wide.dtype == torch.float64 and out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    )
     (grad,) = torch.autograd.grad(out.float().sum(), sinks)
     assert grad.dtype == torch.float32
 
@@ -172,14 +191,19 @@ def test_meta_tensors_have_shapes_and_flops():
     query = torch.empty(1, 2, 64, 16, device="meta")
     out = flashmark.block_sparse_attention(query, query, query, masks.causal(), backend="eager")
     assert out.shape == query.shape and out.device.type == "meta"
-    assert flops(lambda: flashmark.block_sparse_attention(query, query, query, backend="eager")) == 4 * 2 * 64 * 64 * 16
+    assert (
+        flops(lambda: flashmark.block_sparse_attention(query, query, query, backend="eager"))
+        == 4 * 2 * 64 * 64 * 16
+    )
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "relative-bias"])
 def test_no_allocation_is_quadratic(op, name):
     n = 2048
     query, key, value = helpers.qkv(1, 1, n, 16)
-    options = {"bias": helpers.randn(1, 2 * n - 1, seed=7, grad=True)} if name == "relative-bias" else {}
+    options = (
+        {"bias": helpers.randn(1, 2 * n - 1, seed=7, grad=True)} if name == "relative-bias" else {}
+    )
     mask = masks.causal() & masks.sliding_window(256) if name == "window" else masks.causal()
     op(query, key, value, mask, **options)  # compiles the mask
     activity = torch.profiler.ProfilerActivity.CPU
@@ -248,7 +272,9 @@ def test_inputs_are_left_as_they_were(op):
     assert all(torch.equal(a, b) for a, b in zip((query, key, value), before, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["stride-2", "expanded-batch", "expanded-heads", "last-dim-expanded", "sliced"])
+@pytest.mark.parametrize(
+    "kind", ["stride-2", "expanded-batch", "expanded-heads", "last-dim-expanded", "sliced"]
+)
 def test_unusual_strides(op, kind):
     make = {
         "stride-2": lambda t: t.repeat_interleave(2, -1)[..., ::2],
@@ -259,7 +285,9 @@ def test_unusual_strides(op, kind):
     }[kind]
     stored = helpers.qkv(2, 2, 40, 8)
     query, key, value = views = [make(t) for t in stored]
-    copies = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in views]
+    copies = [
+        t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in views
+    ]
     out, wanted = op(query, key, value, WINDOW), op(*copies, WINDOW)
     helpers.assert_close(out, wanted, 1e-6)
     d_out = helpers.randn(*out.shape, seed=4)
@@ -271,12 +299,18 @@ def test_unusual_strides(op, kind):
 def test_an_expanded_output_gradient(op):
     query, key, value = helpers.qkv(1, 2, 40, 8)
     out = op(query, key, value, WINDOW)
-    grads = torch.autograd.grad(out.sum(), (query, key, value), retain_graph=True)  # stride 0 everywhere
-    for a, b in zip(grads, torch.autograd.grad(out, (query, key, value), torch.ones_like(out)), strict=True):
+    grads = torch.autograd.grad(
+        out.sum(), (query, key, value), retain_graph=True
+    )  # stride 0 everywhere
+    for a, b in zip(
+        grads, torch.autograd.grad(out, (query, key, value), torch.ones_like(out)), strict=True
+    ):
         helpers.assert_identical(a, b)
 
 
 def test_auto_runs_on_this_machine():
     query, key, value = helpers.qkv(1, 2, 40, 8, grad=False)
     out = flashmark.block_sparse_attention(query, key, value, WINDOW)
-    helpers.assert_close(out, flashmark.block_sparse_attention(query, key, value, WINDOW, backend="reference"), 1e-5)
+    helpers.assert_close(
+        out, flashmark.block_sparse_attention(query, key, value, WINDOW, backend="reference"), 1e-5
+    )

@@ -4,40 +4,67 @@ from __future__ import annotations
 
 import functools
 
-import helpers
 import pytest
 import torch
 
 import flashmark
+import helpers
 from flashmark import masks
 
 
 def sound(**changes):
-    options = dict(zip(("query", "key", "value"), helpers.qkv(2, 4, 70, 16, kv_heads=2, kv_len=90), strict=True))
+    options = dict(
+        zip(
+            ("query", "key", "value"), helpers.qkv(2, 4, 70, 16, kv_heads=2, kv_len=90), strict=True
+        )
+    )
     return options | {"mask": masks.causal(), "return_lse": True, "backend": "eager"} | changes
 
 
 GOOD = {
     "plain": lambda: sound(),
     "half": lambda: sound(
-        **dict(zip(("query", "key", "value"), helpers.qkv(2, 4, 70, 16, dtype=torch.float16), strict=True))
+        **dict(
+            zip(
+                ("query", "key", "value"),
+                helpers.qkv(2, 4, 70, 16, dtype=torch.float16),
+                strict=True,
+            )
+        )
     ),
     "bfloat16": lambda: sound(
-        **dict(zip(("query", "key", "value"), helpers.qkv(1, 2, 70, 16, dtype=torch.bfloat16), strict=True))
+        **dict(
+            zip(
+                ("query", "key", "value"),
+                helpers.qkv(1, 2, 70, 16, dtype=torch.bfloat16),
+                strict=True,
+            )
+        )
     ),
     "double": lambda: sound(
-        **dict(zip(("query", "key", "value"), helpers.qkv(1, 2, 70, 16, dtype=torch.float64), strict=True))
+        **dict(
+            zip(
+                ("query", "key", "value"),
+                helpers.qkv(1, 2, 70, 16, dtype=torch.float64),
+                strict=True,
+            )
+        )
     ),
-    "bias-and-sinks": lambda: sound(bias=helpers.randn(4, 159, seed=7), sinks=helpers.randn(4, seed=8)),
+    "bias-and-sinks": lambda: sound(
+        bias=helpers.randn(4, 159, seed=7), sinks=helpers.randn(4, seed=8)
+    ),
     "empty-rows": lambda: sound(mask=~masks.causal()),
     "dropout": lambda: sound(dropout_p=0.4),
     "block-mask": lambda: sound(
-        mask=masks.compile_mask(masks.causal() & masks.sliding_window(9), 2, 4, 70, 90, device="cpu", block_size=32)
+        mask=masks.compile_mask(
+            masks.causal() & masks.sliding_window(9), 2, 4, 70, 90, device="cpu", block_size=32
+        )
     ),
     "huge-scores": lambda: sound(scale=300.0),
     "no-lse": lambda: sound(return_lse=False),
     "decode": lambda: sound(
-        query_offset=torch.tensor([3, 11], dtype=torch.int32), kv_lengths=torch.tensor([90, 40], dtype=torch.int32)
+        query_offset=torch.tensor([3, 11], dtype=torch.int32),
+        kv_lengths=torch.tensor([90, 40], dtype=torch.int32),
     ),
 }
 
@@ -57,7 +84,9 @@ def test_a_sound_backend_is_within_budget(name):
 
 def test_positional_arguments():
     query, key, value = helpers.qkv(1, 2, 20, 8, grad=False)
-    report = flashmark.check(flashmark.block_sparse_attention, query, key, value, masks.causal(), backend="eager")
+    report = flashmark.check(
+        flashmark.block_sparse_attention, query, key, value, masks.causal(), backend="eager"
+    )
     assert report.ok
     assert {row.name for row in report.rows} == {"out", "d query", "d key", "d value"}
 
@@ -94,7 +123,10 @@ FAULTS = {
     "infinite-lse": (lambda out, lse: (out, one_element(lse, float("inf"))), {"out[1]"}),
     "biased-lse": (lambda out, lse: (out, lse * (1 + 1e-4)), {"out[1]"}),
     "wrong-gradient": (lambda out, lse: (WrongGradient.apply(out), lse), {"d value"}),
-    "no-gradient": (lambda out, lse: (out.detach() + 0 * lse.detach().unsqueeze(-1), lse), {"d value"}),
+    "no-gradient": (
+        lambda out, lse: (out.detach() + 0 * lse.detach().unsqueeze(-1), lse),
+        {"d value"},
+    ),
 }
 
 
@@ -139,5 +171,7 @@ def test_show_config_names_versions_and_reasons():
     eager = [line for line in text.splitlines() if "eager" in line]
     assert eager and all("yes" in line for line in eager)
     if not torch.cuda.is_available():
-        triton = [line for line in text.splitlines() if line.split()[:1] == ["triton"] and "no:" in line]
+        triton = [
+            line for line in text.splitlines() if line.split()[:1] == ["triton"] and "no:" in line
+        ]
         assert all(len(line.split("no:")[1].split()) >= 3 for line in triton)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import helpers
 import pytest
 import torch
 from hypothesis import example, given, settings
+
+import helpers
+from flashmark import masks
 from strategies import Problem, problems
 
-from flashmark import masks
 
 def decode(mask: masks.BlockMask, *, columns: bool = False) -> torch.Tensor:
-    """Tile classes read from the lists by hand, (batch, heads, q_blocks, kv_blocks): -2 empty, -1 full, else tile_bits row.
+    """Class of a tile, read by hand from the lists: -2 empty, -1 full, else its row of tile_bits.
 
-    Checks on the way that runs and partial tiles are in range, ascending and apart, and that the counts are right.
+    Returns (batch, heads, q_blocks, kv_blocks). Checks also that runs and partial tiles are in
+    range, ascending and apart, and that counts and order are right.
     """
     lists = mask.cols if columns else mask.rows
     lines, width = (mask.kv_blocks, mask.q_blocks) if columns else (mask.q_blocks, mask.kv_blocks)
@@ -41,8 +43,12 @@ def decode(mask: masks.BlockMask, *, columns: bool = False) -> torch.Tensor:
     counts = (grid != -2).sum(-1)
     assert torch.equal(lists.counts.long(), counts)
     order = lists.order.long()
-    assert torch.equal(order.sort(-1).values, torch.arange(lines).expand_as(order)), "order is no permutation"
-    assert (counts.gather(-1, order).diff(dim=-1) <= 0).all(), "order does not put heavy lines first"
+    assert torch.equal(order.sort(-1).values, torch.arange(lines).expand_as(order)), (
+        "order is no permutation"
+    )
+    assert (counts.gather(-1, order).diff(dim=-1) <= 0).all(), (
+        "order does not put heavy lines first"
+    )
     return grid.transpose(2, 3) if columns else grid
 
 
@@ -52,13 +58,17 @@ def elements_of_tiles(mask: masks.BlockMask) -> torch.Tensor:
     assert words.dtype == torch.int32
     assert words.shape[1:] == (mask.block_q, -(-mask.block_kv // 32))
     bits = [(words[..., k // 32] >> (k % 32)) & 1 for k in range(words.shape[-1] * 32)]
-    bits = torch.stack(bits, -1).bool() if len(words) else torch.zeros(0, mask.block_q, words.shape[-1] * 32).bool()
+    bits = (
+        torch.stack(bits, -1).bool()
+        if len(words)
+        else torch.zeros(0, mask.block_q, words.shape[-1] * 32).bool()
+    )
     assert not bits[..., mask.block_kv :].any(), "bits beyond the tile"
     return bits[..., : mask.block_kv]
 
 
 def tiled(dense: torch.Tensor, block_q: int, block_kv: int) -> torch.Tensor:
-    """(B, H, q_len, kv_len) -> (B, H, q_blocks, kv_blocks, block_q, block_kv), padded with False."""
+    """(B, H, q_len, kv_len) -> (B, H, q_blocks, kv_blocks, block_q, block_kv), False outside."""
     q_len, kv_len = dense.shape[2:]
     padded = torch.nn.functional.pad(dense, (0, -kv_len % block_kv, 0, -q_len % block_q))
     return padded.unflatten(3, (-1, block_kv)).unflatten(2, (-1, block_q)).transpose(3, 4)
@@ -84,7 +94,9 @@ def test_every_element_equals_its_definition(problem):
     assert actual.dtype == torch.bool
     assert torch.equal(actual.expand_as(expected), expected)
     assert mask.density == pytest.approx(expected.double().mean().item(), abs=1e-12)
-    definition = problem.rule.mask.to_dense(problem.batch, problem.heads, problem.q_len, problem.kv_len)
+    definition = problem.rule.mask.to_dense(
+        problem.batch, problem.heads, problem.q_len, problem.kv_len
+    )
     assert torch.equal(definition.expand_as(expected), expected)
 
 
@@ -111,7 +123,9 @@ def test_tiles_are_classified_exactly_and_stored_once(problem):
     mask, expected = problem.compile(), problem.expected()
     if mask.kind != "sparse":
         return
-    assert len(mask.tile_bits.flatten(1).unique(dim=0)) == len(mask.tile_bits), "tile_bits has duplicates"
+    assert len(mask.tile_bits.flatten(1).unique(dim=0)) == len(mask.tile_bits), (
+        "tile_bits has duplicates"
+    )
     if "blocks" in problem.rule.name:  # compiled without reading back: not reclassified
         return
     rows, wanted = decode(mask), tiled(expected, mask.block_q, mask.block_kv)
@@ -122,7 +136,9 @@ def test_tiles_are_classified_exactly_and_stored_once(problem):
     assert torch.equal(grid == -1, full)
     assert torch.equal(grid == -2, empty)
     used = rows[rows >= 0].unique()
-    assert torch.equal(used, torch.arange(len(mask.tile_bits))), "tile_bits has rows that nobody uses"
+    assert torch.equal(used, torch.arange(len(mask.tile_bits))), (
+        "tile_bits has rows that nobody uses"
+    )
 
 
 @settings(max_examples=40)

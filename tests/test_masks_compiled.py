@@ -1,22 +1,23 @@
-"""Size, sharing, caching, drawing and conversion of compiled masks."""
+"""Size, sharing, caching and drawing of compiled masks."""
 
 from __future__ import annotations
 
 import time
 
-import helpers
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, noop_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import flashmark
+import helpers
 from flashmark import masks
 
 
 def compiled(mask, q_len=256, kv_len=None, *, batch=1, heads=1, block_size=64):
-    return masks.compile_mask(mask, batch, heads, q_len, kv_len or q_len, device="cpu", block_size=block_size)
+    return masks.compile_mask(
+        mask, batch, heads, q_len, kv_len or q_len, device="cpu", block_size=block_size
+    )
 
 
 class LargestOutput(TorchDispatchMode):
@@ -67,7 +68,9 @@ def test_full_tiles_of_a_row_are_one_run():
 
 @pytest.mark.parametrize("name", ["causal", "dense"])
 def test_plain_causal_and_dense_are_a_static_kind(name):
-    mask = masks.causal() if name == "causal" else masks.dense(torch.ones(130, 130, dtype=torch.bool))
+    mask = (
+        masks.causal() if name == "causal" else masks.dense(torch.ones(130, 130, dtype=torch.bool))
+    )
     block_mask = compiled(mask, 130)
     if name == "causal":
         assert block_mask.kind == "causal"
@@ -93,14 +96,19 @@ IDS = torch.tensor([[0] * 50 + [1] * 50] * 3)
         pytest.param(masks.mask_mod(lambda b, h, q, kv: q >= kv), (1, 1), id="mod-shared"),
         pytest.param(masks.mask_mod(lambda b, h, q, kv: q >= kv + h), (1, 4), id="mod-per-head"),
         pytest.param(masks.mask_mod(lambda b, h, q, kv: q >= kv + b), (3, 1), id="mod-per-sample"),
-        pytest.param(masks.mask_mod(lambda b, h, q, kv: q >= kv + b * h), (3, 4), id="mod-per-both"),
         pytest.param(
-            masks.key_padding(torch.tensor([100, 50, 1])) & masks.mask_mod(lambda b, h, q, kv: q >= kv + h),
+            masks.mask_mod(lambda b, h, q, kv: q >= kv + b * h), (3, 4), id="mod-per-both"
+        ),
+        pytest.param(
+            masks.key_padding(torch.tensor([100, 50, 1]))
+            & masks.mask_mod(lambda b, h, q, kv: q >= kv + h),
             (3, 4),
             id="sample-and-head",
         ),
         pytest.param(
-            masks.blocks(torch.ones(1, 4, 4, 4, dtype=torch.bool), 32) & masks.causal(), (1, 4), id="blocks-per-head"
+            masks.blocks(torch.ones(1, 4, 4, 4, dtype=torch.bool), 32) & masks.causal(),
+            (1, 4),
+            id="blocks-per-head",
         ),
     ],
 )
@@ -129,7 +137,9 @@ def test_causal_at_a_million_tokens_is_small_and_quick():
     [
         pytest.param(masks.causal() & masks.sliding_window(4096), id="causal-window"),
         pytest.param(masks.causal() & masks.documents(torch.arange(32768) // 5000), id="documents"),
-        pytest.param(masks.pinned(64) | (masks.causal() & masks.sliding_window(512)), id="sink-window"),
+        pytest.param(
+            masks.pinned(64) | (masks.causal() & masks.sliding_window(512)), id="sink-window"
+        ),
     ],
 )
 def test_building_at_32k_allocates_nothing_quadratic(mask):
@@ -143,9 +153,13 @@ def test_building_at_32k_allocates_nothing_quadratic(mask):
 
 def test_mask_mod_is_evaluated_a_band_of_tiles_at_a_time():
     with LargestOutput() as largest:
-        block_mask = compiled(masks.mask_mod(lambda b, h, q, kv: (q - kv).abs() < 100), 8192, block_size=128)
+        block_mask = compiled(
+            masks.mask_mod(lambda b, h, q, kv: (q - kv).abs() < 100), 8192, block_size=128
+        )
     assert largest.elements <= 8192 * 8192 // 4
-    assert block_mask.density == pytest.approx((8192 + 2 * sum(8192 - d for d in range(1, 100))) / 8192**2)
+    assert block_mask.density == pytest.approx(
+        (8192 + 2 * sum(8192 - d for d in range(1, 100))) / 8192**2
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +173,9 @@ def test_mask_mod_is_evaluated_a_band_of_tiles_at_a_time():
 def test_blocks_and_a_closed_form_compile_without_reading_the_device(combine):
     tiles = torch.rand(1, 2, 8, 8) < 0.4
     # a tensor without values cannot be read: whatever compiles here needs no host sync
-    blind = masks.compile_mask(combine(masks.blocks(tiles.to("meta"), 32)), 1, 2, 256, 256, device="meta", block_size=32)
+    blind = masks.compile_mask(
+        combine(masks.blocks(tiles.to("meta"), 32)), 1, 2, 256, 256, device="meta", block_size=32
+    )
     assert all(tensor.device.type == "meta" for tensor in blind.tensors())
     mask = compiled(combine(masks.blocks(tiles, 32)), 256, heads=2, block_size=32)
     assert [t.shape for t in mask.tensors()] == [t.shape for t in blind.tensors()]
@@ -227,7 +243,11 @@ def test_every_mask_of_tensors_follows_a_change_in_place(kind):
     make, tensor, change = {
         "prefix": (masks.prefix, torch.tensor([n, n]), lambda t: t.fill_(7)),
         "key_padding": (masks.key_padding, torch.tensor([n, n]), lambda t: t.sub_(50)),
-        "padding_bool": (masks.key_padding, torch.ones(2, n).bool(), lambda t: t[:, 30:].fill_(False)),
+        "padding_bool": (
+            masks.key_padding,
+            torch.ones(2, n).bool(),
+            lambda t: t[:, 30:].fill_(False),
+        ),
         "blocks": (
             lambda t: masks.blocks(t, 128) & masks.sliding_window(500),
             torch.ones(2, 2).bool(),
@@ -305,59 +325,6 @@ def test_plot_returns_axes():
     assert isinstance(axes, matplotlib.axes.Axes)
     assert compiled(masks.causal(), 100, heads=2).plot(axes, head=0) is axes
     pyplot.close("all")
-
-
-def by_head_and_sample(b, h, q, kv):
-    return (q >= kv + 11 * h) & (kv >= 9 * b)
-
-
-@pytest.mark.parametrize("block_size", [32, 128, (32, 64)], ids=str)
-@pytest.mark.parametrize(
-    ("fn", "batch", "heads"),
-    [
-        pytest.param(lambda b, h, q, kv: q >= kv, None, None, id="causal"),
-        pytest.param(lambda b, h, q, kv: (q - kv).abs() < 40, None, None, id="band"),
-        pytest.param(by_head_and_sample, 2, 3, id="per-head-and-sample"),
-        pytest.param(lambda b, h, q, kv: kv < 0, None, None, id="empty"),
-    ],
-)
-@pytest.mark.parametrize("lengths", [(256, 256), (130, 200)], ids=["256x256", "130x200"])
-def test_flex_masks_come_and_go(fn, batch, heads, lengths, block_size):
-    flex = create_block_mask(fn, batch, heads, *lengths, device="cpu", BLOCK_SIZE=block_size)
-    expected = masks.mask_mod(fn).to_dense(batch or 1, heads or 1, *lengths)
-    ours = masks.from_flex(flex)
-    assert ours.shape[2:] == lengths
-    assert torch.equal(ours.to_dense().expand_as(expected), expected)
-    back = masks.to_flex(ours)
-    assert back.seq_lengths == lengths and back.BLOCK_SIZE == (ours.block_q, ours.block_kv)
-    b, h, i, j = (
-        torch.arange(n).view([-1 if d == axis else 1 for d in range(4)]) for axis, n in enumerate(expected.shape)
-    )
-    assert torch.equal(back.mask_mod(b, h, i, j).expand_as(expected), expected)
-    # FlexAttention visits the listed tiles only: everything visible must lie in one
-    assert (back.to_dense().sum() <= flex.to_dense().sum()).item()
-    again = masks.from_flex(back)
-    assert torch.equal(again.to_dense().expand_as(expected), expected)
-
-
-def test_to_flex_is_what_flex_attention_computes():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    mask = compiled(masks.causal() & masks.sliding_window(50), 130, block_size=64)
-    query, key, value = helpers.qkv(1, 2, 130, 16, grad=False)
-    theirs = flex_attention(query, key, value, block_mask=masks.to_flex(mask))
-    ours = flashmark.block_sparse_attention(query, key, value, mask, backend="eager")
-    helpers.assert_close(theirs, ours, 1e-5)
-
-
-def test_to_flex_refuses_index_lists_of_gigabytes():
-    mask = compiled(masks.causal(), 4_194_304, block_size=128)
-    with pytest.raises(ValueError, match="to_flex|FlexAttention|block"):
-        masks.to_flex(mask)
-
-
-def test_from_flex_of_the_full_mask():
-    assert masks.from_flex(create_block_mask(noop_mask, None, None, 200, 200, device="cpu")).density == 1.0
 
 
 @pytest.mark.parametrize("q_len", [1, 3])

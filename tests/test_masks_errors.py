@@ -1,4 +1,4 @@
-"""Wrong arguments to masks: one sentence that names the argument, what was expected and what came."""
+"""Wrong arguments to masks: one sentence, argument, expected, got."""
 
 from __future__ import annotations
 
@@ -25,11 +25,19 @@ CONSTRUCTORS = {
     "stride-bool": (lambda: masks.dilated(True), TypeError, "stride.*bool"),
     "negative-prefix": (lambda: masks.prefix(-3), ValueError, "n.*-3"),
     "prefix-float": (lambda: masks.prefix(torch.tensor([1.0])), TypeError, "n.*float"),
-    "prefix-2d": (lambda: masks.prefix(torch.ones(2, 2, dtype=torch.long)), ValueError, r"n.*\(2, 2\)"),
+    "prefix-2d": (
+        lambda: masks.prefix(torch.ones(2, 2, dtype=torch.long)),
+        ValueError,
+        r"n.*\(2, 2\)",
+    ),
     "pinned-string": (lambda: masks.pinned("4"), TypeError, "n.*str"),
     "ids-list": (lambda: masks.documents([0, 1]), TypeError, "ids.*list"),
     "ids-float": (lambda: masks.documents(torch.zeros(4)), TypeError, "ids.*float"),
-    "ids-3d": (lambda: masks.documents(torch.zeros(1, 1, 4, dtype=torch.long)), ValueError, r"ids.*\(1, 1, 4\)"),
+    "ids-3d": (
+        lambda: masks.documents(torch.zeros(1, 1, 4, dtype=torch.long)),
+        ValueError,
+        r"ids.*\(1, 1, 4\)",
+    ),
     "lengths-float": (lambda: masks.key_padding(torch.tensor([1.5])), TypeError, "lengths.*float"),
     "lengths-int": (lambda: masks.key_padding(5), TypeError, "lengths.*int"),
     "lengths-bool-1d": (lambda: masks.key_padding(BOOL[0]), ValueError, r"lengths.*\(8,\)"),
@@ -43,14 +51,18 @@ CONSTRUCTORS = {
 }
 
 
-@pytest.mark.parametrize(("build", "error", "match"), CONSTRUCTORS.values(), ids=CONSTRUCTORS.keys())
+@pytest.mark.parametrize(
+    ("build", "error", "match"), CONSTRUCTORS.values(), ids=CONSTRUCTORS.keys()
+)
 def test_constructors(build, error, match):
     with pytest.raises(error, match=match) as caught:
         build()
     assert type(caught.value) is error and one_sentence(caught.value)
 
 
-@pytest.mark.parametrize("combine", [lambda m: m & True, lambda m: m | torch.ones(2, 2), lambda m: 1 & m])
+@pytest.mark.parametrize(
+    "combine", [lambda m: m & True, lambda m: m | torch.ones(2, 2), lambda m: 1 & m]
+)
 def test_masks_combine_with_masks_only(combine):
     with pytest.raises(TypeError):
         combine(masks.causal())
@@ -62,36 +74,83 @@ def test_and_or_not_of_python_are_refused():
 
 
 def compile_with(mask, batch=2, heads=2, q_len=64, kv_len=64, device="cpu", block_size=32):
-    return masks.compile_mask(mask, batch, heads, q_len, kv_len, device=device, block_size=block_size)
+    return masks.compile_mask(
+        mask, batch, heads, q_len, kv_len, device=device, block_size=block_size
+    )
 
 
 COMPILES = {
-    "block-size-17": (lambda: compile_with(masks.causal(), block_size=17), ValueError, "block_size.*17"),
-    "block-size-0": (lambda: compile_with(masks.causal(), block_size=0), ValueError, "block_size.*0"),
-    "block-size-256": (lambda: compile_with(masks.causal(), block_size=(16, 256)), ValueError, "block_size.*256"),
-    "block-size-triple": (lambda: compile_with(masks.causal(), block_size=(16, 16, 16)), ValueError, "block_size"),
+    "block-size-17": (
+        lambda: compile_with(masks.causal(), block_size=17),
+        ValueError,
+        "block_size.*17",
+    ),
+    "block-size-0": (
+        lambda: compile_with(masks.causal(), block_size=0),
+        ValueError,
+        "block_size.*0",
+    ),
+    "block-size-256": (
+        lambda: compile_with(masks.causal(), block_size=(16, 256)),
+        ValueError,
+        "block_size.*256",
+    ),
+    "block-size-triple": (
+        lambda: compile_with(masks.causal(), block_size=(16, 16, 16)),
+        ValueError,
+        "block_size",
+    ),
     "not-a-mask": (lambda: compile_with(BOOL), TypeError, "mask.*Tensor"),
     "no-mask": (lambda: compile_with("causal"), TypeError, "mask.*str"),
     "negative-length": (lambda: compile_with(masks.causal(), q_len=-1), ValueError, "q_len.*-1"),
     "zero-batch-type": (lambda: compile_with(masks.causal(), batch=2.0), TypeError, "batch.*float"),
     "ids-length": (
-        lambda: compile_with(masks.documents(torch.zeros(63, dtype=torch.long))), ValueError, "ids.*64.*63"),
+        lambda: compile_with(masks.documents(torch.zeros(63, dtype=torch.long))),
+        ValueError,
+        "ids.*64.*63",
+    ),
     "ids-batch": (
-        lambda: compile_with(masks.documents(torch.zeros(3, 64, dtype=torch.long))), ValueError, "ids.*2.*3"),
-    "prefix-batch": (lambda: compile_with(masks.prefix(torch.tensor([1, 2, 3]))), ValueError, "prefix.*2.*3"),
-    "padding-batch": (lambda: compile_with(masks.key_padding(torch.tensor([1, 2, 3]))), ValueError, "2.*3"),
+        lambda: compile_with(masks.documents(torch.zeros(3, 64, dtype=torch.long))),
+        ValueError,
+        "ids.*2.*3",
+    ),
+    "prefix-batch": (
+        lambda: compile_with(masks.prefix(torch.tensor([1, 2, 3]))),
+        ValueError,
+        "prefix.*2.*3",
+    ),
+    "padding-batch": (
+        lambda: compile_with(masks.key_padding(torch.tensor([1, 2, 3]))),
+        ValueError,
+        "2.*3",
+    ),
     "padding-length": (
-        lambda: compile_with(masks.key_padding(torch.ones(2, 60, dtype=torch.bool))), ValueError, "64.*60"),
+        lambda: compile_with(masks.key_padding(torch.ones(2, 60, dtype=torch.bool))),
+        ValueError,
+        "64.*60",
+    ),
     "dense-shape": (lambda: compile_with(masks.dense(BOOL)), ValueError, r"64.*8"),
     "dense-heads": (
-        lambda: compile_with(masks.dense(torch.ones(3, 64, 64, dtype=torch.bool))), ValueError, "2.*3"),
+        lambda: compile_with(masks.dense(torch.ones(3, 64, 64, dtype=torch.bool))),
+        ValueError,
+        "2.*3",
+    ),
     "blocks-shape": (lambda: compile_with(masks.blocks(BOOL, 32)), ValueError, "map.*2.*8"),
     "blocks-finer": (
-        lambda: compile_with(masks.blocks(torch.ones(4, 4, dtype=torch.bool), 16)), ValueError, "block_size.*32.*16|block_size.*16.*32"),
+        lambda: compile_with(masks.blocks(torch.ones(4, 4, dtype=torch.bool), 16)),
+        ValueError,
+        "block_size.*32.*16|block_size.*16.*32",
+    ),
     "mod-returns-int": (
-        lambda: compile_with(masks.mask_mod(lambda b, h, q, kv: q - kv)), TypeError, "fn.*int64"),
+        lambda: compile_with(masks.mask_mod(lambda b, h, q, kv: q - kv)),
+        TypeError,
+        "fn.*int64",
+    ),
     "nested": (
-        lambda: compile_with(masks.causal() & ~masks.documents(torch.zeros(63, dtype=torch.long))), ValueError, "ids"),
+        lambda: compile_with(masks.causal() & ~masks.documents(torch.zeros(63, dtype=torch.long))),
+        ValueError,
+        "ids",
+    ),
 }
 
 

@@ -162,7 +162,7 @@ def test_editable_install_imports_from_the_sources(editable, tmp_path, name):
     result = fresh_python(
         f"import site\nsite.addsitedir({str(target)!r})\n"
         f"import {module}\nresult = {{'file': {module}.__file__}}",
-        path=[],
+        path=[target],
         cwd=tmp_path,
     )
     folder = checkout / ("python/flashmark" if name is None else f"kernels/{name}")

@@ -1,22 +1,36 @@
-"""The dense definition against loops over single numbers and against scaled_dot_product_attention."""
+"""The dense definition against loops over numbers and scaled_dot_product_attention."""
 
 from __future__ import annotations
 
 import itertools
 import math
 
-import helpers
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+import helpers
 from flashmark import masks
 from flashmark.reference import block_sparse_attention, dropout_keep
 
 B, H, KV_HEADS, NQ, NK, D, DV = 2, 4, 2, 5, 7, 3, 2
 
 
-def by_loops(query, key, value, visible, *, rows=None, mask_rows=NQ, bias=None, scale=None, softcap=None, sinks=None, keep=None, p=0.0):
+def by_loops(
+    query,
+    key,
+    value,
+    visible,
+    *,
+    rows=None,
+    mask_rows=NQ,
+    bias=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    keep=None,
+    p=0.0,
+):
     """out and lse with math.exp and Python sums, row by row; visible is indexed by query."""
     scale = 1 / math.sqrt(D) if scale is None else scale
     out, lse = torch.zeros(B, H, NQ, DV).double(), torch.full((B, H, NQ), -math.inf).double()
@@ -48,7 +62,9 @@ def by_loops(query, key, value, visible, *, rows=None, mask_rows=NQ, bias=None, 
 
 
 def inputs():
-    return helpers.qkv(B, H, NQ, D, kv_heads=KV_HEADS, kv_len=NK, v_dim=DV, dtype=torch.float64, grad=False)
+    return helpers.qkv(
+        B, H, NQ, D, kv_heads=KV_HEADS, kv_len=NK, v_dim=DV, dtype=torch.float64, grad=False
+    )
 
 
 def check(actual, wanted):
@@ -65,7 +81,9 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("feature", ["plain", "scale", "softcap", "relative-bias", "dense-bias", "sinks", "everything"])
+@pytest.mark.parametrize(
+    "feature", ["plain", "scale", "softcap", "relative-bias", "dense-bias", "sinks", "everything"]
+)
 def test_against_loops(feature, rule):
     visible = RULES[rule].dense(B, H, NQ, NK)
     relative = helpers.randn(H, NQ + NK - 1, dtype=torch.float64, seed=7)
@@ -77,14 +95,18 @@ def test_against_loops(feature, rule):
         "dense-bias": {"bias": helpers.randn(B, 1, NQ, NK, dtype=torch.float64, seed=7)},
         "sinks": {"sinks": helpers.randn(H, dtype=torch.float64, seed=8)},
     }
-    options["everything"] = options["scale"] | options["softcap"] | options["relative-bias"] | options["sinks"]
+    options["everything"] = (
+        options["scale"] | options["softcap"] | options["relative-bias"] | options["sinks"]
+    )
     options = options[feature]
     wanted = by_loops(*inputs(), visible, **options)
     check(block_sparse_attention(*inputs(), RULES[rule].mask, **options, return_lse=True), wanted)
     check(block_sparse_attention(*inputs(), visible, **options, return_lse=True), wanted)
 
 
-@pytest.mark.parametrize("offset", [1, torch.tensor([0, 2], dtype=torch.int32)], ids=["int", "per-sample"])
+@pytest.mark.parametrize(
+    "offset", [1, torch.tensor([0, 2], dtype=torch.int32)], ids=["int", "per-sample"]
+)
 def test_query_offset_against_loops(offset):
     starts = [offset] * B if isinstance(offset, int) else offset.tolist()
     square = (helpers.causal() & helpers.window(3)).dense(B, H, NK, NK)
@@ -92,21 +114,37 @@ def test_query_offset_against_loops(offset):
     bias = helpers.randn(H, 2 * NK - 1, dtype=torch.float64, seed=7)
     wanted = by_loops(*inputs(), visible, rows=starts, mask_rows=NK, bias=bias)
     expression = masks.causal() & masks.sliding_window(3)
-    for mask in (expression, masks.compile_mask(expression, B, H, NK, NK, device="cpu", block_size=16)):
-        check(block_sparse_attention(*inputs(), mask, query_offset=offset, bias=bias, return_lse=True), wanted)
+    for mask in (
+        expression,
+        masks.compile_mask(expression, B, H, NK, NK, device="cpu", block_size=16),
+    ):
+        check(
+            block_sparse_attention(
+                *inputs(), mask, query_offset=offset, bias=bias, return_lse=True
+            ),
+            wanted,
+        )
 
 
 def test_kv_lengths_against_loops():
     lengths = torch.tensor([0, 4], dtype=torch.int32)
     visible = (torch.arange(NK) < lengths.view(B, 1, 1, 1)).expand(B, H, NQ, NK)
-    check(block_sparse_attention(*inputs(), kv_lengths=lengths, return_lse=True), by_loops(*inputs(), visible))
+    check(
+        block_sparse_attention(*inputs(), kv_lengths=lengths, return_lse=True),
+        by_loops(*inputs(), visible),
+    )
 
 
 def test_dropout_against_loops():
     keep = dropout_keep(123, 0.4, B, H, NQ, NK)
     assert keep.shape == (B, H, NQ, NK) and 0.4 < keep.double().mean() < 0.8
     wanted = by_loops(*inputs(), RULES["causal"].dense(B, H, NQ, NK), keep=keep, p=0.4)
-    check(block_sparse_attention(*inputs(), masks.causal(), dropout_p=0.4, dropout_seed=123, return_lse=True), wanted)
+    check(
+        block_sparse_attention(
+            *inputs(), masks.causal(), dropout_p=0.4, dropout_seed=123, return_lse=True
+        ),
+        wanted,
+    )
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -131,7 +169,11 @@ def test_against_scaled_dot_product_attention(rule):
     helpers.assert_close(out, theirs, 1e-12)
     d_out = helpers.randn(*out.shape, dtype=torch.float64, seed=9)
     leaves = (query, key, value)
-    for a, b in zip(torch.autograd.grad(out, leaves, d_out), torch.autograd.grad(theirs, leaves, d_out), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(out, leaves, d_out),
+        torch.autograd.grad(theirs, leaves, d_out),
+        strict=True,
+    ):
         helpers.assert_close(a, b, 1e-12)
 
 
@@ -143,7 +185,16 @@ def test_gradients_of_every_input_by_finite_differences():
     def call(query, key, value, bias, sinks):
         rule = RULES["empty-rows"]
         return block_sparse_attention(
-            query, key, value, rule.mask, bias=bias, sinks=sinks, softcap=2.0, dropout_p=0.3, dropout_seed=1, return_lse=True
+            query,
+            key,
+            value,
+            rule.mask,
+            bias=bias,
+            sinks=sinks,
+            softcap=2.0,
+            dropout_p=0.3,
+            dropout_seed=1,
+            return_lse=True,
         )
 
     assert torch.autograd.gradcheck(call, (query, key, value, bias, sinks))
@@ -153,11 +204,15 @@ def test_an_empty_row_has_zero_output_and_zero_gradients():
     query, key, value = (t.requires_grad_() for t in inputs())
     out, lse = block_sparse_attention(query, key, value, masks.prefix(0), return_lse=True)
     assert not out.any() and (lse == -math.inf).all()
-    for grad in torch.autograd.grad((out, lse), (query, key, value), (torch.ones_like(out), torch.ones_like(lse))):
+    for grad in torch.autograd.grad(
+        (out, lse), (query, key, value), (torch.ones_like(out), torch.ones_like(lse))
+    ):
         assert not grad.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_dtypes(dtype):
     query, key, value = helpers.qkv(1, 2, 9, 4, dtype=dtype, grad=False)
     out, lse = block_sparse_attention(query, key, value, masks.causal(), return_lse=True)

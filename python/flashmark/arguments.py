@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from flashmark.masks import BlockMask, Mask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 256
+LARGEST = sys.float_info.max
 
 
 def check_tensor(name: str, value, dims: int) -> None:
@@ -61,10 +63,11 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def finite(name: str, value: float, *, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     expected = "a finite number > 0" if positive else "a finite number"
-    if not math.isfinite(value) or (positive and value <= 0):
+    # comparisons, because torch.compile may trace the number as a symbol; False for NaN
+    if not -LARGEST <= value <= LARGEST or (positive and value <= 0):
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return float(value)
 

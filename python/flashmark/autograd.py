@@ -20,3 +20,10 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, each its own object: torch.compile refuses one that is passed twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(x.view_as(x) for x in tensors)

@@ -18,7 +18,7 @@ from flashmark.arguments import (
     check_sinks,
     finite,
 )
-from flashmark.autograd import under_autocast
+from flashmark.autograd import distinct, under_autocast
 from flashmark.dispatch import choose_backend
 from flashmark.masks import BlockMask, Mask
 from flashmark.masks.cache import compiled
@@ -80,6 +80,9 @@ def block_sparse_attention(
         ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
         flashmark.BackendUnavailable: the named backend cannot run here.
 
+    Under `torch.compile` a BlockMask is an input like any other. An expression must be built
+    outside the compiled function and read no tensors; only plain `causal()` may be written inside.
+
     The order is scale, softcap, bias, mask, sinks. Causal masks are aligned to the bottom right:
     query i sits at position i + Nk - Nq. Algorithm: Dao et al., "FlashAttention" (2022), over the
     visible tiles only.
@@ -96,6 +99,8 @@ def block_sparse_attention(
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
     query_offset = check_lengths("query_offset", query_offset, batch, query.device)
     kv_lengths = check_lengths("kv_lengths", kv_lengths, batch, query.device, scalar=False)
+    if kv_lengths is not None:
+        kv_lengths = kv_lengths.clamp(0, kv_len)
     rows = q_len
     if query_offset is not None:
         rows = mask.q_len if isinstance(mask, BlockMask) else kv_len
@@ -119,13 +124,19 @@ def block_sparse_attention(
     elif is_plain_causal(mask):
         tensors, layout, kind = pack_mask(plain_mask("causal", rows, kv_len))
     else:
+        if torch.compiler.is_compiling() and mask.tensors():
+            raise NotImplementedError(
+                "mask: expected a BlockMask from compile_mask inside torch.compile, "
+                "got an expression that reads tensors"
+            )
         tensors, layout, kind = _compiled(mask, batch, heads, rows, kv_len, query.device)
     if not torch.compiler.is_compiling():
         register_if_counting()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    query, key, value = distinct(*(_unit_stride(x) for x in (query, key, value)))
     out, lse = _BlockSparseAttention.apply(
-        _unit_stride(query), _unit_stride(key), _unit_stride(value), bias, sinks, query_offset,
+        query, key, value, bias, sinks, query_offset,
         kv_lengths, dropout_seed if dropout_p > 0.0 else None, layout, kind, scale, softcap,
         dropout_p, deterministic, backend, *tensors,
     )  # fmt: skip

@@ -173,10 +173,15 @@ def _largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
 
 
+def _detached(x):
+    return x.detach() if isinstance(x, Tensor) else x
+
+
 def _largest_score(op: Callable, args, kwargs) -> float:
     """max |score|, which bounds what rounding an exponent must cost."""
     given = inspect.signature(op).bind(*args, **kwargs).arguments
-    query, key, landmarks = (given.get(name) for name in ("query", "key", "landmarks"))
+    names = ("query", "key", "landmarks")
+    query, key, landmarks = pytree.tree_map(_detached, [given.get(name) for name in names])
     if query is None or key is None or not query.numel() or not key.numel():
         return 0.0
     scale = given.get("scale")

@@ -77,6 +77,12 @@ def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str
     return None if cpu.available() else cpu.why_not()
 
 
+# What torch.compiler.assume_constant_result sets: torch.compile asks while it traces and remembers.
+# The decorator itself would import torch._dynamo.
+_why_not_triton._dynamo_marked_constant = True
+_why_not_cpu._dynamo_marked_constant = True
+
+
 def can_run_eager(operator: str, query: Tensor, *, raise_error: bool = False) -> bool:
     """Tiled PyTorch runs on every device, in float16, bfloat16, float32 and float64."""
     known = query.dtype in (*HALF_OR_SINGLE, torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -63,7 +64,9 @@ def landmark_core(
     if method == "cholesky" and not tied:
         raise ValueError("method: expected 'tikhonov' for a pair of landmarks, got 'cholesky'")
     scale = 1 / math.sqrt(landmark_queries.shape[-1]) if scale is None else float(scale)
-    with torch.autocast(landmark_queries.device.type, enabled=False):
+    if method == "cholesky" and not scale > 0:
+        raise ValueError(f"scale: expected a number > 0 with method='cholesky', got {scale}")
+    with _without_autocast(landmark_queries.device.type):
         dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
         X = landmark_queries.to(dtype)
         Y = X if tied else landmark_keys.to(dtype)
@@ -83,10 +86,16 @@ def landmark_core(
             return _newton_schulz(matrix, eye, iterations)
         if not tied:
             _warn_once(matrix)
-        target = matrix.mT
-        if kind == "softmax":
-            target = target + jitter / eye.shape[0]
-        return torch.cholesky_solve(target, _cholesky(matrix.mT @ matrix + jitter * eye))
+        normal = _cholesky(matrix.mT @ matrix + jitter * eye)
+        core = torch.cholesky_solve(matrix.mT, normal)
+        # (A^T A + jitter)^-1 maps the constant rows that the second term adds to constant rows
+        return core if kind == "kernel" else _with_unit_rows(core)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _unit_diagonal(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +105,19 @@ def _unit_diagonal(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_normalised_inverse(scores: Tensor, jitter: float, eye: Tensor) -> Tensor:
-    """(S + jitter D)^-1 diag((S + jitter D) 1), through the unit-diagonal form: nothing overflows."""
+    """(S + jitter D)^-1 diag((S + jitter D) 1) by the unit-diagonal form: nothing overflows."""
     unit, half = _unit_diagonal(scores)
     unit = unit + jitter * eye
-    root = torch.exp(half - half.amax(-1, keepdim=True))  # a common factor cancels
+    # A common factor cancels. Norms may differ too much for any float: the bound keeps it finite.
+    root = torch.exp((half - half.amax(-1, keepdim=True)).clamp_min(-40.0))
     row_sums = (unit * root.unsqueeze(-2)).sum(-1)
-    return torch.cholesky_solve(torch.diag_embed(row_sums), _cholesky(unit)) / root.unsqueeze(-1)
+    core = torch.cholesky_solve(torch.diag_embed(row_sums), _cholesky(unit)) / root.unsqueeze(-1)
+    return _with_unit_rows(core)
+
+
+def _with_unit_rows(core: Tensor) -> Tensor:
+    """The same where rows sum to 1; what rounding made of the sums is spread over the row."""
+    return core + (1 - core.sum(-1, keepdim=True)) / core.shape[-1]
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -165,8 +181,8 @@ def cached_landmark_core(
     """`landmark_core`, remembered as long as the landmarks live and keep their version.
 
     Only where nothing differentiates through it: with gradients on, or under `torch.compile`, it is
-    computed. An update in place (an optimiser's step, `load_state_dict`) makes a new version; writes
-    through `.data` do not, and need `forget_landmark_core`.
+    computed. An update in place (an optimiser's step, `load_state_dict`) makes a new version;
+    writes through `.data` do not, and need `forget_landmark_core`.
     """
     tensors = [landmark_queries] if landmark_keys is None else [landmark_queries, landmark_keys]
     recording = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

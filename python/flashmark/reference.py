@@ -179,7 +179,8 @@ def _nystrom_one_sequence(
     pair = (landmarks, landmarks) if isinstance(landmarks, Tensor) else landmarks
     lq, lk = (x.to(dtype) for x in pair)  # ([B,] Hkv, M, D)
     if core is None:
-        core = landmark_core(lq, None if isinstance(landmarks, Tensor) else lk, scale, normalize)
+        wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in pair]  # it is solved for
+        core = landmark_core(wide[0], None if pair[0] is pair[1] else wide[1], scale, normalize)
     query = query.unflatten(1, (kv_heads, heads // kv_heads))  # (B, Hkv, group, Nq, D)
     if key_mask is not None:  # what is masked never enters a product
         key = key.masked_fill(~key_mask[:, None, :, None], 0.0)
