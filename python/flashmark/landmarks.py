@@ -81,13 +81,13 @@ def landmark_core(
         else:
             matrix = torch.softmax(scores, -1)
         if method == "cholesky":
-            return torch.cholesky_solve(eye, _cholesky(matrix + jitter * eye))
+            return torch.cholesky_solve(eye, _cholesky(matrix + jitter * eye)).contiguous()
         if method == "newton_schulz":
             return _newton_schulz(matrix, eye, iterations)
         if not tied:
             _warn_once(matrix)
         normal = _cholesky(matrix.mT @ matrix + jitter * eye)
-        core = torch.cholesky_solve(matrix.mT, normal)
+        core = torch.cholesky_solve(matrix.mT, normal).contiguous()
         # (A^T A + jitter)^-1 maps the constant rows that the second term adds to constant rows
         return core if kind == "kernel" else _with_unit_rows(core)
 
@@ -112,7 +112,7 @@ def _row_normalised_inverse(scores: Tensor, jitter: float, eye: Tensor) -> Tenso
     root = torch.exp((half - half.amax(-1, keepdim=True)).clamp_min(-40.0))
     row_sums = (unit * root.unsqueeze(-2)).sum(-1)
     core = torch.cholesky_solve(torch.diag_embed(row_sums), _cholesky(unit)) / root.unsqueeze(-1)
-    return _with_unit_rows(core)
+    return _with_unit_rows(core).contiguous()
 
 
 def _with_unit_rows(core: Tensor) -> Tensor:

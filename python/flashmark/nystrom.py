@@ -1,0 +1,331 @@
+"""Nyström attention: the public function, its state and its autograd boundary."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmark import reference
+from flashmark.arguments import check_qkv, check_same, check_tensor, finite
+from flashmark.autograd import distinct, under_autocast
+from flashmark.dispatch import choose_backend
+from flashmark.landmarks import cached_landmark_core, landmark_core
+from flashmark.ops import nystrom as _operators  # noqa: F401, registers torch.ops.flashmark.nystrom_*
+from flashmark.ops.flops import register_if_counting
+
+MAX_LANDMARKS = 256
+NORMALIZATIONS = ("landmark", "mass")
+
+
+class NystromState(NamedTuple):
+    """All that causal Nyström attention keeps of the tokens it has consumed, at the last of them.
+
+    Its size does not depend on their number. Both tensors are float32 (float64 for float64 inputs)
+    and carry gradients.
+    """
+
+    L: Tensor  # (B, Hkv, M): log of the mass under each landmark; -inf where nothing is held
+    R: Tensor  # (B, Hkv, M, Dv): mean of the values under each landmark
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        kv_heads: int,
+        landmarks: int,
+        v_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> NystromState:
+        """The state before any token: L = -inf, R = 0."""
+        shape = batch, kv_heads, landmarks
+        L = torch.full(shape, -math.inf, dtype=dtype, device=device)
+        return cls(L, torch.zeros(*shape, v_dim, dtype=dtype, device=device))
+
+    def merge(
+        self, right: NystromState, length: int | Tensor, decay: Tensor | None = None
+    ) -> NystromState:
+        """The state after `self`'s tokens and then `right`'s; associative.
+
+        Args:
+            right: the state of the later tokens, computed from an empty state.
+            length: how many tokens `right` consumed, masked ones included.
+            decay: (Hkv, M) per token, as in the attention.
+        """
+        left_L = self.L if decay is None else self.L - decay.to(self.L.dtype) * length
+        empty = (left_L == -math.inf) & (right.L == -math.inf)
+        both = torch.logaddexp(left_L.masked_fill(empty, 0.0), right.L.masked_fill(empty, 0.0))
+        from_left, from_right = (
+            torch.exp(x - both).masked_fill(empty, 0.0).unsqueeze(-1) for x in (left_L, right.L)
+        )
+        R = from_left * self.R + from_right * right.R
+        return NystromState(both.masked_fill(empty, -math.inf), R)
+
+
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | tuple[Tensor, Tensor],
+    *,
+    core: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    normalize: str = "landmark",
+    decay: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: NystromState | None = None,
+    return_state: bool = False,
+    state_out: NystromState | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, NystromState]:
+    """Attention through landmarks in linear time, strictly causal, with a state of constant size.
+
+    Landmark l summarises the visible past as a softmax-weighted mean of the values,
+    R_l(i) = sum_j softmax_j(scale k_j . x_l - decay_l (i - j)) v_j, and query i reads the
+    summaries: out_i = sum_l W_il R_l(i), W_i = softmax_l(scale q_i . x_l) core. Landmarks are
+    parameters, so nothing of the future reaches an output.
+
+    Args:
+        query: (B, Hq, Nq, D), float16, bfloat16, float32 or float64; D from 1 to 256.
+        key: (B, Hkv, Nk, D), same dtype; Hq a multiple of Hkv. Nk == Nq when causal or packed.
+        value: (B, Hkv, Nk, Dv), same dtype; Dv from 1 to 256.
+        landmarks: (Hkv, M, D), M from 1 to 256, tied: queries and keys of the landmarks are one
+            tensor, which we advise. Or a pair (landmark queries, landmark keys) of that shape. A
+            leading batch dimension makes them data-dependent. Any floating-point dtype.
+        core: (Hkv, M, M) or (B, Hkv, M, M); `landmark_core` of the landmarks when None, with
+            kind="kernel" for normalize="mass" (a given core has to be of that kind then).
+        is_causal: query i sees keys up to i; False: all of them, and Nq may differ from Nk.
+        scale: factor of every score; 1 / sqrt(D) when None.
+        normalize: "landmark": as above. "mass": the kernel form, W_il proportional to
+            G_il exp(L_l(i)) with G = exp(scale q X^T) S^+, S = exp(scale X X^T), divided by its sum
+            over l. That sum is positive where the approximated kernel is; it is not clamped.
+        decay: (Hkv, M), >= 0, per token: landmarks forget. Causal only.
+        key_mask: bool (B, Nk), True where the key takes part. Masked tokens still advance time.
+        cu_seqlens: int32 (S + 1,), B = 1: S sequences packed along N, from cu_seqlens[s] to
+            cu_seqlens[s + 1]. States then lead with S.
+        state: what the tokens before left, from `return_state`; differentiable.
+        return_state: also return the state after the last token; differentiable.
+        state_out: a state to overwrite with it, for decoding (it may be `state`). No gradient.
+        backend: "auto", "triton", "cpu", "eager" or "reference". A named backend runs or raises.
+
+    Returns:
+        out (B, Hq, Nq, Dv) in the dtype of `query`; with `return_state` also a NystromState. Rows
+        that see no key are 0. Where rows of `core` sum to 1, a constant value comes back.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
+        flashmark.BackendUnavailable: the named backend cannot run here.
+
+    The values of `decay` and `cu_seqlens` are checked on CPU tensors only. The approximation is
+    that of Xiong et al., "Nyströmformer" (2021), with learned landmarks and a causal normaliser.
+    """
+    query, key, value = under_autocast(query, key, value)
+    check_qkv(query, key, value)
+    backend = choose_backend("nystrom", backend, query)
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize: expected 'landmark' or 'mass', got {normalize!r}")
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
+    _check_lengths(query, key, is_causal, cu_seqlens)
+    tied = isinstance(landmarks, Tensor)
+    lq, lk = _check_landmarks(landmarks, query, key)
+    marks = lq.shape[-2]
+    _check_core(core, query.shape[0], key.shape[1], marks, query.device)
+    _check_decay(decay, is_causal, (key.shape[1], marks), query.device)
+    _check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
+    rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    held = rows, key.shape[1], marks, value.shape[3]
+    L0, R0 = _check_state("state", state, held, query.device)
+    if state_out is not None:
+        _check_state_out(state_out, held, query, (key, value, lq, lk, core, decay, L0, R0))
+
+    if core is None:
+        kind = "softmax" if normalize == "landmark" else "kernel"
+        core = _default_core(lq, None if tied else lk, scale, kind, query.dtype)
+    if backend == "reference":
+        out, ends = reference.nystrom_attention(
+            query, key, value, (lq, lk), core=core, is_causal=is_causal, scale=scale,
+            normalize=normalize, decay=decay, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            state=state, return_state=True,
+        )  # fmt: skip
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        ends = [x.to(dtype) for x in ends]
+    else:
+        if not torch.compiler.is_compiling():
+            register_if_counting()
+        tensors = distinct(*(_unit_stride(x) for x in (query, key, value, lq, lk, core)))
+        small = (None if x is None else x.contiguous() for x in (decay, key_mask, cu_seqlens))
+        out, *ends = _NystromAttention.apply(
+            *tensors, *small, L0, R0, scale, normalize, is_causal, backend
+        )
+    ends = NystromState(*ends)
+    if state_out is not None:
+        for old, new in zip(state_out, ends, strict=True):
+            old.copy_(new)
+        ends = state_out
+    return (out, ends) if return_state else out
+
+
+class _NystromAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
+        L0, R0, scale, normalize, is_causal, backend,
+    ):  # fmt: skip
+        tensors = (
+            query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
+            L0, R0,
+        )  # fmt: skip
+        options = scale, normalize, is_causal, backend
+        out, L, R = torch.ops.flashmark.nystrom_forward(*tensors, *options)
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, L, R
+
+    @staticmethod
+    def backward(ctx, dout, dL, dR):
+        tensors = ctx.saved_tensors
+        query, value, decay, L0 = (tensors[n] for n in (0, 2, 6, 9))
+        if dout is None:
+            dout = query.new_zeros(*query.shape[:3], value.shape[3])
+        grads = torch.ops.flashmark.nystrom_backward(
+            _unit_stride(dout), dL, dR, *tensors, *ctx.options
+        )
+        *dinputs, ddecay, dL0, dR0 = grads
+        if decay is None:
+            ddecay = None
+        if L0 is None:
+            dL0 = dR0 = None
+        return *dinputs, ddecay, None, None, dL0, dR0, None, None, None, None
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str, dtype) -> Tensor:
+    if dtype == torch.float64 and lq.dtype != dtype:
+        lk = None if lk is None else lk.to(dtype)
+        return landmark_core(lq.to(dtype), lk, scale=scale, kind=kind)
+    return cached_landmark_core(lq, lk, scale=scale, kind=kind)
+
+
+def _readable(x: Tensor) -> bool:
+    """Reading values must neither wait for a GPU nor break a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_lengths(query, key, is_causal, cu_seqlens) -> None:
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if q_len != kv_len and (is_causal or cu_seqlens is not None):
+        what = "is_causal=True" if is_causal else "cu_seqlens"
+        raise ValueError(f"key: expected length {q_len} like query with {what}, got {kv_len}")
+    if cu_seqlens is None:
+        return
+    check_tensor("cu_seqlens", cu_seqlens, 1)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
+    _check_device("cu_seqlens", cu_seqlens, query.device)
+    if query.shape[0] != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            "cu_seqlens: expected shape (S + 1,) with S >= 1 and a batch of 1, "
+            f"got {tuple(cu_seqlens.shape)} and a batch of {query.shape[0]}"
+        )
+    if _readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != q_len or sorted(bounds) != bounds:
+            raise ValueError(f"cu_seqlens: expected to rise from 0 to {q_len}, got {bounds}")
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like query, got {x.device}")
+
+
+def _check_landmarks(landmarks, query, key) -> tuple[Tensor, Tensor]:
+    pair = (landmarks, landmarks) if isinstance(landmarks, Tensor) else landmarks
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        got = type(landmarks).__name__
+        raise TypeError(f"landmarks: expected a tensor or a pair of tensors, got {got}")
+    for x in pair:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"landmarks: expected tensors, got {type(x).__name__}")
+        check_same("landmarks", x, dtype=None, device=query.device)
+        batch, heads, dim = query.shape[0], key.shape[1], query.shape[3]
+        fits = x.dim() in (3, 4) and (x.shape[-3], x.shape[-1]) == (heads, dim)
+        if not fits or (x.dim() == 4 and x.shape[0] != batch) or x.shape != pair[0].shape:
+            raise ValueError(
+                f"landmarks: expected ({heads}, M, {dim}) or ({batch}, {heads}, M, {dim}), "
+                f"both of a pair alike, got {tuple(x.shape)}"
+            )
+    if not 1 <= x.shape[-2] <= MAX_LANDMARKS:
+        raise ValueError(f"landmarks: expected 1 to {MAX_LANDMARKS} of them, got {x.shape[-2]}")
+    return tuple(pair)
+
+
+def _check_core(core, batch: int, heads: int, marks: int, device) -> None:
+    if core is None:
+        return
+    if not isinstance(core, Tensor):
+        raise TypeError(f"core: expected a tensor or None, got {type(core).__name__}")
+    check_same("core", core, dtype=None, device=device)
+    shape = heads, marks, marks
+    if tuple(core.shape) not in (shape, (batch, *shape)):
+        raise ValueError(
+            f"core: expected shape {shape} or {(batch, *shape)}, got {tuple(core.shape)}"
+        )
+
+
+def _check_decay(decay, is_causal: bool, shape: tuple[int, int], device) -> None:
+    if decay is None:
+        return
+    if not is_causal:
+        raise ValueError("decay: expected None with is_causal=False, got a tensor")
+    check_tensor("decay", decay, 2)
+    check_same("decay", decay, dtype=None, device=device)
+    if tuple(decay.shape) != shape:
+        raise ValueError(f"decay: expected shape {shape}, got {tuple(decay.shape)}")
+    if _readable(decay) and not bool((decay >= 0).all()):
+        raise ValueError(f"decay: expected values >= 0, got {float(decay.detach().amin())}")
+
+
+def _check_key_mask(key_mask, shape: tuple[int, int], device) -> None:
+    if key_mask is None:
+        return
+    check_tensor("key_mask", key_mask, 2)
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask: expected bool, got {key_mask.dtype}")
+    _check_device("key_mask", key_mask, device)
+    if tuple(key_mask.shape) != shape:
+        raise ValueError(f"key_mask: expected shape {shape}, got {tuple(key_mask.shape)}")
+
+
+def _check_state(name: str, state, held, device) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise TypeError(f"{name}: expected a NystromState, got {type(state).__name__}")
+    for part, x, shape in (("L", state[0], held[:3]), ("R", state[1], held)):
+        check_tensor(f"{name}.{part}", x, len(shape))
+        check_same(f"{name}.{part}", x, dtype=None, device=device)
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name}.{part}: expected shape {shape}, got {tuple(x.shape)}")
+    return tuple(state)
+
+
+def _check_state_out(state_out, held, query, others) -> None:
+    _check_state("state_out", state_out, held, query.device)
+    tensors = [x for x in (query, *others, *state_out) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "state_out: expected a call without gradients (torch.no_grad), got inputs that "
+            "require one"
+        )
