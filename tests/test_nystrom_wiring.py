@@ -259,3 +259,11 @@ def test_landmarks_train(op):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong(op):
+    arguments = Case(20, 8).arguments()
+    out = op(**arguments)
+    (grad,) = torch.autograd.grad(out.square().sum(), arguments["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(grad.sum(), arguments["query"])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flashmark import reference
 from flashmark.arguments import check_qkv, check_same, check_tensor, finite
@@ -189,6 +190,7 @@ class _NystromAttention(torch.autograd.Function):
         return out, L, R
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dL, dR):
         tensors = ctx.saved_tensors
         query, value, decay, L0 = (tensors[n] for n in (0, 2, 6, 9))

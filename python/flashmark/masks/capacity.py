@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from flashmark import native
 from flashmark.masks.block_mask import BlockMask, TileLists, heavy_first
 from flashmark.masks.data import Blocks
 from flashmark.masks.expression import And, Grid, Mask
 from flashmark.masks.positions import prefix
+
+CompileClosed = Callable[[Mask, Grid, tuple[int, int]], BlockMask]
+
+REMEMBERED_TILES = 1 << 16  # grids up to this size are worth keeping
 
 
 def _factors(mask: Mask) -> list[Mask]:
@@ -29,10 +36,10 @@ def compile_with_capacity(
     mask: Mask,
     grid: Grid,
     leading: tuple[int, int],
-    compile_closed: Callable[[Mask, Grid, tuple[int, int]], BlockMask],
+    compile_closed: CompileClosed,
 ) -> BlockMask:
     """Where every map says visible, a tile has the class of the closed form, known on the host."""
-    closed: Mask = prefix(grid.kv_len)
+    closed: list[Mask] = []
     visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=grid.device)
     tiles = leading[0] * leading[1] * grid.q_blocks * grid.kv_blocks
     capacity = tiles
@@ -41,14 +48,18 @@ def compile_with_capacity(
             visible = visible & _tiles_of(factor, grid)
             capacity = min(capacity, factor.max_blocks or tiles)
         else:
-            closed = closed & factor
+            closed.append(factor)
     host = Grid(grid.q_len, grid.kv_len, grid.block_q, grid.block_kv, torch.device("cpu"))
-    form = compile_closed(closed, host, (1, 1))
-    classes = form.tile_grid().to(grid.device, non_blocking=True)
-    tile_bits = form.tile_bits.to(grid.device, non_blocking=True)
-    classes = torch.where(visible, classes, -2).expand(*leading, -1, -1)
+    if closed or grid.q_blocks * grid.kv_blocks > REMEMBERED_TILES:
+        form = _form(closed, host, compile_closed)
+    else:
+        form = _everywhere(host, compile_closed)
+    classes, tile_bits, area = (t.to(grid.device, non_blocking=True) for t in form)
+    shape = (*leading, grid.q_blocks, grid.kv_blocks)
+    classes = classes.expand(shape)
+    lists = native.tile_lists if native.preferred(grid.device) else _tile_lists
+    rows, cols, kept, taken = lists(visible.expand(shape), classes, area, capacity=capacity)
 
-    taken = (classes > -2).sum()
     message = f"max_blocks: expected at most {capacity} visible tiles, got more"
     if grid.device.type == "cpu":
         if int(taken) > capacity:
@@ -57,12 +68,9 @@ def compile_with_capacity(
             )
     else:
         torch._assert_async(taken <= capacity, message)
-    bits_of_row = torch.tensor([_visible_bits(bits) for bits in form.tile_bits], dtype=torch.long)
-    area = torch.cat([torch.tensor([0, grid.block_q * grid.block_kv]), bits_of_row])
-    kept = area.to(grid.device, non_blocking=True)[(classes + 2).long()].sum()
     return BlockMask(
-        rows=_lists(classes, capacity),
-        cols=_lists(classes.transpose(-1, -2), capacity),
+        rows=TileLists(*rows),
+        cols=TileLists(*cols),
         tile_bits=tile_bits,
         kept=kept,
         q_len=grid.q_len,
@@ -72,6 +80,21 @@ def compile_with_capacity(
         batch=leading[0],
         heads=leading[1],
     )
+
+
+def _form(closed: list[Mask], host: Grid, compile_closed: CompileClosed) -> tuple[Tensor, ...]:
+    """The class of every tile, tile_bits, and the visible elements of each class from EMPTY on."""
+    mask = functools.reduce(operator.and_, closed, prefix(host.kv_len))
+    form = compile_closed(mask, host, (1, 1))
+    areas = [0, host.block_q * host.block_kv, *(_visible_bits(bits) for bits in form.tile_bits)]
+    return form.tile_grid(), form.tile_bits, torch.tensor(areas, dtype=torch.long)
+
+
+@functools.lru_cache(maxsize=16)
+def _everywhere(host: Grid, compile_closed: CompileClosed) -> tuple[Tensor, ...]:
+    """`_form` of a map alone: the same for every map, and dearer than the map's own lists."""
+    with torch.inference_mode(False):
+        return _form([], host, compile_closed)
 
 
 def _visible_bits(words: Tensor) -> int:
@@ -84,6 +107,13 @@ def _tiles_of(blocks: Blocks, grid: Grid) -> Tensor:
     kv_ratio = blocks.size[1] // grid.block_kv
     visible = blocks.visible.repeat_interleave(q_ratio, -2).repeat_interleave(kv_ratio, -1)
     return visible[..., : grid.q_blocks, : grid.kv_blocks]
+
+
+def _tile_lists(visible: Tensor, classes: Tensor, area: Tensor, *, capacity: int):
+    """What `native.tile_lists` returns."""
+    classes = torch.where(visible, classes, -2)
+    rows, cols = _lists(classes, capacity), _lists(classes.transpose(-1, -2), capacity)
+    return rows, cols, area[(classes + 2).long()].sum(), (classes > -2).sum()
 
 
 def _lists(classes: Tensor, capacity: int) -> TileLists:

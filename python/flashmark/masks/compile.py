@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashmark import native
 from flashmark.masks.arguments import BLOCK_SIZES, check_block_size, integer
 from flashmark.masks.block_mask import BlockMask, TileLists, heavy_first, pack_bits
 from flashmark.masks.capacity import compile_with_capacity, reads_only_blocks
+from flashmark.masks.data import whole_tensor
 from flashmark.masks.expression import EMPTY, FULL, Grid, Mask, classify
 from flashmark.masks.positions import is_plain_causal
 
@@ -76,6 +78,9 @@ def compile_mask(
     leading = mask.dims(batch, heads)
     if reads_only_blocks(mask):
         return compile_with_capacity(mask, grid, leading, _compile)
+    visible = whole_tensor(mask)
+    if visible is not None and native.preferred(device):
+        return _compile_dense(visible, grid)
     return _compile(mask, grid, leading, kind)
 
 
@@ -98,6 +103,19 @@ def _compile(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str = "spar
         heads=leading[1],
         kind=kind,
     )
+
+
+def _compile_dense(visible: Tensor, grid: Grid) -> BlockMask:
+    """What `_compile` returns for a mask that is one tensor, in one pass over it."""
+    area = grid.block_q * grid.block_kv
+    bits, counts = native.pack_dense(visible, grid.block_q, grid.block_kv)
+    classes, tile_bits, visible_of_row, _ = native.distinct_tiles(bits, counts, area)
+    areas = torch.cat([counts.new_tensor([0, area]), visible_of_row])
+    classes = classes.view(*visible.shape[:2], grid.q_blocks, grid.kv_blocks)
+    everywhere = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(classes.shape)
+    rows, cols, kept, _ = native.tile_lists(everywhere, classes, areas)
+    layout = (grid.q_len, grid.kv_len, grid.block_q, grid.block_kv, *visible.shape[:2])
+    return BlockMask(TileLists(*rows), TileLists(*cols), tile_bits, kept, *layout)
 
 
 class _FullTiles(NamedTuple):
@@ -170,9 +188,13 @@ def _evaluate(mask: Mask, grid: Grid, leading: tuple[int, int], tiles: Tensor):
     packed, visible = [], []
     for some in tiles[:, representative].split(max(1, BAND // area), dim=1):
         elements = _elements(mask, grid, leading, some)
-        count = elements.sum((1, 2))
+        if native.preferred(grid.device):
+            bits, count = native.pack_tiles(elements)
+            packed.append(bits[(count > 0) & (count < area)])
+        else:
+            count = elements.sum((1, 2))
+            packed.append(pack_bits(elements[(count > 0) & (count < area)]))
         visible.append(count)
-        packed.append(pack_bits(elements[(count > 0) & (count < area)]))
     words = -(-grid.block_kv // 32)
     packed.append(torch.empty(0, grid.block_q, words, dtype=torch.int32, device=grid.device))
     visible.append(group.new_empty(0))
@@ -180,7 +202,10 @@ def _evaluate(mask: Mask, grid: Grid, leading: tuple[int, int], tiles: Tensor):
 
     is_partial = (visible > 0) & (visible < area)
     tile_bits, same = packed, torch.arange(packed.shape[0], device=grid.device)
-    if packed.shape[0] > 1:
+    if packed.shape[0] > 1 and native.preferred(grid.device):
+        same, tile_bits, *_ = native.distinct_tiles(packed, visible[is_partial], area)
+        same = same.long()
+    elif packed.shape[0] > 1:
         tile_bits, same = torch.unique(packed, dim=0, return_inverse=True)
     row_of_group = torch.full_like(visible, -1)
     row_of_group[is_partial] = same

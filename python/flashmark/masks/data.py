@@ -258,6 +258,11 @@ def dense(visible: Tensor) -> Mask:
     return _Dense(four_dims("visible", visible))
 
 
+def whole_tensor(mask: Mask) -> Tensor | None:
+    """The tensor of a mask that is nothing else, (B | 1, H | 1, Nq, Nk)."""
+    return mask.visible if isinstance(mask, _Dense) else None
+
+
 class _MaskMod(Mask):
     closed_form = False
 

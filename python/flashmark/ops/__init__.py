@@ -5,6 +5,6 @@ Importing this package registers `torch.ops.flashmark.*`. They have no autograd 
 differentiable.
 """
 
-from flashmark.ops import block_sparse
+from flashmark.ops import block_sparse, nystrom
 
-__all__ = ["block_sparse"]
+__all__ = ["block_sparse", "nystrom"]

@@ -41,7 +41,7 @@ def _backward(dout, dL, dR, query, *rest):
     *rest, backend = rest
     module = importlib.import_module(_MODULES[backend])
     grads = module.backward(dout, dL, dR, query, *rest)
-    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 def _backward_fake(
