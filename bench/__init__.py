@@ -1,0 +1,1 @@
+"""Speed and peak memory against PyTorch's own attention: `python -m bench`."""

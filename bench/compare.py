@@ -1,0 +1,99 @@
+"""One comparison: contenders made ready, checked, weighed, timed interleaved: CSV rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.peers import Unavailable
+from bench.timing import Run, interleaved, peak_memory
+
+Row = dict[str, object]
+# Makes a contender ready: what to time, and columns for its row ("status" where its check is red).
+Prepare = Callable[[], tuple[Run, Row]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command line chose; empty tuples stand for a suite's own choice."""
+
+    device: torch.device
+    rounds: int
+    quick: bool
+    patterns: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def choose_lengths(self, *, cpu: tuple[int, ...], gpu: tuple[int, ...]) -> tuple[int, ...]:
+        return self.lengths or ((1024,) if self.quick else gpu if self.on_gpu else cpu)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """`run` calls `step` after each of its `steps` parts."""
+
+    title: str
+    steps: int
+    run: Callable[[Callable[[], object]], list[Row]]
+
+
+def compare(
+    title: str, common: Row, contenders: dict[str, Prepare], device: torch.device, rounds: int
+) -> Job:
+    """Only what is checked and green is timed. A column "flops" becomes "tflops"."""
+
+    def run(step: Callable[[], object]) -> list[Row]:
+        rows, runs = {}, {}
+        for name, prepare in contenders.items():
+            rows[name] = row = common | {"contender": name, "status": "ok"}
+            try:
+                work, columns = prepare()
+                row |= columns
+                if row["status"] == "ok":
+                    runs[name] = work
+                    work()
+                    row["peak_bytes"] = peak_memory(work, device)
+            except Unavailable as reason:
+                row |= {"status": "skipped", "reason": str(reason)}
+            step()
+        for name, spread in interleaved(runs, device, rounds=rounds, each=step).items():
+            rows[name] |= {f"{p}_ms": round(ms, 4) for p, ms in spread._asdict().items()}
+            if "flops" in rows[name]:
+                rows[name]["tflops"] = round(rows[name].pop("flops") / spread.p50 / 1e9, 4)
+        for _ in range(rounds * (len(contenders) - len(runs))):
+            step()
+        return list(rows.values())
+
+    return Job(title, len(contenders) * (1 + rounds), run)
+
+
+def forward_and_backward(
+    op: Callable, inputs: Sequence[Tensor], dout: Tensor, backward: bool
+) -> Run:
+    """What is timed: op(*inputs) without a gradient, or with the gradients of all inputs."""
+
+    def forward():
+        with torch.no_grad():
+            return op(*inputs)
+
+    def both():
+        return torch.autograd.grad(op(*inputs), inputs, dout)
+
+    return both if backward else forward
+
+
+def verdict(errors: dict[str, tuple[float, float]]) -> Row:
+    """From (error, allowed) of each result: the one that uses most of its budget, red if over."""
+    name = max(errors, key=lambda name: errors[name][0] / errors[name][1])
+    error, allowed = errors[name]
+    row = {"error": error, "error_allowed": allowed, "error_of": name}
+    if any(not error <= allowed for error, allowed in errors.values()):
+        row |= {"status": "wrong", "reason": f"error of {name} {error:.1e}, allowed {allowed:.1e}"}
+    return row

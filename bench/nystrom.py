@@ -1,0 +1,124 @@
+"""Suite `nystrom`: causal attention through landmarks, against PyTorch's exact causal attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import flashmark
+from bench.compare import Job, Prepare, Settings, compare, forward_and_backward, verdict
+from bench.masks import attention_contender
+from bench.oracle import Oracle, relative_error
+from bench.patterns import PATTERNS
+from bench.peers import Contender, Unavailable, Work, contenders
+
+LANDMARKS = 64
+NAMES = ("query", "key", "value", "landmarks")
+
+
+def nystrom(settings: Settings) -> Iterator[Job]:
+    """Forward and forward + backward, the gradient of the landmarks included."""
+    lengths = settings.choose_lengths(cpu=(16384, 32768), gpu=(16384, 65536, 262144))
+    batch, heads = (1, 32) if settings.on_gpu else (1, 8)
+    dtypes = (torch.bfloat16,) if settings.on_gpu else (torch.float32,)
+    for dtype in settings.dtypes or dtypes:
+        for n in lengths:
+            pattern = PATTERNS["causal"](n, settings.device)
+            for backward in (False, True):
+                work = Work(pattern, batch, heads, n, 64, dtype, settings.device, backward)
+                yield _job(work, settings)
+
+
+def _job(work: Work, settings: Settings) -> Job:
+    dtype = str(work.dtype).removeprefix("torch.")
+    common = {
+        "suite": "nystrom",
+        "case": f"Nyström M={LANDMARKS}",
+        "batch": work.batch,
+        "heads": work.heads,
+        "n": work.n,
+        "dim": work.dim,
+        "dtype": dtype,
+        "direction": work.direction,
+    }
+    truth = functools.cache(lambda: _float64(work))
+    ready = {
+        f"flashmark {name}": _ours(name, work, truth)
+        for name in (("triton",) if settings.on_gpu else ("eager", "cpu"))
+    }
+    oracle = functools.cache(lambda: Oracle(work))
+    for peer in contenders(work.device):
+        if peer.name.startswith("sdpa"):
+            ready[peer.name] = _quadratic(peer, work, oracle)
+    title = f"Nyström M={LANDMARKS}, N={work.n}, D={work.dim}, {dtype}, {work.direction}"
+    return compare(title, common, ready, work.device, settings.rounds)
+
+
+def _quadratic(peer: Contender, work: Work, oracle: Callable[[], Oracle]) -> Prepare:
+    """Exact attention where a few minutes suffice for it."""
+    limit = 65536 if work.device.type == "cuda" else 16384
+    prepare = attention_contender(peer, work, oracle)
+
+    def up_to_the_limit():
+        if work.n > limit:
+            raise Unavailable(f"quadratic: left out beyond N={limit}")
+        return prepare()
+
+    return up_to_the_limit
+
+
+def _ours(backend: str, work: Work, truth: Callable[[], dict[str, Tensor]]) -> Prepare:
+    op = functools.partial(flashmark.nystrom_attention, backend=backend)
+
+    def prepare():
+        try:
+            errors = _errors_of_a_small_one(work, backend)
+        except flashmark.BackendUnavailable as error:
+            raise Unavailable(str(error)) from error
+        inputs, dout = _inputs(work)
+        budgets = {name: allowed for name, (_, allowed) in errors.items()}
+        for name, result in _results(op, inputs, dout, work.backward).items():
+            errors[f"{name} at full size"] = relative_error(result, truth()[name]), budgets[name]
+        return forward_and_backward(op, inputs, dout, work.backward), verdict(errors)
+
+    return prepare
+
+
+def _errors_of_a_small_one(work: Work, backend: str) -> dict[str, tuple[float, float]]:
+    """Against the dense definition, which is quadratic in memory: on the first 600 tokens."""
+    inputs, _ = _inputs(work)
+    small = [x[:, :2, :600] for x in inputs[:3]]
+    report = flashmark.check(flashmark.nystrom_attention, *small, inputs[3][:2], backend=backend)
+    return {row.name: (row.error, row.budget) for row in report.rows}
+
+
+def _inputs(work: Work) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(query, key, value, landmarks) and the gradient of the output."""
+    query, key, value = work.inputs()
+    generator = torch.Generator(work.device).manual_seed(2)
+    make = functools.partial(torch.randn, generator=generator, device=work.device)
+    landmarks = flashmark.init_landmarks(
+        work.heads, LANDMARKS, work.dim, generator=generator, device=work.device
+    )
+    dout = make(work.batch, work.heads, work.n, work.dim).to(work.dtype)
+    return (query, key, value, landmarks.requires_grad_(work.backward)), dout
+
+
+def _results(op, inputs, dout: Tensor, backward: bool) -> dict[str, Tensor]:
+    if not backward:
+        with torch.no_grad():
+            return {"out": op(*inputs)}
+    out = op(*inputs)
+    grads = torch.autograd.grad(out, inputs, dout)
+    return {"out": out.detach()} | {f"d {n}": g for n, g in zip(NAMES, grads, strict=True)}
+
+
+def _float64(work: Work) -> dict[str, Tensor]:
+    """The tiled backend in float64, itself held to the dense definition on the small inputs."""
+    inputs, dout = _inputs(work)
+    inputs = [x.detach().double().requires_grad_(work.backward) for x in inputs]
+    op = functools.partial(flashmark.nystrom_attention, backend="eager")
+    return _results(op, inputs, dout.double(), work.backward)

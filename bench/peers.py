@@ -1,0 +1,130 @@
+"""The contenders: every flashmark backend that can run here, and PyTorch's own attention.
+
+A contender is prepared once, outside the clock (masks compiled, FlexAttention compiled), and gives
+a function of (query, key, value). One that cannot run raises `Unavailable`; the CSV has the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import flashmark
+from bench.patterns import Pattern
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Unavailable(Exception):
+    """This contender cannot do this work here; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Attention of (batch, heads, n, dim) under a pattern, with or without its backward."""
+
+    pattern: Pattern
+    batch: int
+    heads: int
+    n: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+    backward: bool
+
+    @property
+    def direction(self) -> str:
+        return "forward+backward" if self.backward else "forward"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (self.batch, self.heads, self.n, self.dim)
+        make = dict(generator=generator, device=self.device, dtype=torch.float32)
+        return tuple(
+            torch.randn(shape, **make).to(self.dtype).requires_grad_(self.backward)
+            for _ in range(3)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    name: str
+    prepare: Callable[[Work], Attention]
+    masked: bool = True  # False: plain causal attention, all there is without a mask library
+
+    def follows(self, pattern: Pattern) -> bool:
+        """Does it compute the pattern's attention?"""
+        return self.masked or pattern.name == "causal"
+
+
+def ours(backend: str) -> Contender:
+    def prepare(work: Work) -> Attention:
+        mask = flashmark.compile_mask(
+            work.pattern.mask, work.batch, work.heads, work.n, work.n, device=work.device
+        )
+        probe = torch.empty(1, 1, 1, work.dim, dtype=work.dtype, device=work.device)
+        try:
+            flashmark.block_sparse_attention(probe, probe, probe, backend=backend)
+        except flashmark.BackendUnavailable as error:
+            raise Unavailable(str(error)) from error
+        return lambda q, k, v: flashmark.block_sparse_attention(q, k, v, mask, backend=backend)
+
+    return Contender(f"flashmark {backend}", prepare)
+
+
+def sdpa(kind: SDPBackend | None = None) -> Contender:
+    """`scaled_dot_product_attention(is_causal=True)`: what PyTorch gives without a mask."""
+
+    def prepare(work: Work) -> Attention:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(kind) if kind else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        if kind:
+            probe = torch.zeros(1, 1, 128, work.dim, dtype=work.dtype, device=work.device)
+            try:
+                attention(probe, probe, probe)
+            except RuntimeError as error:
+                raise Unavailable(first_line(error)) from error
+        return attention
+
+    names = {None: "", SDPBackend.CUDNN_ATTENTION: " cudnn", SDPBackend.FLASH_ATTENTION: " flash"}
+    return Contender(f"sdpa causal{names[kind]}", prepare, masked=False)
+
+
+def flex() -> Contender:
+    """FlexAttention, compiled, with its own block mask."""
+
+    def prepare(work: Work) -> Attention:
+        if work.backward and work.device.type == "cpu":
+            raise Unavailable("FlexAttention has no backward on CPU")
+        torch.compiler.reset()  # or a few shapes later the compiler gives up and runs it unfused
+        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        mask = create_block_mask(
+            work.pattern.formula, None, None, work.n, work.n, device=work.device
+        )
+        try:
+            compiled(*work.inputs(), block_mask=mask)
+        except Exception as error:  # the compiler's errors share no base class
+            raise Unavailable(first_line(error)) from error
+        return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+    return Contender("flex compiled", prepare)
+
+
+def contenders(device: torch.device) -> list[Contender]:
+    if device.type == "cuda":
+        theirs = [sdpa(SDPBackend.CUDNN_ATTENTION), sdpa(SDPBackend.FLASH_ATTENTION)]
+        return [ours("triton"), *theirs, flex()]
+    return [ours("eager"), ours("cpu"), sdpa(), flex()]
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Builds the CPU kernels with the address and undefined-behaviour sanitizers and runs their tests.
+# usage: csrc/sanitize.sh [python] [pytest arguments]
+set -eu
+cd "$(dirname "$0")/.."
+python=${1:-python}
+[ $# -gt 0 ] && shift
+[ $# -gt 0 ] || set -- tests/test_cpu_*.py
+
+# A copy of the package beside the sanitized libraries: the ones in use stay as they are.
+package=build/sanitize/python
+mkdir -p "$package"
+cp -r python/flashmark "$package/"
+rm -f "$package"/flashmark/cpu/*.so
+level=$("$python" -c "import torch; print(torch.backends.cpu.get_cpu_capability().lower())")
+"$python" csrc/build.py --sanitize --only "$level" --to "$package"
+
+runtime="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libubsan.so)"
+# Leaks are Python's own; a compiled kernel of oneDNN knows nothing of the stack's shadow.
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export OMP_NUM_THREADS=2 LD_PRELOAD="$runtime" PYTHONPATH="$package"
+exec "$python" -m pytest -q -p no:cacheprovider "$@"

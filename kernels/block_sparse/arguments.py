@@ -1,0 +1,260 @@
+"""What the launchers hand to the kernels: tuples of run-time arguments, and the static features."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import bias as bias_gradient
+from . import configs
+
+LOG2E = math.log2(math.e)
+L2_BYTES = (
+    24 << 20
+)  # keys and values that run side by side should fit in about half of a Hopper's L2
+
+
+class Problem(NamedTuple):
+    """The integers of a call."""
+
+    pairs: int  # (batch, head) pairs that the grid covers
+    heads: int  # heads among them to one sample
+    group: int  # query heads to one key head
+    q_len: int
+    kv_len: int
+    rows: int  # rows of the mask: q_len, unless there is a query offset
+    line_batch: int  # step in line number from one sample to the next; 0 when they share the mask
+    line_head: int
+    tiles: int  # slots of the grid to one pair
+    section: int  # pairs that run side by side
+
+
+class Lists(NamedTuple):
+    """A BlockMask along one side."""
+
+    run_offsets: Tensor | None
+    runs: Tensor | None
+    partial_offsets: Tensor | None
+    partials: Tensor | None
+    counts: Tensor | None
+    order: Tensor | None
+    bits: Tensor | None
+
+
+class Modifiers(NamedTuple):
+    """What happens to a score between the dot product and the weighted sum. Absent tensors are
+    None.
+    """
+
+    scale: float  # times log2(e), or over softcap where there is one
+    softcap: float  # times log2(e)
+    bias: Tensor | None
+    bias_strides: tuple[
+        int, int, int, int
+    ]  # (batch, head, query, key); the entries are contiguous when relative
+    sinks: Tensor | None
+    seed: Tensor | None
+    threshold: int  # dropout keeps the words >= threshold
+    keep_scale: float  # 1 / (1 - p)
+    offsets: Tensor | None
+    offset_stride: int
+    lengths: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a kernel is compiled for; a new mask of the same kind and block size changes nothing."""
+
+    DIM: int
+    DIM_V: int
+    PAD: int
+    PAD_V: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_Q: int
+    BLOCK_KV: int
+    KIND: str
+    SOFTCAP: bool
+    BIAS: str  # "none", "relative" or "dense"
+    BIAS_Q: bool  # a dense bias has a query dimension
+    BIAS_K: bool
+    BIAS_OWNED: bool  # each score has an entry of its own
+    LINEAR: bool  # the logit is the score times a positive factor
+    DROPOUT: bool
+    OFFSET: bool
+    LENGTHS: bool
+    CLIP: bool  # FULL tiles may reach beyond a sample's keys
+    PRECISION: str
+    BIAS_GRADIENT: bool = False
+    ATOMIC: bool = False  # dQ, and dK and dV of a group of heads, through float32 atomics
+    GROUPED: bool = False  # one program walks all query heads of a group
+    SHARED_KV: bool = False  # several programs add to one tile of dK and dV
+
+
+class Call(NamedTuple):
+    """Everything a launcher needs besides the operands."""
+
+    problem: Problem
+    rows: Lists
+    cols: Lists
+    modifiers: Modifiers
+    features: Features
+
+
+def describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> Call:
+    """Collect the arguments that all passes share; `for_pass` then fits them to one kernel."""
+    (batch, heads, q_len, dim), (kv_heads, kv_len, dim_v) = query.shape, value.shape[1:]
+    sparse = mask.kind == "sparse"
+    kind_of_bias = "none" if bias is None else "relative" if bias.dim() == 2 else "dense"
+    problem = Problem(0, 0, heads // kv_heads, q_len, kv_len, mask.q_len, 0, 0, 0, 0)
+    modifiers = Modifiers(
+        scale=scale / softcap if softcap else scale * LOG2E,
+        softcap=softcap * LOG2E,
+        bias=bias,
+        bias_strides=bias_gradient.strides(bias),
+        sinks=sinks,
+        seed=dropout_seed if dropout_p else None,
+        threshold=int(dropout_p * 2**32),
+        keep_scale=1.0 / (1.0 - dropout_p),
+        offsets=query_offset,
+        offset_stride=0 if query_offset is None or query_offset.numel() == 1 else 1,
+        lengths=kv_lengths,
+    )
+    features = Features(
+        DIM=dim,
+        DIM_V=dim_v,
+        PAD=padded(dim),
+        PAD_V=padded(dim_v),
+        BLOCK_M=0,
+        BLOCK_N=0,
+        BLOCK_Q=mask.block_q,
+        BLOCK_KV=mask.block_kv,
+        KIND=mask.kind,
+        SOFTCAP=softcap > 0.0,
+        BIAS=kind_of_bias,
+        BIAS_Q=kind_of_bias == "dense" and bias.shape[2] > 1,
+        BIAS_K=kind_of_bias == "dense" and bias.shape[3] > 1,
+        BIAS_OWNED=bias_gradient.owned(bias, (batch, heads, q_len, kv_len)),
+        LINEAR=scale > 0.0 and not softcap and bias is None,
+        DROPOUT=dropout_p > 0.0,
+        OFFSET=query_offset is not None,
+        LENGTHS=kv_lengths is not None,
+        CLIP=kv_lengths is not None and sparse,
+        PRECISION=dot_precision(query.dtype),
+    )
+    nothing = Lists(*[None] * 7)
+    rows = Lists(*mask.rows, mask.tile_bits) if sparse else nothing
+    cols = Lists(*mask.cols, mask.tile_bits) if sparse else nothing
+    return Call(problem, rows, cols, modifiers, features)
+
+
+def choose_config(pass_: str, query: Tensor, call: Call) -> configs.Config:
+    """The config of one pass over these operands."""
+    features = call.features
+    block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
+    extras = features.BIAS != "none" or features.DROPOUT or features.SOFTCAP
+    head_dim = max(features.PAD, features.PAD_V)
+    arch = configs.device_arch(query.device)
+    exact = features.PRECISION == "ieee"
+    return configs.choose(arch, query.dtype, head_dim, block, pass_, extras, exact)
+
+
+def over_queries(
+    call: Call, mask, query: Tensor, config: configs.Config
+) -> tuple[Problem, Features]:
+    """A call as seen by a kernel that holds a tile of queries and walks keys."""
+    features = dataclasses.replace(call.features, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+    (batch, heads), problem = query.shape[:2], call.problem
+    if features.OFFSET:  # tiles are aligned with the mask's rows, queries may start inside one
+        tiles = triton.cdiv(problem.q_len + config.block_m - 1, config.block_m)
+    elif features.KIND == "sparse":
+        tiles = mask.q_blocks * (mask.block_q // config.block_m)
+    else:
+        tiles = triton.cdiv(problem.q_len, config.block_m)
+    streamed = problem.kv_len * (features.DIM + features.DIM_V) * query.element_size()
+    return problem._replace(
+        pairs=batch * heads,
+        heads=heads,
+        line_batch=mask.heads * mask.q_blocks if mask.batch > 1 else 0,
+        line_head=mask.q_blocks if mask.heads > 1 else 0,
+        tiles=tiles,
+        section=_section(batch * heads, streamed / problem.group),
+    ), features
+
+
+def over_keys(
+    call: Call, mask, query: Tensor, config: configs.Config, *, atomic: bool
+) -> tuple[Problem, Features]:
+    """A call as seen by a kernel that holds a tile of keys and walks queries."""
+    grouped = call.problem.group > 1 and not atomic
+    features = dataclasses.replace(
+        call.features,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        ATOMIC=atomic,
+        GROUPED=grouped,
+        SHARED_KV=call.problem.group > 1 and atomic,
+        BIAS_GRADIENT=call.features.BIAS != "none",
+    )
+    (batch, heads), problem = query.shape[:2], call.problem
+    if grouped:
+        heads //= problem.group
+    if features.KIND == "sparse":
+        tiles = mask.kv_blocks * (mask.block_kv // config.block_n)
+    else:
+        tiles = triton.cdiv(problem.kv_len, config.block_n)
+    streamed = problem.q_len * (features.DIM + features.DIM_V) * query.element_size()
+    return problem._replace(
+        pairs=batch * heads,
+        heads=heads,
+        line_batch=mask.heads * mask.kv_blocks if mask.batch > 1 else 0,
+        line_head=mask.kv_blocks if mask.heads > 1 else 0,
+        tiles=tiles,
+        section=_section(batch * heads, streamed * (problem.group if grouped else 1)),
+    ), features
+
+
+def padded(dim: int) -> int:
+    """Width of a tile that holds rows of `dim` elements: a power of two that matrix instructions
+    take.
+    """
+    return max(16, triton.next_power_of_2(dim))
+
+
+def strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Batch, head and row stride of a (B, H, N, D) tensor whose last stride is 1."""
+    return tensor.stride()[:3]
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed, after torch.set_float32_matmul_precision."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the device of `tensor`, whatever the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _section(pairs: int, pair_bytes: float) -> int:
+    return max(1, min(pairs, int(L2_BYTES / max(1.0, pair_bytes))))

@@ -1,0 +1,185 @@
+"""Backward pass: Delta, then dK and dV, with either a second pass for dQ or float32 atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments as args
+from . import bias as bias_gradient
+from .backward_kv import Operands, backward_kv_kernel
+from .backward_q import backward_q_kernel
+from .primitives import load_rows, load_tile
+
+DELTA_ROWS = 64
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "tiles"])
+def delta_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    sinks_ptr,
+    delta_ptr,
+    dsinks_ptr,
+    dout_strides,
+    heads,
+    q_len,
+    tiles,
+    BLOCK: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PAD_V: tl.constexpr,
+):
+    """Delta = rowsum(dO * O) - dLSE, and each tile's share of dsink = -sum e^(sink - lse) Delta."""
+    pid = tl.program_id(0)
+    pair, start = pid // tiles, (pid % tiles) * BLOCK
+    b64, h64 = tl.cast(pair // heads, tl.int64), tl.cast(pair % heads, tl.int64)
+    rows64 = tl.cast(pair, tl.int64) * q_len
+    dout_ptr += b64 * dout_strides[0] + h64 * dout_strides[1]
+    out = load_tile(out_ptr + rows64 * DIM_V, start, DIM_V, q_len, BLOCK, DIM_V, PAD_V, True)
+    dout = load_tile(dout_ptr, start, dout_strides[2], q_len, BLOCK, DIM_V, PAD_V, True)
+    lse = load_rows(lse_ptr + rows64, start, q_len, float("-inf"), BLOCK, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= load_rows(dlse_ptr + rows64, start, q_len, 0.0, BLOCK, True).to(tl.float32)
+    empty = lse == float("-inf")
+    delta = tl.where(empty, 0.0, delta)
+    offs = start + tl.arange(0, BLOCK)
+    tl.store(delta_ptr + rows64 + offs, delta, mask=offs < q_len)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + pair % heads).to(tl.float32)
+        weight = tl.where(empty, 0.0, tl.exp(sink - tl.where(empty, 0.0, lse)))
+        tl.store(dsinks_ptr + pid, -tl.sum(weight * delta, 0))
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `forward`: (dquery, dkey, dvalue, dbias or None, dsinks or None).
+
+    `deterministic` computes dQ in a pass of its own and the bias gradient in fixed point, so that
+    results repeat bitwise; otherwise both go through float32 atomics, which is faster.
+    """
+    call = args.describe(
+        query, key, value, mask, bias, sinks, query_offset, kv_lengths, dropout_seed,
+        scale, softcap, dropout_p,
+    )  # fmt: skip
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    with args.on_device(query):
+        delta, dsinks = _delta(dout, dlse, out, lse, sinks)
+        total = bias_gradient.start(bias, dout, value, delta, call, deterministic)
+        operands = Operands(
+            query, key, value, dout, lse, delta,
+            args.strides(query), args.strides(key), args.strides(value), args.strides(dout),
+        )  # fmt: skip
+        if deterministic:
+            dkey, dvalue = _keys_and_values(operands, None, total, mask, call, scale)
+            dquery = _queries(operands, mask, call, scale)
+        else:
+            dquery = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+            dkey, dvalue = _keys_and_values(operands, dquery, total, mask, call, scale)
+            dquery = dquery.mul_(scale).to(query.dtype)
+    return dquery, dkey, dvalue, bias_gradient.finish(total, bias), dsinks
+
+
+def _delta(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    batch, heads, q_len, dim_v = dout.shape
+    tiles = triton.cdiv(q_len, DELTA_ROWS)
+    delta = torch.empty(batch, heads, q_len, dtype=torch.float32, device=dout.device)
+    shares = None
+    if sinks is not None:
+        shares = torch.empty(batch, heads, tiles, dtype=torch.float32, device=dout.device)
+    delta_kernel[(batch * heads * tiles,)](
+        out.contiguous(),
+        dout,
+        lse.contiguous(),
+        None if dlse is None else dlse.contiguous(),
+        sinks,
+        delta,
+        shares,
+        args.strides(dout),
+        heads,
+        q_len,
+        tiles,
+        BLOCK=DELTA_ROWS,
+        DIM_V=dim_v,
+        PAD_V=args.padded(dim_v),
+    )
+    return delta, None if sinks is None else shares.sum((0, 2)).to(sinks.dtype)
+
+
+def _keys_and_values(
+    operands: Operands,
+    dquery: Tensor | None,
+    total: bias_gradient.BiasGradient,
+    mask,
+    call: args.Call,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    key, value, atomic = operands.key, operands.value, dquery is not None
+    grouped = call.problem.group > 1
+    pass_ = "backward_fused" if atomic else "backward_grouped" if grouped else "backward_kv"
+    config = args.choose_config(pass_, key, call)
+    problem, features = args.over_keys(call, mask, operands.query, config, atomic=atomic)
+    if features.SHARED_KV:
+        dkey = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
+        dvalue = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    else:
+        dkey = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+        dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    backward_kv_kernel[(problem.tiles * problem.pairs,)](
+        operands,
+        dquery,
+        dkey,
+        dvalue,
+        total,
+        call.cols,
+        call.modifiers,
+        scale,
+        *problem,
+        F=features,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+def _queries(operands: Operands, mask, call: args.Call, scale: float) -> Tensor:
+    query = operands.query
+    dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    config = args.choose_config("backward_q", query, call)
+    problem, features = args.over_queries(call, mask, query, config)
+    backward_q_kernel[(problem.tiles * problem.pairs,)](
+        operands,
+        dquery,
+        call.rows,
+        call.modifiers,
+        scale,
+        *problem,
+        F=features,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dquery

@@ -1,0 +1,267 @@
+"""dK and dV, the gradient of a bias, and in the one-pass form dQ: one program holds a tile of keys.
+
+In the one-pass form it walks the queries of one head, and the heads of a group add up dK and dV in
+memory; in the two-pass form it walks those of the whole group, so that nothing is added in an order
+that varies.
+
+Tiles are transposed, keys down and queries across, so that P^T and dS^T enter their products as
+they come out of the accumulators; transposing an accumulator in registers has been miscompiled on
+Hopper.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import Problem
+from .bias import add_bias_gradient
+from .primitives import (
+    bias_base,
+    dropout_keep,
+    load_rows,
+    load_tile,
+    locate,
+    log2_lse,
+    masked_tile,
+    next_tile,
+    sample_bounds,
+    score_gradient,
+    store_tile,
+    walk_queries,
+)
+
+
+class Operands(NamedTuple):
+    """What a backward kernel reads; strides are (batch, head, row)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+    query_strides: tuple[int, int, int]
+    key_strides: tuple[int, int, int]
+    value_strides: tuple[int, int, int]
+    dout_strides: tuple[int, int, int]
+
+
+@triton.jit
+def put_tile(
+    base,
+    start,
+    end,
+    tile,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Write a tile of dK or dV, or add it where each query head of a group brings its share."""
+    if F.SHARED_KV:
+        offs = tl.arange(0, SIZE)[:, None]
+        offs_d = tl.arange(0, PAD)[None, :]
+        entries = base + tl.cast(start, tl.int64) * DIM + (offs * DIM + offs_d)
+        tl.atomic_add(entries, tile, mask=(start + offs < end) & (offs_d < DIM), sem="relaxed")
+    else:
+        store_tile(base, start, DIM, end, tile, SIZE, DIM, PAD)
+
+
+@triton.jit
+def gather_queries(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    q_strides,
+    start_n,
+    start_r,
+    bits_ptr,
+    bits,
+    b,
+    h,
+    pair,
+    offset,
+    end_n,
+    base,
+    bias_gradient,
+    problem,
+    modifiers,
+    MASKED: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Take one tile of queries into dK [BLOCK_N, PAD] and dV [BLOCK_N, PAD_V]; add its share of dQ
+    to memory.
+    """
+    start_i = start_r - offset
+    check: tl.constexpr = MASKED or F.OFFSET
+    q = load_tile(q_ptr, start_i, q_strides[0], problem.q_len, F.BLOCK_M, F.DIM, F.PAD, check)
+    qk_t = tl.dot(k, tl.trans(q), input_precision=F.PRECISION)
+    lse = load_rows(lse_ptr, start_i, problem.q_len, float("-inf"), F.BLOCK_M, check)
+    dout = load_tile(
+        dout_ptr, start_i, q_strides[1], problem.q_len, F.BLOCK_M, F.DIM_V, F.PAD_V, check
+    )
+    dp_t = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
+    delta = load_rows(delta_ptr, start_i, problem.q_len, 0.0, F.BLOCK_M, check)
+    r2 = (start_r + tl.arange(0, F.BLOCK_M))[None, :]
+    n2 = (start_n + tl.arange(0, F.BLOCK_N))[:, None]
+    keep = True
+    if F.DROPOUT:
+        i2 = (start_i + tl.arange(0, F.BLOCK_M))[:, None]
+        keep = tl.trans(dropout_keep(i2, start_n, pair, modifiers, F.BLOCK_N))
+    p_t, ds_t, slope = score_gradient(
+        qk_t, dp_t, log2_lse(lse)[None, :], delta[None, :], keep, bits_ptr, bits, start_n, r2, n2,
+        offset, end_n, base, problem, modifiers, MASKED, F,
+    )  # fmt: skip
+    dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=F.PRECISION)
+    if F.BIAS_GRADIENT:
+        add_bias_gradient(ds_t, b, h, start_n, start_r, offset, bias_gradient, problem, F)
+    if F.SOFTCAP:
+        ds_t = ds_t * slope
+    ds_t = ds_t.to(q.dtype)
+    dk = tl.dot(ds_t, q, dk, input_precision=F.PRECISION)
+    if F.ATOMIC:
+        dq_t = tl.dot(tl.trans(k), ds_t, input_precision=F.PRECISION)
+        dq_ptr += tl.cast(start_i, tl.int64) * F.DIM
+        m = tl.arange(0, F.BLOCK_M)[None, :]
+        d = tl.arange(0, F.PAD)[:, None]
+        inside = d < F.DIM
+        if check:
+            inside = inside & (start_i + m >= 0) & (start_i + m < problem.q_len)
+        tl.atomic_add(dq_ptr + (m * F.DIM + d), dq_t, mask=inside, sem="relaxed")
+    return dk, dv
+
+
+@triton.jit
+def gather_head(
+    dk,
+    dv,
+    k,
+    v,
+    operands,
+    dq_ptr,
+    start_n,
+    b,
+    h,
+    pair,
+    offset,
+    end_n,
+    bias_gradient,
+    problem,
+    lists,
+    modifiers,
+    F: tl.constexpr,
+):
+    """Take all queries of one head that see the tile of keys into dK and dV."""
+    q_strides, dout_strides = operands.query_strides, operands.dout_strides
+    row_strides = (q_strides[2], dout_strides[2])
+    b64, h64, pair64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(pair, tl.int64)
+    q_ptr = operands.query + b64 * q_strides[0] + h64 * q_strides[1]
+    dout_ptr = operands.dout + b64 * dout_strides[0] + h64 * dout_strides[1]
+    lse_ptr = operands.lse + pair64 * problem.q_len
+    delta_ptr = operands.delta + pair64 * problem.q_len
+    if F.ATOMIC:
+        dq_ptr += pair64 * problem.q_len * F.DIM
+    base = bias_base(modifiers, b, h, F)
+    line = b * problem.line_batch + h * problem.line_head + start_n // F.BLOCK_KV
+    n_full, n_masked, first, run, run_end, start, stop = walk_queries(
+        problem, lists, line, start_n, offset, end_n, F
+    )
+    full_start = start
+    for _ in range(n_full):
+        dk, dv = gather_queries(
+            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, row_strides,
+            start_n, start, lists.bits, 0, b, h, pair, offset, end_n, base,
+            bias_gradient, problem, modifiers, False, F,
+        )  # fmt: skip
+        run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
+    for t in range(n_masked):
+        start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F)
+        dk, dv = gather_queries(
+            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, row_strides,
+            start_n, start, lists.bits, bits, b, h, pair, offset, end_n, base,
+            bias_gradient, problem, modifiers, True, F,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=Problem._fields)
+def backward_kv_kernel(
+    operands,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    bias_gradient,
+    lists,
+    modifiers,
+    scale,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    F: tl.constexpr,
+):
+    problem = Problem(
+        pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
+    )
+    slot, pair = locate(problem)
+    b, h = pair // problem.heads, pair % problem.heads
+    hk = h
+    if not F.GROUPED:
+        hk = h // problem.group
+    offset, end_n = sample_bounds(problem, modifiers, b, F)
+    tile = slot
+    if F.KIND == "sparse":
+        split: tl.constexpr = F.BLOCK_KV // F.BLOCK_N
+        some_head = hk * problem.group if F.GROUPED else h
+        lines = lists.order + b * problem.line_batch + some_head * problem.line_head
+        tile = tl.load(lines + slot // split) * split + slot % split
+    start_n = tile * F.BLOCK_N
+    if start_n >= problem.kv_len:
+        return
+
+    k_strides, v_strides = operands.key_strides, operands.value_strides
+    b64, hk64 = tl.cast(b, tl.int64), tl.cast(hk, tl.int64)
+    k_ptr = operands.key + b64 * k_strides[0] + hk64 * k_strides[1]
+    v_ptr = operands.value + b64 * v_strides[0] + hk64 * v_strides[1]
+    k = load_tile(k_ptr, start_n, k_strides[2], end_n, F.BLOCK_N, F.DIM, F.PAD, True)
+    v = load_tile(v_ptr, start_n, v_strides[2], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, True)
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    PAD: tl.constexpr = F.PAD
+    PAD_V: tl.constexpr = F.PAD_V
+    dk = tl.zeros([BLOCK_N, PAD], tl.float32)
+    dv = tl.zeros([BLOCK_N, PAD_V], tl.float32)
+    kv_pair = pair
+    if F.GROUPED:
+        for g in range(problem.group):
+            head = hk * problem.group + g
+            dk, dv = gather_head(
+                dk, dv, k, v, operands, dq_ptr, start_n, b, head, pair * problem.group + g,
+                offset, end_n, bias_gradient, problem, lists, modifiers, F,
+            )  # fmt: skip
+    else:
+        kv_pair = pair // problem.group
+        dk, dv = gather_head(
+            dk, dv, k, v, operands, dq_ptr, start_n, b, h, pair,
+            offset, end_n, bias_gradient, problem, lists, modifiers, F,
+        )  # fmt: skip
+    dk *= scale
+    dv *= modifiers.keep_scale
+    rows64 = tl.cast(kv_pair, tl.int64) * problem.kv_len
+    put_tile(dk_ptr + rows64 * F.DIM, start_n, problem.kv_len, dk, BLOCK_N, F.DIM, PAD, F)
+    put_tile(dv_ptr + rows64 * F.DIM_V, start_n, problem.kv_len, dv, BLOCK_N, F.DIM_V, PAD_V, F)

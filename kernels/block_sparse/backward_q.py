@@ -1,0 +1,144 @@
+"""dQ of the two-pass backward: one program holds a tile of queries and walks the keys, as the
+forward does.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import Problem
+from .primitives import (
+    bias_base,
+    dropout_keep,
+    load_rows,
+    load_tile,
+    locate,
+    log2_lse,
+    masked_tile,
+    next_tile,
+    query_tile,
+    sample_bounds,
+    score_gradient,
+    store_tile,
+    walk_keys,
+)
+
+
+@triton.jit
+def gather_keys(
+    dq,
+    q,
+    dout,
+    lse2,
+    delta2,
+    k_ptr,
+    v_ptr,
+    kv_strides,
+    start_n,
+    bits_ptr,
+    bits,
+    row0,
+    offset,
+    end_n,
+    pair,
+    base,
+    problem,
+    modifiers,
+    MASKED: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Take one tile of keys into dQ [BLOCK_M, PAD]."""
+    check: tl.constexpr = MASKED or F.CLIP
+    k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, check)
+    v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, check)
+    qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
+    r2 = (row0 + tl.arange(0, F.BLOCK_M))[:, None]
+    n2 = (start_n + tl.arange(0, F.BLOCK_N))[None, :]
+    keep = True
+    if F.DROPOUT:
+        keep = dropout_keep(r2 - offset, start_n, pair, modifiers, F.BLOCK_N)
+    _, ds, slope = score_gradient(
+        qk, dp, lse2, delta2, keep, bits_ptr, bits, start_n, r2, n2,
+        offset, end_n, base, problem, modifiers, MASKED, F,
+    )  # fmt: skip
+    if F.SOFTCAP:
+        ds = ds * slope
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=F.PRECISION)
+
+
+@triton.jit(do_not_specialize=Problem._fields)
+def backward_q_kernel(
+    operands,
+    dq_ptr,
+    lists,
+    modifiers,
+    scale,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    F: tl.constexpr,
+):
+    problem = Problem(
+        pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
+    )
+    slot, pair = locate(problem)
+    b, h = pair // problem.heads, pair % problem.heads
+    offset, end_n = sample_bounds(problem, modifiers, b, F)
+    leading = b * problem.line_batch + h * problem.line_head
+    row0 = query_tile(problem, lists, slot, offset, leading, F) * F.BLOCK_M
+    if row0 >= offset + problem.q_len:
+        return
+
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    PAD: tl.constexpr = F.PAD
+    b64, h64, hk64 = (
+        tl.cast(b, tl.int64),
+        tl.cast(h, tl.int64),
+        tl.cast(h // problem.group, tl.int64),
+    )
+    q_strides, k_strides = operands.query_strides, operands.key_strides
+    v_strides, dout_strides = operands.value_strides, operands.dout_strides
+    q_ptr = operands.query + b64 * q_strides[0] + h64 * q_strides[1]
+    k_ptr = operands.key + b64 * k_strides[0] + hk64 * k_strides[1]
+    v_ptr = operands.value + b64 * v_strides[0] + hk64 * v_strides[1]
+    dout_ptr = operands.dout + b64 * dout_strides[0] + h64 * dout_strides[1]
+    kv_strides = (k_strides[2], v_strides[2])
+    rows64 = tl.cast(pair, tl.int64) * problem.q_len
+    start_i = row0 - offset
+    end_i = problem.q_len
+    q = load_tile(q_ptr, start_i, q_strides[2], end_i, BLOCK_M, F.DIM, PAD, True)
+    dout = load_tile(dout_ptr, start_i, dout_strides[2], end_i, BLOCK_M, F.DIM_V, F.PAD_V, True)
+    lse = load_rows(operands.lse + rows64, start_i, end_i, float("-inf"), BLOCK_M, True)
+    delta = load_rows(operands.delta + rows64, start_i, end_i, 0.0, BLOCK_M, True)
+    lse2, delta2 = log2_lse(lse)[:, None], delta[:, None]
+    base = bias_base(modifiers, b, h, F)
+
+    dq = tl.zeros([BLOCK_M, PAD], tl.float32)
+    line = leading + row0 // F.BLOCK_Q
+    n_full, n_masked, first, run, run_end, start, stop = walk_keys(
+        problem, lists, line, row0, end_n, F
+    )
+    full_start = start
+    for _ in range(n_full):
+        dq = gather_keys(
+            dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
+            row0, offset, end_n, pair, base, problem, modifiers, False, F,
+        )  # fmt: skip
+        run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
+    for t in range(n_masked):
+        start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
+        dq = gather_keys(
+            dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
+            row0, offset, end_n, pair, base, problem, modifiers, True, F,
+        )  # fmt: skip
+    dq_ptr += rows64 * F.DIM
+    store_tile(dq_ptr, start_i, F.DIM, end_i, dq * scale, BLOCK_M, F.DIM, PAD)

@@ -1,0 +1,160 @@
+"""Which tile sizes, warps and stages a kernel runs with: one frozen record and one plain function.
+
+Sizes come from offline compilation for compute capability 9.0: the largest tiles that neither spill
+registers nor outgrow shared memory. tests/compile holds every choice to that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+# dK and dV alone, for one query head or for a group of them, and together with dQ
+KEY_PASSES = ("backward_kv", "backward_grouped", "backward_fused")
+PASSES = ("forward", "backward_q", *KEY_PASSES, "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile of queries, tile of keys, and how a program is run."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By (width of the head, whether extras are on).
+_HALF = {
+    "forward": {
+        (64, False): Config(128, 128, 8, 2),
+        (64, True): Config(128, 64, 8, 2),
+        (128, False): Config(128, 64, 8, 3),
+        (128, True): Config(128, 64, 8, 2),
+        (256, False): Config(64, 64, 8, 2),
+        (256, True): Config(64, 32, 8, 2),
+    },
+    "backward_q": {
+        (64, False): Config(128, 64, 8, 3),
+        (64, True): Config(128, 64, 8, 2),
+        (128, False): Config(128, 64, 8, 2),
+        (128, True): Config(64, 64, 8, 2),
+        (256, False): Config(64, 32, 8, 2),
+        (256, True): Config(64, 32, 8, 2),
+    },
+    "backward_kv": {
+        (64, False): Config(64, 128, 8, 2),
+        (64, True): Config(32, 128, 8, 2),
+        (128, False): Config(64, 128, 8, 3),
+        (128, True): Config(32, 64, 8, 2),
+        (256, False): Config(32, 64, 8, 2),
+        (256, True): Config(16, 64, 8, 2),
+    },
+    "backward_grouped": {
+        (64, False): Config(64, 128, 8, 2),
+        (64, True): Config(32, 128, 8, 2),
+        (128, False): Config(32, 128, 8, 2),
+        (128, True): Config(32, 64, 8, 2),
+        (256, False): Config(32, 64, 8, 2),
+        (256, True): Config(16, 64, 8, 2),
+    },
+    "backward_fused": {
+        (64, False): Config(64, 128, 8, 2),
+        (64, True): Config(32, 128, 8, 2),
+        (128, False): Config(32, 128, 8, 2),
+        (128, True): Config(32, 64, 8, 2),
+        (256, False): Config(32, 64, 8, 2),
+        (256, True): Config(16, 64, 8, 2),
+    },
+    "decode": {
+        (64, False): Config(16, 64, 4, 3),
+        (64, True): Config(16, 64, 4, 3),
+        (128, False): Config(16, 64, 4, 3),
+        (128, True): Config(16, 64, 4, 2),
+        (256, False): Config(16, 32, 4, 2),
+        (256, True): Config(16, 32, 4, 2),
+    },
+}
+
+# float32 products outside the tensor cores, by width of the head
+_EXACT = {
+    "forward": {64: Config(64, 32, 8, 2), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
+    "backward_q": {64: Config(32, 32, 8, 2), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
+    "keys": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    "decode": {64: Config(16, 32, 4, 2), 128: Config(16, 16, 4, 2), 256: Config(16, 16, 4, 1)},
+}
+_TF32 = {
+    "forward": {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+    "backward_q": {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+    "keys": {64: Config(32, 64, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 32, 8, 1)},
+    "decode": {64: Config(16, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 4, 1)},
+}
+
+
+def choose(
+    arch: int | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    block: tuple[int, int] | None,
+    pass_: str,
+    extras: bool = False,
+    exact: bool = True,
+) -> Config:
+    """The config for one of `PASSES`.
+
+    `arch` as from `device_arch`; `head_dim` is the padded width of the wider of keys and values;
+    `block` is the mask's (None when comparison decides), which tiles divide; `extras` says that a
+    bias, dropout or a softcap take registers, `exact` that float32 products stay float32 instead of
+    going through the tensor cores as tf32.
+    """
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    if arch == "cpu":
+        config = Config(
+            *{"backward_q": (64, 32), "backward_kv": (32, 64)}.get(pass_, (32, 32)), 4, 1
+        )
+    elif dtype == torch.float32:
+        side = "keys" if pass_ in KEY_PASSES else pass_
+        config = (_EXACT if exact else _TF32)[side][width]
+    else:
+        config = _HALF[pass_][width, extras]
+    if block is not None:
+        config = _divide(config, block, pass_, width, extras)
+    return _fit(config, arch, width, dtype)
+
+
+def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extras: bool) -> Config:
+    """Tiles no larger than the mask's block, and no more warps than a small tile feeds."""
+    block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])
+    held = block_n if pass_ in KEY_PASSES else block_m
+    divided = dataclasses.replace(config, block_m=block_m, block_n=block_n)
+    if divided != config and (held <= 32 or (held == 64 and width == 64 and not extras)):
+        return dataclasses.replace(divided, num_warps=4)
+    return divided
+
+
+def _fit(config: Config, arch: int | str, width: int, dtype: torch.dtype) -> Config:
+    """Fewer stages, then smaller tiles, where there is less shared memory than 227 KiB."""
+    if arch in (90, 100, 103, "cpu"):
+        return config
+    if arch == 80:
+        return dataclasses.replace(config, num_stages=min(config.num_stages, 2))
+    small = 32 if width > 64 or dtype == torch.float32 else 64
+    return Config(min(config.block_m, small), min(config.block_n, small), 4, 1)
+
+
+def device_arch(device: torch.device) -> int | str:
+    """90 for compute capability 9.0, "gfx942" for an AMD GPU, "cpu" for Triton's interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units; a small number under the interpreter."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,307 @@
+"""Decoding: a few queries against a long cache. The keys are split among programs, whose results
+merge by lse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments as args
+from . import configs
+from .arguments import Problem
+from .attend import add_sink, attend
+from .primitives import LN2, LOG2E, load_run, masked_tile, sample_bounds
+
+MAX_QUERIES = 16
+MIN_KEYS = 256  # below this one program does a row in no time, and merging would cost more
+MAX_ROWS = 128
+MAX_SPLITS = 64
+TILES_PER_SPLIT = 4
+
+
+@triton.jit
+def lower_bound(entries, low, high, block):
+    """The first of the (block, _) entries low .. high, which ascend, at or after `block`."""
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(entries + 2 * middle) < block
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def share(low, high, split, splits, STEP: tl.constexpr):
+    """The part of low .. high that a split takes: a whole number of steps, but for the last."""
+    size = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), splits), STEP) * STEP
+    low += split * size
+    return low, tl.minimum(high, low + size)
+
+
+@triton.jit
+def sparse_span(lists, line, BLOCK: tl.constexpr):
+    """What a line holds and where: (first run, end of runs, first partial, end of partials, low,
+    high).
+    """
+    run = tl.load(lists.run_offsets + line)
+    run_end = tl.load(lists.run_offsets + line + 1)
+    entry = tl.load(lists.partial_offsets + line)
+    entry_end = tl.load(lists.partial_offsets + line + 1)
+    has_run, has_partial = run < run_end, entry < entry_end
+    low, _ = load_run(lists, run, has_run, BLOCK)
+    _, high = load_run(lists, run_end - 1, has_run, BLOCK)
+    first = tl.load(lists.partials + 2 * entry, mask=has_partial, other=0) * BLOCK
+    last = tl.load(lists.partials + 2 * (entry_end - 1), mask=has_partial, other=-1) * BLOCK
+    low = tl.where(has_run & has_partial, tl.minimum(low, first), tl.where(has_run, low, first))
+    return run, run_end, entry, entry_end, low, tl.maximum(high, last + BLOCK)
+
+
+@triton.jit(do_not_specialize=(*Problem._fields, "splits"))
+def decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    part_ptr,
+    part_lse_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    lists,
+    modifiers,
+    splits,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Rows of the tile: the heads of a group (if PACKED) times a window of WINDOW aligned mask
+    rows.
+    """
+    problem = Problem(
+        pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
+    )
+    pid = tl.program_id(0)
+    split, rest = pid % splits, pid // splits
+    pair = rest // problem.tiles
+    b, h0 = pair // problem.heads, pair % problem.heads
+    offset, end_n = sample_bounds(problem, modifiers, b, F)
+    row0 = (offset // WINDOW + rest % problem.tiles) * WINDOW
+    if row0 >= offset + problem.q_len:
+        return
+
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    PAD_V: tl.constexpr = F.PAD_V
+    m = tl.arange(0, BLOCK_M)
+    rows = row0 + m % WINDOW
+    i = rows - offset
+    heads = problem.heads
+    if PACKED:
+        hk = h0
+        h = h0 * problem.group + m // WINDOW
+        inside = m // WINDOW < problem.group
+        heads *= problem.group
+    else:
+        hk = h0 // problem.group
+        h = h0 + tl.zeros_like(m)
+        inside = m < WINDOW
+    inside = inside & (i >= 0) & (i < problem.q_len)
+    b64, h64, hk64, i64 = (
+        tl.cast(b, tl.int64),
+        h.to(tl.int64),
+        tl.cast(hk, tl.int64),
+        i.to(tl.int64),
+    )
+    offs_d = tl.arange(0, F.PAD)
+    q_ptrs = q_ptr + (b64 * q_strides[0] + h64 * q_strides[1] + i64 * q_strides[2])[:, None]
+    q = tl.load(
+        q_ptrs + offs_d[None, :], mask=inside[:, None] & (offs_d < F.DIM)[None, :], other=0.0
+    )
+    k_ptr += b64 * k_strides[0] + hk64 * k_strides[1]
+    v_ptr += b64 * v_strides[0] + hk64 * v_strides[1]
+    kv_strides = (k_strides[2], v_strides[2])
+    base = modifiers.bias
+    if F.BIAS != "none":
+        base += (h64 * modifiers.bias_strides[1] + b64 * modifiers.bias_strides[0])[:, None]
+    r2, pair2 = rows[:, None], (b * heads + h)[:, None]
+
+    acc = tl.zeros([BLOCK_M, PAD_V], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if F.KIND == "sparse":
+        line = b * problem.line_batch + h0 * problem.line_head + row0 // F.BLOCK_Q
+        run, run_end, entry, entry_end, low, high = sparse_span(lists, line, F.BLOCK_KV)
+        low, high = share(low, tl.minimum(high, end_n), split, splits, F.BLOCK_KV)
+        block, block_end = low // F.BLOCK_KV, tl.cdiv(high, F.BLOCK_KV)
+        run = tl.maximum(lower_bound(lists.runs, run, run_end, block) - 1, run)
+        for x in range(run, lower_bound(lists.runs, run, run_end, block_end)):
+            start, stop = load_run(lists, x, x < run_end, F.BLOCK_KV)
+            for n in range(tl.maximum(start, low), tl.minimum(stop, high), F.BLOCK_N):
+                acc, l_i, m_i = attend(
+                    acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, 0,
+                    r2, offset, end_n, pair2, base, problem, modifiers, False, F,
+                )  # fmt: skip
+        entry = lower_bound(lists.partials, entry, entry_end, block)
+        entry_end = lower_bound(lists.partials, entry, entry_end, block_end)
+        for t in range((entry_end - entry) * (F.BLOCK_KV // F.BLOCK_N)):
+            n, bits = masked_tile(lists, entry, t, 0, 0, F.BLOCK_N, F.BLOCK_KV, F)
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, bits,
+                r2, offset, end_n, pair2, base, problem, modifiers, True, F,
+            )  # fmt: skip
+    else:
+        high, full = end_n, end_n
+        if F.KIND == "causal":
+            shift = problem.kv_len - problem.rows
+            last_row = tl.minimum(row0 + WINDOW, offset + problem.q_len) - 1
+            high = tl.minimum(last_row + shift + 1, end_n)
+            full = tl.maximum(tl.minimum(row0 + shift + 1, end_n), 0)
+        low, high = share(0, high, split, splits, F.BLOCK_N)
+        full = full // F.BLOCK_N * F.BLOCK_N
+        for n in range(low, tl.minimum(full, high), F.BLOCK_N):
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, 0,
+                r2, offset, end_n, pair2, base, problem, modifiers, False, F,
+            )  # fmt: skip
+        for n in range(tl.maximum(low, full), high, F.BLOCK_N):
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, 0,
+                r2, offset, end_n, pair2, base, problem, modifiers, True, F,
+            )  # fmt: skip
+
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    all_heads = problem.pairs // problem.heads * heads
+    row = (split * all_heads + b * heads + h).to(tl.int64) * problem.q_len + i
+    offs_v = tl.arange(0, PAD_V)
+    parts = part_ptr + (row * F.DIM_V)[:, None] + offs_v[None, :]
+    tl.store(parts, acc, mask=inside[:, None] & (offs_v < F.DIM_V)[None, :])
+    tl.store(part_lse_ptr + row, m_i + tl.log2(l_i), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "q_len", "heads", "splits"])
+def merge_kernel(
+    part_ptr,
+    part_lse_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
+    rows,
+    q_len,
+    heads,
+    splits,
+    keep_scale,
+    SPLITS: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PAD_V: tl.constexpr,
+):
+    """One row: the parts weighed by exp(lse of the part - lse)."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    split = tl.arange(0, SPLITS)
+    offs_v = tl.arange(0, PAD_V)
+    part_row = split.to(tl.int64) * rows + row
+    part_lse = tl.load(part_lse_ptr + part_row, mask=split < splits, other=float("-inf"))
+    m_i = tl.max(part_lse, 0)
+    weight = tl.exp2(part_lse - tl.where(m_i == float("-inf"), 0.0, m_i))
+    l_i = tl.sum(weight, 0)
+    parts = part_ptr + (part_row * DIM_V)[:, None] + offs_v[None, :]
+    inside = (split < splits)[:, None] & (offs_v < DIM_V)[None, :]
+    acc = tl.sum(tl.load(parts, mask=inside, other=0.0) * weight[:, None], 0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + row // q_len % heads).to(tl.float32) * LOG2E
+        m_i, l_i, alpha = add_sink(m_i, l_i, sink)
+        acc = acc * alpha
+    acc = acc * (keep_scale / tl.where(l_i == 0.0, 1.0, l_i))
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * DIM_V + offs_v, out, mask=offs_v < DIM_V)
+    tl.store(lse_ptr + row, (m_i + tl.log2(l_i)) * LN2)
+
+
+def number_of_splits(device: torch.device, programs: int, tiles: int) -> int:
+    """Among how many programs to share each one's `tiles` tiles of keys, so as to fill the GPU
+    twice.
+    """
+    wanted = 2 * configs.processors(device) // programs
+    return max(1, min(wanted, tiles // TILES_PER_SPLIT, MAX_SPLITS))
+
+
+def is_decode(call: args.Call) -> bool:
+    """Whether a call has few queries and many keys."""
+    return call.problem.q_len <= MAX_QUERIES and call.problem.kv_len >= MIN_KEYS
+
+
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, mask, call: args.Call
+) -> tuple[Tensor, Tensor]:
+    """Launch the decode kernels: (out, lse)."""
+    batch, heads, q_len, _ = query.shape
+    kv_len, dim_v, group = key.shape[2], value.shape[-1], call.problem.group
+    window = triton.next_power_of_2(q_len)
+    one_mask = mask.kind != "sparse" or mask.heads == 1
+    packed = group > 1 and one_mask and group * window <= MAX_ROWS
+    config = args.choose_config("decode", query, call)
+    block_m = max(16, triton.next_power_of_2(group * window if packed else window))
+    features = dataclasses.replace(call.features, BLOCK_M=block_m, BLOCK_N=config.block_n)
+    problem = call.problem._replace(
+        pairs=batch * (key.shape[1] if packed else heads),
+        heads=key.shape[1] if packed else heads,
+        line_batch=mask.heads * mask.q_blocks if mask.batch > 1 else 0,
+        line_head=mask.q_blocks if mask.heads > 1 else 0,
+        tiles=2 if features.OFFSET and window > 1 else 1,  # queries may lie across two windows
+    )
+    programs = problem.pairs * problem.tiles
+    splits = number_of_splits(query.device, programs, kv_len // config.block_n)
+
+    rows, device = batch * heads * q_len, query.device
+    part = torch.empty(splits, rows, dim_v, dtype=torch.float32, device=device)
+    part_lse = torch.empty(splits, rows, dtype=torch.float32, device=device)
+    out = torch.empty(batch, heads, q_len, dim_v, dtype=query.dtype, device=device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    with args.on_device(query):
+        decode_kernel[(programs * splits,)](
+            query,
+            key,
+            value,
+            part,
+            part_lse,
+            args.strides(query),
+            args.strides(key),
+            args.strides(value),
+            call.rows,
+            call.modifiers,
+            splits,
+            *problem,
+            WINDOW=window,
+            PACKED=packed,
+            F=features,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        merge_kernel[(rows,)](
+            part,
+            part_lse,
+            call.modifiers.sinks,
+            out,
+            lse,
+            rows,
+            q_len,
+            heads,
+            splits,
+            call.modifiers.keep_scale,
+            SPLITS=triton.next_power_of_2(splits),
+            DIM_V=dim_v,
+            PAD_V=args.padded(dim_v),
+        )
+    return out, lse

@@ -1,0 +1,173 @@
+"""Forward pass: one program holds a tile of queries and walks the tiles of keys that the mask lets
+it see.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments as args
+from .arguments import Problem
+from .attend import add_sink, attend
+from .decode import decode, is_decode
+from .primitives import (
+    LN2,
+    LOG2E,
+    bias_base,
+    load_tile,
+    locate,
+    masked_tile,
+    next_tile,
+    query_tile,
+    sample_bounds,
+    store_tile,
+    walk_keys,
+)
+
+
+@triton.jit(do_not_specialize=Problem._fields)
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    lists,
+    modifiers,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    F: tl.constexpr,
+):
+    problem = Problem(
+        pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
+    )
+    slot, pair = locate(problem)
+    b, h = pair // problem.heads, pair % problem.heads
+    offset, end_n = sample_bounds(problem, modifiers, b, F)
+    leading = b * problem.line_batch + h * problem.line_head
+    row0 = query_tile(problem, lists, slot, offset, leading, F) * F.BLOCK_M
+    if row0 >= offset + problem.q_len:
+        return
+
+    b64, h64, hk64 = (
+        tl.cast(b, tl.int64),
+        tl.cast(h, tl.int64),
+        tl.cast(h // problem.group, tl.int64),
+    )
+    q_ptr += b64 * q_strides[0] + h64 * q_strides[1]
+    k_ptr += b64 * k_strides[0] + hk64 * k_strides[1]
+    v_ptr += b64 * v_strides[0] + hk64 * v_strides[1]
+    kv_strides = (k_strides[2], v_strides[2])
+    base = bias_base(modifiers, b, h, F)
+    start_i = row0 - offset
+    q = load_tile(q_ptr, start_i, q_strides[2], problem.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
+
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    PAD_V: tl.constexpr = F.PAD_V
+    acc = tl.zeros([BLOCK_M, PAD_V], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    r2 = (row0 + tl.arange(0, BLOCK_M))[:, None]
+    line = leading + row0 // F.BLOCK_Q
+    n_full, n_masked, first, run, run_end, start, stop = walk_keys(
+        problem, lists, line, row0, end_n, F
+    )
+    full_start = start
+    for _ in range(n_full):
+        acc, l_i, m_i = attend(
+            acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
+            r2, offset, end_n, pair, base, problem, modifiers, False, F,
+        )  # fmt: skip
+        run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
+    for t in range(n_masked):
+        start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
+        acc, l_i, m_i = attend(
+            acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
+            r2, offset, end_n, pair, base, problem, modifiers, True, F,
+        )  # fmt: skip
+
+    if modifiers.sinks is not None:
+        sink = tl.load(modifiers.sinks + h).to(tl.float32) * LOG2E
+        m_i, l_i, alpha = add_sink(m_i, l_i, sink)
+        acc = acc * alpha[:, None]
+    acc = acc * (modifiers.keep_scale / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
+    lse = (m_i + tl.log2(l_i)) * LN2  # no key and no sink: log2(0) = -inf
+
+    pair64 = tl.cast(pair, tl.int64)
+    out_ptr += pair64 * problem.q_len * F.DIM_V
+    store_tile(out_ptr, start_i, F.DIM_V, problem.q_len, acc, F.BLOCK_M, F.DIM_V, F.PAD_V)
+    offs_i = start_i + tl.arange(0, F.BLOCK_M)
+    inside = (offs_i >= 0) & (offs_i < problem.q_len)
+    tl.store(lse_ptr + pair64 * problem.q_len + offs_i, lse, mask=inside)
+
+
+def forward_tiles(
+    query: Tensor, key: Tensor, value: Tensor, mask, call: args.Call
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel: (out, lse)."""
+    batch, heads, q_len, _ = query.shape
+    out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
+    config = args.choose_config("forward", query, call)
+    problem, features = args.over_queries(call, mask, query, config)
+    with args.on_device(query):
+        forward_kernel[(problem.tiles * problem.pairs,)](
+            query,
+            key,
+            value,
+            out,
+            lse,
+            args.strides(query),
+            args.strides(key),
+            args.strides(value),
+            call.rows,
+            call.modifiers,
+            *problem,
+            F=features,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys that `mask` (a BlockMask) shows.
+
+    query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), last strides 1, float16,
+    bfloat16 or float32; the rest as `flashmark.block_sparse_attention`, validated there. Returns
+    out (B, Hq, Nq, Dv) in query's dtype and lse (B, Hq, Nq) float32, the natural log of the whole
+    denominator.
+    """
+    call = args.describe(
+        query, key, value, mask, bias, sinks, query_offset, kv_lengths, dropout_seed,
+        scale, softcap, dropout_p,
+    )  # fmt: skip
+    launch = decode if is_decode(call) else forward_tiles
+    return launch(query, key, value, mask, call)

@@ -1,0 +1,367 @@
+"""The pieces that the block-sparse kernels share: where a program works, what it sees, and the
+softmax.
+
+Logits live in the log2 domain inside the kernels (exp2 is the hardware's exponential); what is
+stored is natural. An index ending in 2 has two dimensions, one of size 1, so a helper serves tiles
+in either orientation: queries down and keys across (forward, dQ), or keys down and queries across
+(dK, dV).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate(problem):
+    """Slot of this program within its (batch, head) pair, and the number of the pair.
+
+    One grid axis, because the others end at 65535. Slots are outermost within a section of pairs,
+    so the heavy tiles of the section start first while its keys and values stay in the L2 cache.
+    """
+    pid = tl.program_id(0)
+    per_section = problem.tiles * problem.section
+    section = pid // per_section
+    rest = pid - section * per_section
+    first = section * problem.section
+    width = tl.minimum(problem.section, problem.pairs - first)
+    return rest // width, first + rest % width
+
+
+@triton.jit
+def load_tile(
+    base,
+    start,
+    stride,
+    end,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Rows start .. start + SIZE of a matrix, [SIZE, PAD]; 0 beyond column DIM and, if CHECK, rows
+    0 .. end.
+    """
+    offs = tl.arange(0, SIZE)
+    offs_d = tl.arange(0, PAD)
+    ptrs = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + offs_d[None, :])
+    inside = (start + offs >= 0) & (start + offs < end)
+    if CHECK and DIM != PAD:
+        tile = tl.load(ptrs, mask=inside[:, None] & (offs_d < DIM)[None, :], other=0.0)
+    elif CHECK:
+        tile = tl.load(ptrs, mask=inside[:, None], other=0.0)
+    elif DIM != PAD:
+        tile = tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base, start, stride, end, tile, SIZE: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr
+):
+    """Store [SIZE, PAD] as rows start .. start + SIZE of a matrix, clipped to rows 0 .. end and
+    columns < DIM.
+    """
+    offs = tl.arange(0, SIZE)
+    offs_d = tl.arange(0, PAD)
+    ptrs = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + offs_d[None, :])
+    inside = (start + offs >= 0) & (start + offs < end)
+    tl.store(ptrs, tile.to(base.dtype.element_ty), mask=inside[:, None] & (offs_d < DIM)[None, :])
+
+
+@triton.jit
+def sample_bounds(problem, modifiers, b, F: tl.constexpr):
+    """Row of the mask of query 0, and the number of keys, of sample b."""
+    offset = 0
+    end_n = problem.kv_len
+    if F.OFFSET:
+        offset = tl.load(modifiers.offsets + b * modifiers.offset_stride)
+    if F.LENGTHS:
+        end_n = tl.minimum(end_n, tl.load(modifiers.lengths + b))
+    return offset, end_n
+
+
+@triton.jit
+def query_tile(problem, lists, slot, offset, leading, F: tl.constexpr):
+    """The tile of mask rows that a slot works on, heavy ones first where they are known."""
+    split: tl.constexpr = F.BLOCK_Q // F.BLOCK_M
+    if F.OFFSET:
+        tile = offset // F.BLOCK_M + slot
+    elif F.KIND == "sparse":
+        tile = tl.load(lists.order + leading + slot // split) * split + slot % split
+    elif F.KIND == "causal":
+        tile = problem.tiles - 1 - slot
+    else:
+        tile = slot
+    return tile
+
+
+@triton.jit
+def load_run(lists, run, exists, BLOCK: tl.constexpr):
+    """Start and stop of a run, in elements."""
+    start = tl.load(lists.runs + 2 * run, mask=exists, other=0) * BLOCK
+    return start, start + tl.load(lists.runs + 2 * run + 1, mask=exists, other=0) * BLOCK
+
+
+@triton.jit
+def sparse_line(lists, line, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """What a line holds: (FULL tiles, PARTIAL tiles, first PARTIAL entry, run, end of runs, start,
+    stop).
+    """
+    split: tl.constexpr = BLOCK // STEP
+    entry = tl.load(lists.partial_offsets + line)
+    n_partial = tl.load(lists.partial_offsets + line + 1) - entry
+    n_full = tl.load(lists.counts + line) - n_partial
+    run = tl.load(lists.run_offsets + line)
+    run_end = tl.load(lists.run_offsets + line + 1)
+    start, stop = load_run(lists, run, run < run_end, BLOCK)
+    return n_full * split, n_partial * split, entry, run, run_end, start, stop
+
+
+@triton.jit
+def next_tile(
+    lists, run, run_end, start, stop, STEP: tl.constexpr, BLOCK: tl.constexpr, F: tl.constexpr
+):
+    """Step to the next FULL tile, and into the next run when this one is used up.
+
+    One flat loop over all runs, so that the software pipeline does not drain between short ones.
+    """
+    start += STEP
+    if F.KIND == "sparse":
+        jump = start >= stop
+        run += jump.to(tl.int32)
+        fresh_start, fresh_stop = load_run(lists, run, jump & (run < run_end), BLOCK)
+        start = tl.where(jump, fresh_start, start)
+        stop = tl.where(jump, fresh_stop, stop)
+    return run, start, stop
+
+
+@triton.jit
+def masked_tile(
+    lists,
+    first,
+    t,
+    full_start,
+    n_full,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Start of the t-th tile that needs masking, and its row of tile_bits."""
+    if F.KIND == "sparse":
+        split: tl.constexpr = BLOCK // STEP
+        entry = lists.partials + 2 * (first + t // split)
+        start = tl.load(entry) * BLOCK + (t % split) * STEP
+        bits = tl.load(entry + 1)
+    else:  # masked tiles lie on both sides of the full ones
+        start = first + t * STEP
+        start += tl.where(start >= full_start, n_full * STEP, 0)
+        bits = 0
+    return start, bits
+
+
+@triton.jit
+def walk_keys(problem, lists, line, row0, end_n, F: tl.constexpr):
+    """The key tiles that a tile of queries visits: `sparse_line`, or the same by comparison."""
+    if F.KIND == "sparse":
+        n_full, n_masked, first, run, run_end, start, stop = sparse_line(
+            lists, line, F.BLOCK_N, F.BLOCK_KV
+        )
+    else:
+        seen_by_all = end_n
+        seen_by_any = end_n
+        if F.KIND == "causal":
+            shift = problem.kv_len - problem.rows
+            seen_by_all = tl.maximum(tl.minimum(row0 + shift + 1, end_n), 0)
+            seen_by_any = tl.maximum(tl.minimum(row0 + shift + F.BLOCK_M, end_n), 0)
+        n_full = seen_by_all // F.BLOCK_N
+        n_masked = tl.cdiv(seen_by_any, F.BLOCK_N) - n_full
+        first, run, run_end, start, stop = 0, 0, 0, 0, 0
+    return n_full, n_masked, first, run, run_end, start, stop
+
+
+@triton.jit
+def walk_queries(problem, lists, line, start_n, offset, end_n, F: tl.constexpr):
+    """The tiles of mask rows that a tile of keys is visited by: `sparse_line`, or the same by
+    comparison.
+    """
+    if F.KIND == "sparse":
+        n_full, n_masked, first, run, run_end, start, stop = sparse_line(
+            lists, line, F.BLOCK_M, F.BLOCK_Q
+        )
+    else:
+        low = offset
+        all_see = offset
+        end_r = offset + problem.q_len
+        if F.KIND == "causal":
+            shift = problem.kv_len - problem.rows
+            low = tl.maximum(low, start_n - shift)
+            all_see = tl.maximum(all_see, start_n + F.BLOCK_N - 1 - shift)
+        low = low // F.BLOCK_M
+        all_see = tl.cdiv(all_see, F.BLOCK_M)
+        n_full = tl.maximum(end_r // F.BLOCK_M - all_see, 0)
+        n_full = tl.where(start_n + F.BLOCK_N > end_n, 0, n_full)  # ragged keys: mask them all
+        n_masked = tl.maximum(tl.cdiv(end_r, F.BLOCK_M) - low, 0) - n_full
+        first, run, run_end, start, stop = low * F.BLOCK_M, 0, 0, all_see * F.BLOCK_M, 0
+    n_full = tl.where(start_n < end_n, n_full, 0)
+    n_masked = tl.where(start_n < end_n, n_masked, 0)
+    return n_full, n_masked, first, run, run_end, start, stop
+
+
+@triton.jit
+def visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED: tl.constexpr, F: tl.constexpr):
+    """Which elements of a tile take part: one bit each, or a comparison."""
+    seen = n2 < end_n
+    if MASKED and F.KIND == "causal":
+        seen = seen & (n2 <= r2 + (problem.kv_len - problem.rows))
+    elif MASKED and F.KIND == "sparse":
+        words: tl.constexpr = (F.BLOCK_KV + 31) // 32
+        row_ptr = bits_ptr + (bits.to(tl.int64) * F.BLOCK_Q + r2 % F.BLOCK_Q) * words
+        row_ptr += (start_n % F.BLOCK_KV) // 32
+        word = tl.load(row_ptr)
+        for w in tl.static_range(1, (F.BLOCK_N + 31) // 32):
+            word = tl.where((n2 - start_n) // 32 == w, tl.load(row_ptr + w), word)
+        seen = seen & (((word >> (n2 % F.BLOCK_KV % 32)) & 1) != 0)
+    return seen
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def bias_base(modifiers, b, h, F: tl.constexpr):
+    """Where the bias of a (batch, head) starts."""
+    base = modifiers.bias
+    if F.BIAS != "none":
+        base += tl.cast(h, tl.int64) * modifiers.bias_strides[1]
+        base += tl.cast(b, tl.int64) * modifiers.bias_strides[0]
+    return base
+
+
+@triton.jit
+def logits(qk, base, r2, n2, offset, problem, modifiers, F: tl.constexpr):
+    """Logits in the log2 domain, up to the `factor` of a plain score, and d capped / d scaled
+    score.
+    """
+    slope = 1.0
+    if F.SOFTCAP:
+        t = tanh(qk * modifiers.scale)
+        s = t * modifiers.softcap
+        slope = 1.0 - t * t
+    elif F.LINEAR:
+        s = qk
+    else:
+        s = qk * modifiers.scale
+    if F.BIAS == "relative":
+        entry = n2 - r2 + (problem.rows - 1)
+        inside = (entry >= 0) & (entry < problem.rows + problem.kv_len - 1)
+        s += tl.load(base + entry, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    elif F.BIAS == "dense":
+        i2 = r2 - offset
+        inside = (i2 >= 0) & (i2 < problem.q_len) & (n2 < problem.kv_len)
+        where = base + (
+            i2.to(tl.int64) * modifiers.bias_strides[2] + n2 * modifiers.bias_strides[3]
+        )
+        s += tl.load(where, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    return s, slope
+
+
+@triton.jit
+def log2_factor(modifiers, F: tl.constexpr):
+    """What multiplies a score on its way into exp2, as one fused multiply-add, when nothing else
+    does.
+    """
+    factor = 1.0
+    if F.LINEAR:
+        factor = modifiers.scale
+    return factor
+
+
+@triton.jit
+def online_softmax(s, factor, m_i, l_i, SAFE: tl.constexpr):
+    """One step of the running softmax over columns: (p, rescale of what was summed so far, m_i,
+    l_i).
+
+    SAFE when a whole row of the tile can be -inf.
+    """
+    m_i_new = tl.maximum(m_i, tl.max(s, 1) * factor)
+    pivot = m_i_new
+    if SAFE:
+        pivot = tl.where(m_i_new == float("-inf"), 0.0, m_i_new)
+    p = tl.exp2(s * factor - pivot[:, None])
+    alpha = tl.exp2(m_i - pivot)
+    return p, alpha, m_i_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def dropout_keep(i2, start_n, pair, modifiers, BLOCK_N: tl.constexpr):
+    """Which probabilities dropout keeps, queries down: key j takes word j % 4 of the counter j //
+    4.
+    """
+    quad = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    w0, w1, w2, w3 = tl.philox(tl.load(modifiers.seed), quad[None, :], i2, pair, 0)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return words >= tl.cast(modifiers.threshold, tl.uint32)
+
+
+@triton.jit
+def score_gradient(
+    qk,
+    dp,
+    lse2,
+    delta2,
+    keep,
+    bits_ptr,
+    bits,
+    start_n,
+    r2,
+    n2,
+    offset,
+    end_n,
+    base,
+    problem,
+    modifiers,
+    MASKED: tl.constexpr,
+    F: tl.constexpr,
+):
+    """(p after dropout, d logit, d capped / d scaled score) of a tile, from its dot products."""
+    s, slope = logits(qk, base, r2, n2, offset, problem, modifiers, F)
+    p = tl.exp2(s * log2_factor(modifiers, F) - lse2)
+    if F.DROPOUT:
+        dp = tl.where(keep, dp * modifiers.keep_scale, 0.0)
+    ds = p * (dp - delta2)
+    if MASKED or F.CLIP:
+        seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
+        p = tl.where(seen, p, 0.0)
+        ds = tl.where(seen, ds, 0.0)
+    if F.DROPOUT:
+        p = tl.where(keep, p, 0.0)
+    return p, ds, slope
+
+
+@triton.jit
+def load_rows(ptr, start_i, end, other, SIZE: tl.constexpr, CHECK: tl.constexpr):
+    """Entries start_i .. start_i + SIZE of a vector over queries; if CHECK, `other` outside 0 ..
+    end.
+    """
+    ptrs = ptr + start_i + tl.arange(0, SIZE)
+    if CHECK:
+        i = start_i + tl.arange(0, SIZE)
+        rows = tl.load(ptrs, mask=(i >= 0) & (i < end), other=other)
+    else:
+        rows = tl.load(ptrs)
+    return rows
+
+
+@triton.jit
+def log2_lse(lse):
+    """lse in the log2 domain; +inf, which makes every probability 0, where no key is seen."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
