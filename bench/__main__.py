@@ -14,11 +14,12 @@ from tqdm import tqdm
 from bench.compare import Settings
 from bench.environment import describe
 from bench.masks import mask_build, masks
+from bench.native import native
 from bench.nystrom import nystrom
 from bench.plot import plot
 from bench.report import print_report
 
-SUITES = {"masks": masks, "mask_build": mask_build, "nystrom": nystrom}
+SUITES = {"masks": masks, "mask_build": mask_build, "nystrom": nystrom, "native": native}
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

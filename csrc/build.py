@@ -89,11 +89,7 @@ def native_extension(*, sanitize: bool = False, cuda: bool = False) -> CppExtens
         csrc / "registration.cpp",
         *(p for root in roots for k in kinds for p in root.glob(k)),
     ]
-    headers = [
-        csrc / "native.h",
-        csrc / "native_cuda.h",
-        *(p for root in roots for p in root.glob("*.h")),
-    ]
+    headers = [*csrc.glob("*.h"), *(p for root in roots for p in root.glob("*.*h"))]
     extra = SANITIZE if sanitize else []
     define = ["-DUSE_CUDA", "-DFLASHMARK_CUDA"] if cuda else []
     flags = {"cxx": [*(f for f in COMMON if f != "-fopenmp"), *WIDE, STABLE, *define, *extra]}
@@ -110,14 +106,14 @@ def native_extension(*, sanitize: bool = False, cuda: bool = False) -> CppExtens
 
 
 def architectures() -> list[str]:
-    """nvcc's flags for the GPUs that the library is built for: PTX for what comes after the last."""
+    """nvcc's flags for the GPUs that the library is built for; PTX for what comes after them."""
     code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
     last = ARCHITECTURES[-1]
     return [*code, f"-gencode=arch=compute_{last},code=compute_{last}"]
 
 
 class Build(BuildExtension):
-    """A build that keeps the objects of each library apart and, unless required, may fail one by one."""
+    """A build that keeps the objects of each library apart; unless required, each may fail."""
 
     required = False
 
@@ -157,8 +153,8 @@ class Build(BuildExtension):
 def setup_options(*, required: bool = False, cuda: bool | None = None) -> dict:
     """`ext_modules` and `cmdclass` for setup().
 
-    `required`: a failed build is an error, not a warning. `cuda`: whether to build the CUDA sources; None is where
-    nvcc and a CUDA torch are.
+    `required`: a failed build is an error, not a warning. `cuda`: whether to build the CUDA
+    sources; None is where nvcc and a CUDA torch are.
     """
     missing = cuda_missing()
     if cuda and missing:

@@ -1,19 +1,20 @@
 #!/bin/sh
-# Builds the CPU kernels with the address and undefined-behaviour sanitizers and runs their tests.
+# Builds the C++ libraries with the address and undefined-behaviour sanitizers and runs their tests.
 # usage: csrc/sanitize.sh [python] [pytest arguments]
 set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- tests/test_cpu_*.py
+[ $# -gt 0 ] || set -- tests/test_cpu_*.py tests/test_native_tiles.py tests/test_native_core.py
 
 # A copy of the package beside the sanitized libraries: the ones in use stay as they are.
 package=build/sanitize/python
 mkdir -p "$package"
 cp -r python/flashmark "$package/"
-rm -f "$package"/flashmark/cpu/*.so
+rm -f "$package"/flashmark/cpu/*.so "$package"/flashmark/*.so
 level=$("$python" -c "import torch; print(torch.backends.cpu.get_cpu_capability().lower())")
 "$python" csrc/build.py --sanitize --only "$level" --to "$package"
+"$python" csrc/build.py --sanitize --only native --to "$package"
 
 runtime="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libubsan.so)"
 # Leaks are Python's own; a compiled kernel of oneDNN knows nothing of the stack's shadow.

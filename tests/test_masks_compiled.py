@@ -278,6 +278,15 @@ def test_an_uncompiled_mask_of_tensors_works_in_inference_mode():
     helpers.assert_close(out, attend(masks.causal() & masks.documents(ids.clone())), 1e-6)
 
 
+def test_a_mask_first_used_in_inference_mode_serves_training_later():
+    mask = masks.causal() & masks.sliding_window(9)
+    with torch.inference_mode():
+        attend(mask)
+    query = helpers.randn(1, 2, 40, 8, grad=True)
+    flashmark.block_sparse_attention(query, query, query, mask).sum().backward()
+    assert query.grad is not None
+
+
 def test_compiling_twice_gives_the_same_mask():
     mask = masks.causal() & masks.documents(torch.arange(200) // 60)
     a, b = (compiled(mask, 200, block_size=32) for _ in range(2))

@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from flashmark import native
 from flashmark.dispatch import CAN_RUN, BackendUnavailable
 
 OPERATORS = ("block_sparse", "nystrom")
@@ -33,6 +34,8 @@ def show_config() -> str:
             sample = torch.empty(1, 1, 1, 1, device=device)
             for backend in CAN_RUN:
                 lines.append(f"  {backend:<7} {_answer(operator, backend, sample)}")
+    reason = native.why_not()
+    lines.append(f"native mask and core operators on cpu: {'no: ' + reason if reason else 'yes'}")
     return "\n".join(lines)
 
 

@@ -8,7 +8,10 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.weak import WeakIdKeyDictionary
+
+from flashmark import native
 
 METHODS = ("cholesky", "tikhonov", "newton_schulz", "identity")
 KINDS = ("softmax", "kernel")
@@ -74,22 +77,44 @@ def landmark_core(
         eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
         if method == "identity":
             return eye.expand(scores.shape).clone()
-        if kind == "kernel":
-            matrix = _unit_diagonal(scores)[0]
-        elif method == "cholesky":
-            return _row_normalised_inverse(scores, jitter, eye)
-        else:
-            matrix = torch.softmax(scores, -1)
         if method == "cholesky":
-            return torch.cholesky_solve(eye, _cholesky(matrix + jitter * eye)).contiguous()
+            return _solved(native.tied_core, _tied_core, scores, jitter, kind == "softmax")
+        matrix = _unit_diagonal(scores)[0] if kind == "kernel" else torch.softmax(scores, -1)
         if method == "newton_schulz":
             return _newton_schulz(matrix, eye, iterations)
         if not tied:
             _warn_once(matrix)
-        normal = _cholesky(matrix.mT @ matrix + jitter * eye)
-        core = torch.cholesky_solve(matrix.mT, normal).contiguous()
-        # (A^T A + jitter)^-1 maps the constant rows that the second term adds to constant rows
-        return core if kind == "kernel" else _with_unit_rows(core)
+        return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, kind == "softmax")
+
+
+def _solved(in_native_code, in_pytorch, matrix: Tensor, jitter: float, softmax: bool) -> Tensor:
+    """The same core twice over: in C++ where it can run and be differentiated as asked."""
+
+    def plain(x: Tensor) -> Tensor:
+        return in_pytorch(x, jitter, softmax).contiguous()
+
+    fits = 1 <= matrix.shape[-1] <= native.MOST_LANDMARKS
+    if not fits or not native.preferred(matrix.device):
+        return plain(matrix)
+    if torch.compiler.is_compiling():
+        return in_native_code(matrix, jitter, softmax)
+    if torch._C._are_functorch_transforms_active() or unpack_dual(matrix).tangent is not None:
+        return plain(matrix)
+    return in_native_code(matrix, jitter, softmax, again=plain)
+
+
+def _tied_core(scores: Tensor, jitter: float, softmax: bool) -> Tensor:
+    eye = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
+    if softmax:
+        return _row_normalised_inverse(scores, jitter, eye)
+    return torch.cholesky_solve(eye, _cholesky(_unit_diagonal(scores)[0] + jitter * eye))
+
+
+def _tikhonov_core(matrix: Tensor, jitter: float, unit_rows: bool) -> Tensor:
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    core = torch.cholesky_solve(matrix.mT, _cholesky(matrix.mT @ matrix + jitter * eye))
+    # (A^T A + jitter)^-1 maps the constant rows that the second term adds to constant rows
+    return _with_unit_rows(core) if unit_rows else core
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -112,7 +137,7 @@ def _row_normalised_inverse(scores: Tensor, jitter: float, eye: Tensor) -> Tenso
     root = torch.exp((half - half.amax(-1, keepdim=True)).clamp_min(-40.0))
     row_sums = (unit * root.unsqueeze(-2)).sum(-1)
     core = torch.cholesky_solve(torch.diag_embed(row_sums), _cholesky(unit)) / root.unsqueeze(-1)
-    return _with_unit_rows(core).contiguous()
+    return _with_unit_rows(core)
 
 
 def _with_unit_rows(core: Tensor) -> Tensor:

@@ -31,5 +31,6 @@ def compiled(
     if entry not in cache:
         if len(cache) >= ENTRIES:
             cache.pop(next(iter(cache)))
-        cache[entry] = compile_mask(mask, *sizes, device=device, block_size=block_size)
+        with torch.inference_mode(False):  # what is kept must serve training as well
+            cache[entry] = compile_mask(mask, *sizes, device=device, block_size=block_size)
     return cache[entry]

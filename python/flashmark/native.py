@@ -1,0 +1,343 @@
+"""The stable-ABI operators in C++ (and CUDA): tile compaction and the landmark core.
+
+One library lies next to this file where the package was built with a compiler. It reads torch
+through its stable ABI only, so one build runs with torch 2.11 and later. Everything here has a twin
+in plain PyTorch that is used where the library is missing. On a GPU the operators run when they are
+called, and nothing of flashmark calls them by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MOST_LANDMARKS = 256  # what the core's kernels take
+
+_LIBRARY = "_native.so"
+
+
+@functools.cache
+def _load() -> str:
+    """Load the library; "" or the reason why there is none."""
+    path = Path(__file__).with_name(_LIBRARY)
+    if not path.exists():
+        return "the native operators were not built with this package"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"the native operators could not be loaded: {error}"
+    _register_fakes()
+    return ""
+
+
+def available() -> bool:
+    """Whether the operators can run on CPU tensors with this torch."""
+    return not why_not()
+
+
+def why_not() -> str:
+    """One sentence on why the operators cannot run; empty where they can."""
+    return _load()
+
+
+# What torch.compiler.assume_constant_result sets; the decorator would import torch._dynamo.
+why_not._dynamo_marked_constant = True
+
+
+def has_cuda() -> bool:
+    """Whether the library holds the CUDA versions as well."""
+    return available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "flashmark_native::tile_lists", "CUDA"
+    )
+
+
+def preferred(device: torch.device) -> bool:
+    """Whether flashmark itself takes the operators for tensors on `device`."""
+    return device.type == "cpu" and available()
+
+
+def _operators():
+    reason = why_not()
+    if reason:
+        raise NotImplementedError(f"flashmark.native cannot run: {reason}")
+    return torch.ops.flashmark_native
+
+
+def pack_tiles(elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits and counts of tiles.
+
+    Args:
+        elements: bool (n, block_q, block_kv).
+
+    Returns:
+        bits: int32 (n, block_q, ceil(block_kv / 32)), element `32 * w + k` in bit k of word w.
+        counts: int64 (n,), how many elements of a tile are True.
+    """
+    _check_bool("elements", elements, 3)
+    return _operators().pack_tiles(elements)
+
+
+def pack_dense(visible: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor]:
+    """`pack_tiles` of all tiles of a dense mask, in order (batch, head, query, key block).
+
+    Args:
+        visible: bool (B, H, q_len, kv_len), any strides. What a tile holds beyond its edges
+            counts as False.
+        block_q, block_kv: sizes of a tile, > 0.
+    """
+    _check_bool("visible", visible, 4)
+    for name, size in (("block_q", block_q), ("block_kv", block_kv)):
+        if size < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {size}")
+    return _operators().pack_dense(visible, block_q, block_kv)
+
+
+def distinct_tiles(
+    bits: Tensor, counts: Tensor, area: int, *, max_tiles: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Number the tiles that are neither empty nor full, equal bits once.
+
+    Args:
+        bits, counts: what `pack_tiles` returned.
+        area: elements of a whole tile: one with as many is FULL.
+        max_tiles: rows of the results; None is as many as there are, which a GPU cannot know
+            without a wait.
+
+    Returns:
+        classes: int32 (n,): -2 EMPTY, -1 FULL, else the row of tile_bits.
+        tile_bits: int32 (U, block_q, words), the distinct tiles. On a CPU in the order of
+            `torch.unique(dim=0)`, on a GPU in the order of their first appearance. Rows that are
+            not taken are 0.
+        visible: int64 (U,), elements of each row.
+        found: int64 (1,), how many rows are taken. More than max_tiles: an error on a CPU; on a GPU
+            the classes of tiles that did not fit point behind tile_bits, and asking `found` is the
+            caller's.
+    """
+    if bits.dtype is not torch.int32 or bits.dim() != 3:
+        raise TypeError(f"bits: expected int32 (n, block_q, words), got {_describe(bits)}")
+    if counts.dtype is not torch.int64 or counts.shape != bits.shape[:1]:
+        raise TypeError(f"counts: expected int64 ({bits.shape[0]},), got {_describe(counts)}")
+    if max_tiles is None and bits.device.type != "cpu":
+        raise ValueError("max_tiles: expected an int for tensors on a GPU, got None")
+    limit = -1 if max_tiles is None else max_tiles
+    classes, tile_bits, visible, found = _operators().distinct_tiles(bits, counts, area, limit)
+    if max_tiles is not None and found.device.type == "cpu" and int(found) > max_tiles:
+        raise ValueError(
+            f"max_tiles: expected at most {max_tiles} distinct tiles, got {int(found)}"
+        )
+    return classes, tile_bits, visible, found
+
+
+def tile_lists(
+    visible: Tensor, classes: Tensor, area: Tensor, *, capacity: int | None = None
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """The lists that kernels read, from a grid of tiles.
+
+    Args:
+        visible: bool (B, H, q_blocks, kv_blocks), any strides: which tiles are there at all.
+        classes: int32 of the same shape, any strides: -2 EMPTY, -1 FULL, else a row of tile_bits.
+        area: int64 (U + 2,): visible elements of an EMPTY tile, a FULL one and of each row of
+            tile_bits.
+        capacity: entries of runs and of partials, 0 behind the last; None is as many as there are,
+            which a GPU cannot know without a wait. Entries beyond it are left out.
+
+    Returns:
+        rows, cols: six tensors each, in the order of `TileLists`.
+        kept: int64 (), visible elements.
+        taken: int64 (), tiles that are not EMPTY.
+    """
+    _check_bool("visible", visible, 4)
+    if classes.dtype is not torch.int32 or classes.shape != visible.shape:
+        raise TypeError(f"classes: expected int32 {tuple(visible.shape)}, got {_describe(classes)}")
+    if area.dtype is not torch.int64 or area.dim() != 1:
+        raise TypeError(f"area: expected int64 (U + 2,), got {_describe(area)}")
+    if capacity is None and visible.device.type != "cpu":
+        raise ValueError("capacity: expected an int for tensors on a GPU, got None")
+    limit = -1 if capacity is None else capacity
+    lists = _operators().tile_lists(visible, classes, area, limit)
+    return lists[:6], lists[6:12], lists[12], lists[13]
+
+
+def tied_core(
+    scores: Tensor,
+    jitter: float,
+    softmax: bool = True,
+    *,
+    wide: bool = True,
+    again: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The core of tied landmarks: `landmark_core(method="cholesky")` from the scores on.
+
+    With U = D^-1/2 exp(scores) D^-1/2, D the diagonal of exp(scores), and P = (U + jitter)^-1: P
+    itself, or with softmax D^-1/2 P D^-1/2 times a diagonal that makes its rows sum to 1. One
+    factorisation a head; the gradient is one more launch, by -P dP P.
+
+    Args:
+        scores: (..., M, M) symmetric, float32 or float64; the lower triangle is read.
+        jitter: > 0, added to U's diagonal of 1. A head whose factorisation fails all the same,
+            because rounding of the scores made it indefinite, takes 10 times as much, and again:
+            the result is finite for finite scores.
+        wide: float64 inside for float32 scores.
+        again: the same in plain PyTorch: what a second derivative goes through. None: there is no
+            second derivative.
+
+    Returns:
+        (..., M, M) in the dtype of the scores. Scores that are not finite give NaN.
+    """
+    _check_square("scores", scores, jitter)
+    return _TiedCore.apply(scores, float(jitter), softmax, wide, again)
+
+
+def tikhonov_core(
+    matrix: Tensor,
+    jitter: float,
+    unit_rows: bool = True,
+    *,
+    wide: bool = True,
+    again: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The core of any square A, `landmark_core(method="tikhonov")`: (A^T A + jitter)^-1 A^T.
+
+    Args:
+        matrix: A, (..., M, M), float32 or float64.
+        jitter: > 0; more is taken as in `tied_core` where the factorisation fails.
+        unit_rows: what a row's sum lacks to 1 is spread over the row.
+        wide, again: as in `tied_core`.
+
+    Returns:
+        (..., M, M) in the dtype of the matrix.
+    """
+    _check_square("matrix", matrix, jitter)
+    return _TikhonovCore.apply(matrix, float(jitter), unit_rows, wide, again)
+
+
+class _TiedCore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, jitter, softmax, wide, again):
+        core, *solved = _operators().tied_core(_heads(scores), jitter, softmax, wide)
+        ctx.save_for_backward(scores, *solved)
+        ctx.softmax, ctx.again = softmax, again
+        return core.view(scores.shape)
+
+    @staticmethod
+    def backward(ctx, dcore):
+        scores, inverse, used = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable(ctx.again, scores, dcore), None, None, None, None
+        dscores = _operators().tied_core_backward(
+            _heads(scores), inverse, used, _heads(dcore), ctx.softmax
+        )
+        return dscores.view(scores.shape), None, None, None, None
+
+
+class _TikhonovCore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrix, jitter, unit_rows, wide, again):
+        core, inverse, _ = _operators().tikhonov_core(_heads(matrix), jitter, unit_rows, wide)
+        ctx.save_for_backward(matrix, inverse)
+        ctx.unit_rows, ctx.again = unit_rows, again
+        return core.view(matrix.shape)
+
+    @staticmethod
+    def backward(ctx, dcore):
+        matrix, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable(ctx.again, matrix, dcore), None, None, None, None
+        dmatrix = _operators().tikhonov_core_backward(
+            _heads(matrix), inverse, _heads(dcore), ctx.unit_rows
+        )
+        return dmatrix.view(matrix.shape), None, None, None, None
+
+
+def _differentiable(
+    again: Callable[[Tensor], Tensor] | None, x: Tensor, gradient: Tensor
+) -> Tensor:
+    """The gradient with a graph of its own, for create_graph=True."""
+    if again is None:
+        raise NotImplementedError("again: expected a function for a second derivative, got None")
+    return torch.autograd.grad(again(x), x, gradient, create_graph=True)[0]
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _check_square(name: str, x: Tensor, jitter: float) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
+    if x.dim() < 2 or x.shape[-1] != x.shape[-2] or not 1 <= x.shape[-1] <= MOST_LANDMARKS:
+        raise ValueError(f"{name}: expected (..., M, M) with M from 1 to 256, got {tuple(x.shape)}")
+    if not jitter > 0:
+        raise ValueError(f"jitter: expected a number > 0, got {jitter}")
+
+
+def _check_bool(name: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dtype is not torch.bool or tensor.dim() != dims:
+        raise TypeError(
+            f"{name}: expected a bool tensor of {dims} dimensions, got {_describe(tensor)}"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _register_fakes() -> None:
+    """Shapes without data, for `torch.export` and fake tensors."""
+    fake = functools.partial(torch.library.register_fake, lib=_FAKES)
+
+    @fake("flashmark_native::pack_tiles")
+    def _(elements):
+        n, block_q, block_kv = elements.shape
+        bits = elements.new_empty((n, block_q, -(-block_kv // 32)), dtype=torch.int32)
+        return bits, elements.new_empty((n,), dtype=torch.int64)
+
+    @fake("flashmark_native::pack_dense")
+    def _(visible, block_q, block_kv):
+        batch, heads, q_len, kv_len = visible.shape
+        n = batch * heads * -(-q_len // block_q) * -(-kv_len // block_kv)
+        bits = visible.new_empty((n, block_q, -(-block_kv // 32)), dtype=torch.int32)
+        return bits, visible.new_empty((n,), dtype=torch.int64)
+
+    @fake("flashmark_native::distinct_tiles")
+    def _(bits, counts, area, max_tiles):
+        rows = torch.library.get_ctx().new_dynamic_size() if max_tiles < 0 else max_tiles
+        classes = bits.new_empty(bits.shape[:1])
+        tile_bits, visible = bits.new_empty((rows, *bits.shape[1:])), counts.new_empty((rows,))
+        return classes, tile_bits, visible, counts.new_empty((1,))
+
+    @fake("flashmark_native::tile_lists")
+    def _(visible, classes, area, capacity):
+        batch, heads, q_blocks, kv_blocks = visible.shape
+        lists = []
+        for lines in (q_blocks, kv_blocks):
+            for _ in range(2):
+                size = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
+                total = batch * heads * lines
+                lists += [classes.new_empty((total + 1,)), classes.new_empty((size, 2))]
+            lists += [classes.new_empty((batch, heads, lines)) for _ in range(2)]
+        return [*lists, area.new_empty(()), area.new_empty(())]
+
+    def solved(matrix, jitter, flag, wide):
+        inner = torch.float64 if wide else matrix.dtype
+        inverse = matrix.new_empty(matrix.shape, dtype=inner)
+        used = matrix.new_empty(matrix.shape[:1], dtype=torch.float64)
+        return matrix.new_empty(matrix.shape), inverse, used
+
+    fake("flashmark_native::tied_core")(solved)
+    fake("flashmark_native::tikhonov_core")(solved)
+
+    @fake("flashmark_native::tied_core_backward")
+    def _(scores, inverse, used, dcore, softmax):
+        return scores.new_empty(scores.shape)
+
+    @fake("flashmark_native::tikhonov_core_backward")
+    def _(matrix, inverse, dcore, unit_rows):
+        return matrix.new_empty(matrix.shape)
+
+
+_FAKES = torch.library.Library("flashmark_native", "FRAGMENT")
