@@ -51,14 +51,35 @@ void run(const Problem& p, const ForwardOutputs& to) {
   if (W > 16) pack_keys_and_values<T, C>(p, to);
   const bool ordered = p.mask.kind == MaskKind::SPARSE && p.query_offset == nullptr;
   const int64_t tiles = ordered ? p.mask.q_blocks * p.mask.subs : p.max_tiles();
-  share_items(p.batch * p.heads * tiles, [&](const auto& next) {
-    ForwardTile<T, C, W> worker(p, to);
-    for (int64_t item = next(); item >= 0; item = next()) {
-      const int64_t b = item / tiles / p.heads, h = item / tiles % p.heads;
-      const int64_t tile = tile_at(p, b, h, item % tiles, tiles);
-      if (tile >= 0) worker.run(b, h, tile);
-    }
-    release_products<C>();
+  const int64_t items = p.batch * p.heads * tiles;
+  // From the shapes alone: no result depends on the number of threads.
+  const int64_t parts = items < FEW_TILES ? (p.kv_len + PART_KEYS - 1) / PART_KEYS : 1;
+  using Worker = ForwardTile<T, C, W>;
+  const auto visit = [&](int64_t each, const auto& one) {
+    share_items(items * each, [&](const auto& next) {
+      Worker worker(p, to);
+      for (int64_t x = next(); x >= 0; x = next()) {
+        const int64_t item = x / each, b = item / tiles / p.heads, h = item / tiles % p.heads;
+        const int64_t tile = tile_at(p, b, h, item % tiles, tiles);
+        if (tile >= 0) one(worker, b, h, tile, x);
+      }
+      release_products<C>();
+    });
+  };
+  if (parts <= 1) {
+    visit(1, [](Worker& worker, int64_t b, int64_t h, int64_t tile, int64_t) {
+      worker.run(b, h, tile);
+    });
+    return;
+  }
+  const int64_t size = Worker::part_size(p);
+  const Scratch<float> held(items * parts * size);
+  visit(parts, [&](Worker& worker, int64_t b, int64_t h, int64_t tile, int64_t x) {
+    const int64_t first = x % parts * PART_KEYS;
+    worker.run_part(b, h, tile, first, first + PART_KEYS, held + x * size);
+  });
+  visit(1, [&](Worker& worker, int64_t b, int64_t h, int64_t tile, int64_t item) {
+    worker.merge_parts(b, h, tile, held + item * parts * size, parts);
   });
 }
 

@@ -36,24 +36,27 @@ class ForwardTile {
   }
 
   void run(int64_t b_, int64_t h_, int64_t tile_) {
-    b = b_, h = h_, tile = tile_, kv_head = h / p.group();
-    columns = tile_columns(p, b, tile);
-    const T* query =
-        static_cast<const T*>(p.query) + b * p.query_strides.batch + h * p.query_strides.head;
-    pack_columns<T, C>(query + columns.query0 * p.query_strides.row, p.query_strides.row,
-                       columns.lo, columns.hi, W, p.dim, query_t, rows);
-    for (int64_t v = 0; v < NV; v++) m[v] = Vec(NEG_INF), l[v] = Vec(0.f);
-    started = false;
-    visible_keys(p, b, h, tile, p.keys(b), [&](int64_t first, int64_t n, const KeyBits& bits) {
-      for (int64_t j = 0; j < n;) {
-        const int64_t block_left = NARROW ? n : VALUE_BLOCK - (first + j) % VALUE_BLOCK;
-        const int64_t take = std::min({n - j, CHUNK - used, block_left});
-        append(first + j, take, bits.masked() ? bits.from(j) : bits);
-        j += take;
-        if (used == CHUNK || used % 2 != 0) flush();
-      }
-    });
-    flush();
+    visit(b_, h_, tile_, 0, p.kv_len);
+    finish();
+  }
+
+  // Floats of what `run_part` stores: m and l of each column, then O as it lies in `acc`.
+  static int64_t part_size(const Problem& p) { return W * (2 + p.v_dim); }
+
+  // Keys [begin, end) alone.
+  void run_part(int64_t b_, int64_t h_, int64_t tile_, int64_t begin, int64_t end, float* part) {
+    visit(b_, h_, tile_, begin, end);
+    for (int64_t v = 0; v < NV; v++) {
+      m[v].store(part + v * LANES);
+      l[v].store(part + W + v * LANES);
+    }
+    if (started) std::copy_n(acc + 0, W * p.v_dim, part + 2 * W);
+  }
+
+  // The tile from all its parts, in order.
+  void merge_parts(int64_t b_, int64_t h_, int64_t tile_, const float* parts, int64_t n) {
+    place(b_, h_, tile_);
+    for (int64_t x = 0; x < n; x++) merge(parts + x * part_size(p));
     finish();
   }
 
@@ -71,6 +74,38 @@ class ForwardTile {
     int64_t row, n;
     KeyBits bits;
   };
+
+  void place(int64_t b_, int64_t h_, int64_t tile_) {
+    b = b_, h = h_, tile = tile_, kv_head = h / p.group();
+    columns = tile_columns(p, b, tile);
+    for (int64_t v = 0; v < NV; v++) m[v] = Vec(NEG_INF), l[v] = Vec(0.f);
+    started = false;
+  }
+
+  // The tile's keys in [begin, end): m, l and acc, unnormalised.
+  void visit(int64_t b_, int64_t h_, int64_t tile_, int64_t begin, int64_t end) {
+    place(b_, h_, tile_);
+    const T* query =
+        static_cast<const T*>(p.query) + b * p.query_strides.batch + h * p.query_strides.head;
+    pack_columns<T, C>(query + columns.query0 * p.query_strides.row, p.query_strides.row,
+                       columns.lo, columns.hi, W, p.dim, query_t, rows);
+    visible_keys(p, b, h, tile, std::min(p.keys(b), end),
+                 [&](int64_t first, int64_t n, const KeyBits& bits) {
+                   const int64_t before = std::clamp<int64_t>(begin - first, 0, n);
+                   take_span(first + before, n - before, bits.masked() ? bits.from(before) : bits);
+                 });
+    flush();
+  }
+
+  void take_span(int64_t first, int64_t n, const KeyBits& bits) {
+    for (int64_t j = 0; j < n;) {
+      const int64_t block_left = NARROW ? n : VALUE_BLOCK - (first + j) % VALUE_BLOCK;
+      const int64_t take = std::min({n - j, CHUNK - used, block_left});
+      append(first + j, take, bits.masked() ? bits.from(j) : bits);
+      j += take;
+      if (used == CHUNK || used % 2 != 0) flush();
+    }
+  }
 
   void append(int64_t first, int64_t n, const KeyBits& bits) {
     const bool extends = !ranges.empty() && ranges.back().first + ranges.back().n == first &&
@@ -251,6 +286,35 @@ class ForwardTile {
         for (int64_t v = 0; v < NV; v++)
           weight<DROPOUT>(j, v, factor, shift).store(scores + j * W + v * LANES);
     }
+  }
+
+  // Adds a part's sums; columns that see none of its keys keep their bits.
+  void merge(const float* part) {
+    const Vec zero(0.f), none(NEG_INF);
+    float own[W];
+    bool empty = true;
+    for (int64_t v = 0; v < NV; v++) {
+      const Vec top = Vec::loadu(part + v * LANES), next = max_vec(m[v], top);
+      const Vec old = Vec::blendv(exp2_vec(m[v] - next), Vec(1.f), m[v] == next);
+      const Vec add = Vec::blendv(exp2_vec(top - next), Vec(1.f), top == next);
+      const Vec share = Vec::blendv(add, zero, top == none);
+      l[v] = l[v] * old + Vec::loadu(part + W + v * LANES) * share;
+      m[v] = next;
+      old.store(alpha + v * LANES);
+      share.store(own + v * LANES);
+      empty &= (top == none).zero_mask() == 0;
+    }
+    if (empty) return;
+    if (started) scale_output();
+    const float* from = part + 2 * W;
+    for (int64_t r = 0; r < (NARROW ? W : p.v_dim); r++) {
+      const int64_t size = NARROW ? p.v_dim : W;
+      for (int64_t c = 0; c < size; c++) {
+        const float share = own[NARROW ? r : c], old = started ? acc[r * size + c] : 0.f;
+        acc[r * size + c] = share == 0.f ? old : old + share * from[r * size + c];
+      }
+    }
+    started = true;
   }
 
   void finish() {

@@ -4,7 +4,7 @@
 
 #include <ATen/Functions.h>
 
-#include "nystrom_problem.h"
+#include "nystrom_pieces.h"
 #include "vec_math.h"
 
 namespace flashmark {
@@ -89,6 +89,18 @@ void with_dtype(at::ScalarType dtype, const F& f) {
   f(c10::BFloat16{});
 }
 
+// (batch * n, ...) -> (batch, ...): the n sums of a sample, in order.
+Tensor sum_bundles(const Tensor& parts, int64_t batch) {
+  if (parts.size(0) == batch) return parts;
+  std::vector<int64_t> sizes = parts.sizes().vec();
+  sizes[0] /= batch;
+  sizes.insert(sizes.begin(), batch);
+  const Tensor by_sample = parts.view(sizes);
+  Tensor sum = by_sample.select(1, 0).clone();
+  for (int64_t n = 1; n < sizes[1]; n++) sum.add_(by_sample.select(1, n));
+  return sum;
+}
+
 const float* optional_floats(Tensor& t) {
   return t.defined() ? t.const_data_ptr<float>() : nullptr;
 }
@@ -121,10 +133,12 @@ std::vector<Tensor> nystrom_backward(const NystromArguments& a, const Tensor& do
   const Tensor dquery = at::empty({p.batch, p.heads, p.tokens, p.dim}, a.query.options());
   const Tensor dkey = at::empty({p.batch, p.kv_heads, p.tokens, p.dim}, a.key.options());
   const Tensor dvalue = at::empty({p.batch, p.kv_heads, p.tokens, p.v_dim}, a.value.options());
-  const Tensor dlq = zeros({p.batch, p.kv_heads, p.marks, p.dim}), dlk = at::zeros_like(dlq);
-  const Tensor dcore = zeros({p.batch, p.kv_heads, p.marks, p.width});
-  const Tensor dhalf = zeros({p.batch, p.kv_heads, p.width});
-  const Tensor ddecay = at::zeros({p.batch, p.kv_heads, p.marks}, at::kDouble);
+  const int64_t bundles = static_cast<int64_t>(bundle_pieces(p, cut_pieces(p)).size()) - 1;
+  const int64_t sums = std::max(p.batch, bundles);
+  const Tensor dlq = zeros({sums, p.kv_heads, p.marks, p.dim}), dlk = at::zeros_like(dlq);
+  const Tensor dcore = zeros({sums, p.kv_heads, p.marks, p.width});
+  const Tensor dhalf = zeros({sums, p.kv_heads, p.width});
+  const Tensor ddecay = at::zeros({sums, p.kv_heads, p.marks}, at::kDouble);
   const int64_t rows = a.L0 ? p.sequences : 0;
   const Tensor dL0 = at::empty({rows, p.kv_heads, p.marks}, at::kFloat);
   const Tensor dR0 = at::empty({rows, p.kv_heads, p.marks, p.v_dim}, at::kFloat);
@@ -139,8 +153,17 @@ std::vector<Tensor> nystrom_backward(const NystromArguments& a, const Tensor& do
   if (a.decay) x.ddecay = ddecay.mutable_data_ptr<double>();
   if (a.L0) x.dL0 = dL0.mutable_data_ptr<float>(), x.dR0 = dR0.mutable_data_ptr<float>();
   with_dtype(a.query.scalar_type(), [&](auto t) { nystrom_backward<decltype(t)>(p, x); });
-  return {dquery, dkey, dvalue, dlq, dlk, dcore.narrow(3, 0, p.marks), dhalf.narrow(2, 0, p.marks),
-          ddecay, dL0,  dR0};
+  const auto total = [&](const Tensor& parts) { return sum_bundles(parts, p.batch); };
+  return {dquery,
+          dkey,
+          dvalue,
+          total(dlq),
+          total(dlk),
+          total(dcore).narrow(3, 0, p.marks),
+          total(dhalf).narrow(2, 0, p.marks),
+          total(ddecay),
+          dL0,
+          dR0};
 }
 
 }  // namespace flashmark

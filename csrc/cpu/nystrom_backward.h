@@ -1,5 +1,5 @@
-// The backward of one sequence and key head: states of all chunks forwards, then gradients
-// backwards.
+// The backward of one piece of a sequence and key head: states of its chunks forwards, then
+// gradients backwards.
 //
 // A reverse state (G, g) runs against time, referenced to the chunk's end, rho = L there:
 //   dW_il = dO_i . R_l(i),  centre = dW, or W . dW of the row with "mass"
@@ -7,18 +7,24 @@
 //   ds_jl = e^{s_jl - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il e^{s_jl - L_l(i)} (dO_i . v_j -
 //   centre_il) dv_j = sum_l e^{s_jl - rho} G_l + sum_{i >= j} sum_l W_il e^{s_jl - L_l(i)} dO_i
 #pragma once
+#include "nystrom_pieces.h"
 #include "nystrom_queries.h"
 
 namespace flashmark {
+
+struct ReverseState {  // (G, g)
+  explicit ReverseState(const NystromProblem& p) : G(p.marks * p.v_dim), g(p.marks) {}
+  std::vector<float> G, g;
+};
 
 template <typename T>
 class BackwardWalk {
  public:
   BackwardWalk(const NystromProblem& problem, const NystromGradients& gradients)
-      : p(problem),
+      : state(problem),
+        p(problem),
         x(gradients),
         width(p.width),
-        state(p),
         keys(p),
         queries(p),
         G(p.marks * p.v_dim),
@@ -42,27 +48,64 @@ class BackwardWalk {
         dout_copy(MAX_CHUNK * p.v_dim),
         R(p.marks * p.v_dim) {}
 
-  void run(int64_t row, int64_t h_) {
-    h = h_, b = p.bounds ? 0 : row;
-    const int64_t begin = p.bounds ? p.bounds[row] : 0,
-                  end = p.bounds ? p.bounds[row + 1] : p.tokens;
-    state.load(p, row, h);
+  // Moves `state` over the piece, keeping what it was before each chunk.
+  void forwards(const Piece& piece, int64_t h_) {
+    b = piece.b, h = h_;
     starts.clear();
-    for (int64_t first = begin; first < end; first += p.chunk) {
+    for (int64_t first = piece.first; first < piece.end; first += p.chunk) {
       starts.push_back(state);
-      keys.load(b, h, first, std::min(p.chunk, end - first), state);
+      keys.load(b, h, first, std::min(p.chunk, piece.end - first), state);
       keys.advance(state);
     }
-    start_reverse(row);
+  }
+
+  // As after `forwards`, from what that left.
+  void resume(const Piece& piece, int64_t h_, std::vector<RunningState>&& starts_,
+              const RunningState& end) {
+    b = piece.b, h = h_;
+    starts = std::move(starts_), state = end;
+  }
+
+  // All gradients of the piece, parameters into sum `sums_`; `behind` is (G, g) at the piece's end,
+  // null where the sequence ends too.
+  void backwards(const Piece& piece, int64_t sums_, const ReverseState* behind) {
+    sums = sums_, only_reverse = false;
+    if (behind) {
+      std::copy(behind->G.begin(), behind->G.end(), G + 0);
+      std::copy(behind->g.begin(), behind->g.end(), g + 0);
+    } else {
+      start_reverse(piece.row);
+    }
+    steps(piece);
+    if (piece.opens && x.dL0) finish_reverse(piece.row);
+  }
+
+  // Of (G, g) alone what the piece itself adds, at its start.
+  void own_reverse(const Piece& piece) {
+    only_reverse = true;
+    std::fill(G + 0, G + p.marks * p.v_dim, 0.f);
+    std::fill(g + 0, g + p.marks, 0.f);
+    steps(piece);
+  }
+
+  // (G, g) at the start of the piece visited last.
+  void store_reverse(ReverseState& to) const {
+    std::copy_n(G + 0, p.marks * p.v_dim, to.G.begin());
+    std::copy_n(g + 0, p.marks, to.g.begin());
+  }
+
+  RunningState state;
+  std::vector<RunningState> starts;
+
+ private:
+  void steps(const Piece& piece) {
     for (int64_t c = static_cast<int64_t>(starts.size()) - 1; c >= 0; c--) {
       next_R =
           c + 1 < static_cast<int64_t>(starts.size()) ? starts[c + 1].R.data() : state.R.data();
-      step(begin + c * p.chunk, end, starts[c]);
+      step(piece.first + c * p.chunk, piece.end, starts[c]);
     }
-    if (x.dL0) finish_reverse(row);
   }
 
- private:
   void start_reverse(int64_t row) {
     const int64_t at = (row * p.kv_heads + h) * p.marks;
     for (int64_t l = 0; l < p.marks; l++) {
@@ -100,7 +143,7 @@ class BackwardWalk {
     for (int64_t d = 0; d < p.v_dim; d++)
       std::fill(R_t + d * width + p.marks, R_t + (d + 1) * width, 0.f);
     transpose_words(keys.values, keys.value_ld, n, p.v_dim, value_t, MAX_CHUNK);
-    if (x.ddecay) decay_of_end();
+    if (x.ddecay && !only_reverse) decay_of_end();
     std::fill(own_G + 0, own_G + p.marks * p.v_dim, 0.f);
     std::fill(pulls + 0, pulls + n * width, 0.f);
     std::fill(ds + 0, ds + n * width, 0.f);
@@ -113,12 +156,12 @@ class BackwardWalk {
     } else {
       key_gradients();
     }
-    write_keys(first);
+    if (!only_reverse) write_keys(first);
   }
 
   // dL_end of the chunk is G . R_end - g; time shifts it by decay for each token.
   void decay_of_end() {
-    double* to = x.ddecay + (b * p.kv_heads + h) * p.marks;
+    double* to = x.ddecay + sums * p.marks;
     for (int64_t l = 0; l < p.marks; l++) {
       float dot = 0.f;
       for (int64_t d = 0; d < p.v_dim; d++) dot += G[l * p.v_dim + d] * next_R[l * p.v_dim + d];
@@ -159,7 +202,7 @@ class BackwardWalk {
     } else {
       pull_on_keys();
     }
-    query_gradients(head, first);
+    if (!only_reverse) query_gradients(head, first);
   }
 
   float dot(const float* a, const float* c) const {
@@ -187,15 +230,16 @@ class BackwardWalk {
     const int64_t n = keys.n;
     transpose_words(queries.weights, width, n, width, wide_t, MAX_CHUNK);
     plain_product(p.marks, p.v_dim, n, wide_t, MAX_CHUNK, dout, dout_ld, own_G, p.v_dim, true);
+    for (int64_t k = 0; k < n * width; k += LANES)
+      at::vec::fmadd(Vec::loadu(queries.weights + k), Vec::loadu(centre + k), Vec::loadu(pulls + k))
+          .store(pulls + k);
+    if (only_reverse) return;
     plain_product(n, n, p.marks, queries.weights, width, keys.P_t, MAX_CHUNK, between, MAX_CHUNK);
     keep_lower(between, n);
     transpose_words(between, MAX_CHUNK, n, n, square_t, MAX_CHUNK);
     plain_product(n, p.v_dim, n, square_t, MAX_CHUNK, dout, dout_ld, dvalue, p.v_dim, true);
     transpose_words(pairs, MAX_CHUNK, n, n, square_t, MAX_CHUNK);
     plain_product(n, width, n, square_t, MAX_CHUNK, queries.weights, width, ds, width, true);
-    for (int64_t k = 0; k < n * width; k += LANES)
-      at::vec::fmadd(Vec::loadu(queries.weights + k), Vec::loadu(centre + k), Vec::loadu(pulls + k))
-          .store(pulls + k);
   }
 
   void key_gradients() {
@@ -207,11 +251,13 @@ class BackwardWalk {
       at::vec::map<float>([scale](Vec v) { return v * scale; }, row, row, p.v_dim);
       g[l] *= last[l];
     }
-    transpose_words(G, p.v_dim, p.marks, p.v_dim, G_t, width);
-    for (int64_t d = 0; d < p.v_dim; d++)
-      std::fill(G_t + d * width + p.marks, G_t + (d + 1) * width, 0.f);
-    plain_product(n, width, p.v_dim, keys.values, keys.value_ld, G_t, width, ds, width, true);
-    plain_product(n, p.v_dim, p.marks, keys.P, width, G, p.v_dim, dvalue, p.v_dim, true);
+    if (!only_reverse) {
+      transpose_words(G, p.v_dim, p.marks, p.v_dim, G_t, width);
+      for (int64_t d = 0; d < p.v_dim; d++)
+        std::fill(G_t + d * width + p.marks, G_t + (d + 1) * width, 0.f);
+      plain_product(n, width, p.v_dim, keys.values, keys.value_ld, G_t, width, ds, width, true);
+      plain_product(n, p.v_dim, p.marks, keys.P, width, G, p.v_dim, dvalue, p.v_dim, true);
+    }
     for (int64_t l = 0; l < width; l += LANES) {
       float tail[LANES];
       for (int64_t k = 0; k < LANES; k++) tail[k] = l + k < p.marks ? g[l + k] : 0.f;
@@ -254,7 +300,7 @@ class BackwardWalk {
   }
 
   void query_gradients(int64_t head, int64_t first) {
-    const int64_t n = keys.n, parameter = p.parameter(b, h), sums = b * p.kv_heads + h;
+    const int64_t n = keys.n, parameter = p.parameter(b, h);
     if (p.mass) {
       double* decays = x.ddecay ? x.ddecay + sums * p.marks : nullptr;
       for (int64_t i = 0; i < n; i++) {
@@ -295,7 +341,7 @@ class BackwardWalk {
   }
 
   void write_keys(int64_t first) {
-    const int64_t n = keys.n, parameter = p.parameter(b, h), sums = b * p.kv_heads + h;
+    const int64_t n = keys.n, parameter = p.parameter(b, h);
     if (x.ddecay) {
       for (int64_t l = 0; l < p.marks; l++) {
         float sum = 0.f;
@@ -325,10 +371,9 @@ class BackwardWalk {
   const NystromProblem& p;
   const NystromGradients& x;
   const int64_t width;
-  int64_t b = 0, h = 0, dout_ld = 0;
+  int64_t b = 0, h = 0, sums = 0, dout_ld = 0;
+  bool only_reverse = false;
   const float *next_R = nullptr, *dout = nullptr;
-  RunningState state;
-  std::vector<RunningState> starts;
   std::vector<SteepRows> steep_rows;
   KeyChunk<T> keys;
   QueryChunk<T> queries;

@@ -1,3 +1,4 @@
+#include "nystrom_pieces.h"
 #include "nystrom_queries.h"
 #include "schedule.h"
 
@@ -8,28 +9,34 @@ template <typename T>
 class ForwardWalk {
  public:
   ForwardWalk(const NystromProblem& problem, const NystromOutputs& outputs)
-      : p(problem),
+      : state(problem),
+        p(problem),
         to(outputs),
-        state(p),
         keys(p),
         queries(p),
         between(MAX_CHUNK * MAX_CHUNK),
         rows(MAX_CHUNK * p.v_dim),
         R(p.marks * p.v_dim) {}
 
-  void run(int64_t row, int64_t h) {
-    const int64_t b = p.bounds ? 0 : row;
-    const int64_t begin = p.bounds ? p.bounds[row] : 0,
-                  end = p.bounds ? p.bounds[row + 1] : p.tokens;
-    state.load(p, row, h);
-    for (int64_t first = begin; first < end; first += p.chunk) {
-      keys.load(b, h, first, std::min(p.chunk, end - first), state);
-      queries.weigh_states(keys, p.mass ? p.half + p.parameter(b, h) * p.width : nullptr);
-      for (int64_t g = h * p.group(); g < (h + 1) * p.group(); g++) write_rows(b, g, first);
+  // Rows of `out`, from the state before the piece; `state` moves behind it.
+  void write(const Piece& piece, int64_t h) {
+    for (int64_t first = piece.first; first < piece.end; first += p.chunk) {
+      keys.load(piece.b, h, first, std::min(p.chunk, piece.end - first), state);
+      queries.weigh_states(keys, p.mass ? p.half + p.parameter(piece.b, h) * p.width : nullptr);
+      for (int64_t g = h * p.group(); g < (h + 1) * p.group(); g++) write_rows(piece.b, g, first);
       keys.advance(state);
     }
-    state.store(p, row, h, to.L, to.R);
+    if (piece.closes) state.store(p, piece.row, h, to.L, to.R);
   }
+
+  void skip(const Piece& piece, int64_t h) {
+    for (int64_t first = piece.first; first < piece.end; first += p.chunk) {
+      keys.load(piece.b, h, first, std::min(p.chunk, piece.end - first), state);
+      keys.advance(state);
+    }
+  }
+
+  RunningState state;
 
  private:
   // out = (W e^{L0-L}) R0 + [(W e^{ref-L}) P^T where j <= i] V
@@ -61,7 +68,6 @@ class ForwardWalk {
 
   const NystromProblem& p;
   const NystromOutputs& to;
-  RunningState state;
   KeyChunk<T> keys;
   QueryChunk<T> queries;
   Buffer between, rows, R;
@@ -71,11 +77,35 @@ class ForwardWalk {
 
 template <typename T>
 void nystrom_forward(const NystromProblem& p, const NystromOutputs& to) {
-  share_items(p.sequences * p.kv_heads, [&](const auto& next) {
-    ForwardWalk<T> walk(p, to);
-    for (int64_t item = next(); item >= 0; item = next())
-      walk.run(item / p.kv_heads, item % p.kv_heads);
-    release_products<float>();
+  const std::vector<Piece> pieces = cut_pieces(p);
+  const bool cut = any_cut(pieces);
+  const int64_t items = static_cast<int64_t>(pieces.size()) * p.kv_heads;
+  std::vector<RunningState> after(cut ? items : 0, RunningState(p));  // (pieces, kv_heads)
+  const auto visit = [&](const auto& one) {
+    share_items(items, [&](const auto& next) {
+      ForwardWalk<T> walk(p, to);
+      for (int64_t item = next(); item >= 0; item = next())
+        one(walk, pieces[item / p.kv_heads], item, item % p.kv_heads);
+      release_products<float>();
+    });
+  };
+  // Pieces that open a sequence whole, and the states of those between from nothing.
+  visit([&](ForwardWalk<T>& walk, const Piece& piece, int64_t item, int64_t h) {
+    if (piece.opens) {
+      walk.state.load(p, piece.row, h);
+      walk.write(piece, h);
+    } else if (!piece.closes) {
+      walk.state.clear();
+      walk.skip(piece, h);
+    }
+    if (!piece.closes) after[item] = walk.state;
+  });
+  if (!cut) return;
+  scan_states(p, pieces, after);
+  visit([&](ForwardWalk<T>& walk, const Piece& piece, int64_t item, int64_t h) {
+    if (piece.opens) return;
+    walk.state = after[item - p.kv_heads];
+    walk.write(piece, h);
   });
 }
 

@@ -22,6 +22,10 @@ inline float exp_difference(float a, float b) { return a == NEG_INF ? 0.f : std:
 struct RunningState {  // of one sequence and key head; R is 0 where L = -inf
   RunningState(const NystromProblem& p) : L(p.marks), R(p.marks * p.v_dim) {}
 
+  void clear() {  // nothing seen yet
+    std::fill(L.begin(), L.end(), NEG_INF);
+    std::fill(R.begin(), R.end(), 0.f);
+  }
   void load(const NystromProblem& p, int64_t row, int64_t h) {
     const int64_t at = (row * p.kv_heads + h) * p.marks;
     for (int64_t l = 0; l < p.marks; l++) {
