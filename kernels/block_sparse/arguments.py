@@ -124,6 +124,8 @@ def describe(
     """Collect the arguments that all passes share; `for_pass` then fits them to one kernel."""
     (batch, heads, q_len, dim), (kv_heads, kv_len, dim_v) = query.shape, value.shape[1:]
     sparse = mask.kind == "sparse"
+    if bias is not None and bias.dim() == 2 and bias.stride(1) != 1:
+        bias = bias.contiguous()
     kind_of_bias = "none" if bias is None else "relative" if bias.dim() == 2 else "dense"
     problem = Problem(0, 0, heads // kv_heads, q_len, kv_len, mask.q_len, 0, 0, 0, 0)
     modifiers = Modifiers(
@@ -131,13 +133,13 @@ def describe(
         softcap=softcap * LOG2E,
         bias=bias,
         bias_strides=bias_gradient.strides(bias),
-        sinks=sinks,
+        sinks=_contiguous(sinks),
         seed=dropout_seed if dropout_p else None,
         threshold=int(dropout_p * 2**32),
         keep_scale=1.0 / (1.0 - dropout_p),
-        offsets=query_offset,
+        offsets=_contiguous(query_offset),
         offset_stride=0 if query_offset is None or query_offset.numel() == 1 else 1,
-        lengths=kv_lengths,
+        lengths=_contiguous(kv_lengths),
     )
     features = Features(
         DIM=dim,
@@ -254,6 +256,10 @@ def dot_precision(dtype: torch.dtype) -> str:
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the device of `tensor`, whatever the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _section(pairs: int, pair_bytes: float) -> int:

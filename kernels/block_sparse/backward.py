@@ -86,7 +86,7 @@ def backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     with args.on_device(query):
-        delta, dsinks = _delta(dout, dlse, out, lse, sinks)
+        delta, dsinks = _delta(dout, dlse, out, lse, call.modifiers.sinks)
         total = bias_gradient.start(bias, dout, value, delta, call, deterministic)
         operands = Operands(
             query, key, value, dout, lse, delta,

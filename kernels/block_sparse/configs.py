@@ -46,16 +46,16 @@ _HALF = {
     "backward_kv": {
         (64, False): Config(64, 128, 8, 2),
         (64, True): Config(32, 128, 8, 2),
-        (128, False): Config(64, 128, 8, 3),
+        (128, False): Config(64, 128, 8, 2),
         (128, True): Config(32, 64, 8, 2),
         (256, False): Config(32, 64, 8, 2),
         (256, True): Config(16, 64, 8, 2),
     },
     "backward_grouped": {
         (64, False): Config(64, 128, 8, 2),
-        (64, True): Config(32, 128, 8, 2),
+        (64, True): Config(32, 64, 8, 2),
         (128, False): Config(32, 128, 8, 2),
-        (128, True): Config(32, 64, 8, 2),
+        (128, True): Config(16, 64, 8, 2),
         (256, False): Config(32, 64, 8, 2),
         (256, True): Config(16, 64, 8, 2),
     },
@@ -87,8 +87,8 @@ _EXACT = {
 _TF32 = {
     "forward": {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
     "backward_q": {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-    "keys": {64: Config(32, 64, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 32, 8, 1)},
-    "decode": {64: Config(16, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 32, 4, 1)},
+    "keys": {64: Config(16, 64, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+    "decode": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 1)},
 }
 
 
@@ -126,9 +126,9 @@ def choose(
 def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extras: bool) -> Config:
     """Tiles no larger than the mask's block, and no more warps than a small tile feeds."""
     block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])
-    held = block_n if pass_ in KEY_PASSES else block_m
     divided = dataclasses.replace(config, block_m=block_m, block_n=block_n)
-    if divided != config and (held <= 32 or (held == 64 and width == 64 and not extras)):
+    light = width == 64 and not extras
+    if divided != config and (light or (block_m <= 32 and pass_ not in KEY_PASSES)):
         return dataclasses.replace(divided, num_warps=4)
     return divided
 

@@ -61,6 +61,18 @@ def sparse_span(lists, line, BLOCK: tl.constexpr):
     return run, run_end, entry, entry_end, low, tl.maximum(high, last + BLOCK)
 
 
+@triton.jit
+def compared_span(problem, row0, offset, end_n, WINDOW: tl.constexpr, F: tl.constexpr):
+    """The end of the keys that some row of a window sees, and of the tiles that all see."""
+    high, full = end_n, end_n
+    if F.KIND == "causal":
+        shift = problem.kv_len - problem.rows
+        last_row = tl.minimum(row0 + WINDOW, offset + problem.q_len) - 1
+        high = tl.minimum(last_row + shift + 1, end_n)
+        full = tl.maximum(tl.minimum(row0 + shift + 1, end_n), 0)
+    return high, full // F.BLOCK_N * F.BLOCK_N
+
+
 @triton.jit(do_not_specialize=(*Problem._fields, "splits"))
 def decode_kernel(
     q_ptr,
@@ -106,14 +118,14 @@ def decode_kernel(
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
     m = tl.arange(0, BLOCK_M)
-    rows = row0 + m % WINDOW
-    i = rows - offset
-    heads = problem.heads
+    r = row0 + m % WINDOW
+    i = r - offset
+    q_heads = problem.heads
     if PACKED:
         hk = h0
         h = h0 * problem.group + m // WINDOW
         inside = m // WINDOW < problem.group
-        heads *= problem.group
+        q_heads *= problem.group
     else:
         hk = h0 // problem.group
         h = h0 + tl.zeros_like(m)
@@ -136,7 +148,7 @@ def decode_kernel(
     base = modifiers.bias
     if F.BIAS != "none":
         base += (h64 * modifiers.bias_strides[1] + b64 * modifiers.bias_strides[0])[:, None]
-    r2, pair2 = rows[:, None], (b * heads + h)[:, None]
+    r2, pair2 = r[:, None], (b * q_heads + h)[:, None]
 
     acc = tl.zeros([BLOCK_M, PAD_V], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -163,14 +175,8 @@ def decode_kernel(
                 r2, offset, end_n, pair2, base, problem, modifiers, True, F,
             )  # fmt: skip
     else:
-        high, full = end_n, end_n
-        if F.KIND == "causal":
-            shift = problem.kv_len - problem.rows
-            last_row = tl.minimum(row0 + WINDOW, offset + problem.q_len) - 1
-            high = tl.minimum(last_row + shift + 1, end_n)
-            full = tl.maximum(tl.minimum(row0 + shift + 1, end_n), 0)
+        high, full = compared_span(problem, row0, offset, end_n, WINDOW, F)
         low, high = share(0, high, split, splits, F.BLOCK_N)
-        full = full // F.BLOCK_N * F.BLOCK_N
         for n in range(low, tl.minimum(full, high), F.BLOCK_N):
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, 0,
@@ -183,8 +189,8 @@ def decode_kernel(
             )  # fmt: skip
 
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-    all_heads = problem.pairs // problem.heads * heads
-    row = (split * all_heads + b * heads + h).to(tl.int64) * problem.q_len + i
+    all_heads = problem.pairs // problem.heads * q_heads
+    row = (split * all_heads + b * q_heads + h).to(tl.int64) * problem.q_len + i
     offs_v = tl.arange(0, PAD_V)
     parts = part_ptr + (row * F.DIM_V)[:, None] + offs_v[None, :]
     tl.store(parts, acc, mask=inside[:, None] & (offs_v < F.DIM_V)[None, :])

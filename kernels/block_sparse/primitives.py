@@ -267,10 +267,9 @@ def logits(qk, base, r2, n2, offset, problem, modifiers, F: tl.constexpr):
     elif F.BIAS == "dense":
         i2 = r2 - offset
         inside = (i2 >= 0) & (i2 < problem.q_len) & (n2 < problem.kv_len)
-        where = base + (
-            i2.to(tl.int64) * modifiers.bias_strides[2] + n2 * modifiers.bias_strides[3]
-        )
-        s += tl.load(where, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        to_i = i2.to(tl.int64) * modifiers.bias_strides[2]
+        to_n = n2.to(tl.int64) * modifiers.bias_strides[3]
+        s += tl.load(base + (to_i + to_n), mask=inside, other=0.0).to(tl.float32) * LOG2E
     return s, slope
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
+MOST_TRITON_LANDMARKS = 128  # their core must fit in shared memory
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -39,12 +40,17 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def can_run_triton(operator: str, query: Tensor, *, raise_error: bool = False) -> bool:
+def can_run_triton(
+    operator: str, query: Tensor, *, landmarks: int = 0, raise_error: bool = False
+) -> bool:
     """Triton kernels: a GPU of compute capability 8.0 or later, or the interpreter on the CPU."""
-    return _answer(_why_not_triton(operator, query.device, query.dtype), "triton", raise_error)
+    reason = _why_not_triton(operator, query.device, query.dtype, landmarks)
+    return _answer(reason, "triton", raise_error)
 
 
-def _why_not_triton(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_triton(
+    operator: str, device: torch.device, dtype: torch.dtype, landmarks: int
+) -> str | None:
     if not _is_installed("triton"):
         return "Triton is not installed"
     if not _is_installed(f"flashmark.kernels.{operator}"):
@@ -57,10 +63,16 @@ def _why_not_triton(operator: str, device: torch.device, dtype: torch.dtype) -> 
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
+    if landmarks > MOST_TRITON_LANDMARKS:
+        return (
+            f"its kernels take at most {MOST_TRITON_LANDMARKS} landmarks on a GPU, not {landmarks}"
+        )
     return None
 
 
-def can_run_cpu(operator: str, query: Tensor, *, raise_error: bool = False) -> bool:
+def can_run_cpu(
+    operator: str, query: Tensor, *, landmarks: int = 0, raise_error: bool = False
+) -> bool:
     """C++ kernels: the extension was built, tensors on the CPU, half or single precision."""
     return _answer(_why_not_cpu(operator, query.device, query.dtype), "cpu", raise_error)
 
@@ -83,7 +95,9 @@ _why_not_triton._dynamo_marked_constant = True
 _why_not_cpu._dynamo_marked_constant = True
 
 
-def can_run_eager(operator: str, query: Tensor, *, raise_error: bool = False) -> bool:
+def can_run_eager(
+    operator: str, query: Tensor, *, landmarks: int = 0, raise_error: bool = False
+) -> bool:
     """Tiled PyTorch runs on every device, in float16, bfloat16, float32 and float64."""
     known = query.dtype in (*HALF_OR_SINGLE, torch.float64)
     reason = None if known else f"it takes floating-point tensors, not {query.dtype}"
@@ -98,8 +112,10 @@ def check_backend_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose_backend(operator: str, backend: str, query: Tensor) -> str:
+def choose_backend(operator: str, backend: str, query: Tensor, *, landmarks: int = 0) -> str:
     """The backend that will run. "auto" takes the fastest that can; a named one runs or raises.
+
+    `landmarks` is their number, for operators that have any.
 
     Raises:
         ValueError: an unknown name.
@@ -109,9 +125,9 @@ def choose_backend(operator: str, backend: str, query: Tensor) -> str:
     if backend == "reference":
         return backend
     if backend != "auto":
-        CAN_RUN[backend](operator, query, raise_error=True)
+        CAN_RUN[backend](operator, query, landmarks=landmarks, raise_error=True)
         return backend
-    if query.device.type == "cuda" and can_run_triton(operator, query):
+    if query.device.type == "cuda" and can_run_triton(operator, query, landmarks=landmarks):
         return "triton"
     if query.device.type == "cpu" and can_run_cpu(operator, query):
         return "cpu"

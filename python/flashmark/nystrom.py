@@ -128,7 +128,6 @@ def nystrom_attention(
     """
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
-    backend = choose_backend("nystrom", backend, query)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: expected 'landmark' or 'mass', got {normalize!r}")
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
@@ -136,6 +135,7 @@ def nystrom_attention(
     tied = isinstance(landmarks, Tensor)
     lq, lk = _check_landmarks(landmarks, query, key)
     marks = lq.shape[-2]
+    backend = choose_backend("nystrom", backend, query, landmarks=marks)
     _check_core(core, query.shape[0], key.shape[1], marks, query.device)
     _check_decay(decay, is_causal, (key.shape[1], marks), query.device)
     _check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)

@@ -41,12 +41,17 @@ def _unpack_mask(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMa
     return plain_mask(kind, layout[0], layout[1])
 
 
+def _backend(name: str, query: Tensor, key: Tensor):
+    """The module that runs. Empty tensors leave nothing to compute, and kernels nothing to launch."""
+    empty = query.numel() == 0 or key.numel() == 0
+    return importlib.import_module(_MODULES["eager" if empty else name])
+
+
 def _forward(
     query, key, value, mask, layout, kind, bias, sinks, query_offset, kv_lengths, dropout_seed,
     scale, softcap, dropout_p, backend,
 ):  # fmt: skip
-    module = importlib.import_module(_MODULES[backend])
-    return module.forward(
+    return _backend(backend, query, key).forward(
         query, key, value, _unpack_mask(mask, layout, kind), bias, sinks, query_offset, kv_lengths,
         dropout_seed, scale, softcap, dropout_p,
     )  # fmt: skip
@@ -62,8 +67,7 @@ def _backward(
     dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
     kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic, backend,
 ):  # fmt: skip
-    module = importlib.import_module(_MODULES[backend])
-    grads = module.backward(
+    grads = _backend(backend, query, key).backward(
         dout, dlse, query, key, value, out, lse, _unpack_mask(mask, layout, kind), bias, sinks,
         query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic,
     )  # fmt: skip

@@ -1,0 +1,232 @@
+"""What the launchers hand to the kernels: tuples of run-time arguments, and the static features."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..block_sparse.arguments import dot_precision, padded
+from . import configs
+from .primitives import LOG2E
+
+
+class Problem(NamedTuple):
+    """The integers of a launch. A slot is a stretch of `span` tokens of one sequence."""
+
+    heads: int  # key heads
+    parts: int  # programs that share a group of slots: blocks of columns
+    groups: int  # groups of slots to a pair of sample and key head
+    slots: int
+    units: int  # slots of a group
+    span: int
+    tokens: int
+    query_tokens: int
+
+
+class Slots(NamedTuple):
+    """How the tokens of a call are cut. The tables are of packed sequences only."""
+
+    span: int
+    count: int  # to a pair of sample and key head
+    table: Tensor | None  # (count, 3) int32: first token, end, sequence
+    sequences: Tensor | None  # (S, 2) int32: first slot, number of slots
+
+
+class Landmarks(NamedTuple):
+    lq: Tensor
+    lk: Tensor
+    core: Tensor
+    decay: Tensor | None
+    half2: Tensor | None  # (B | 1, H, M): s_ll / 2 in log2 units
+    lq_strides: tuple[int, int, int]
+    lk_strides: tuple[int, int, int]
+    core_strides: tuple[int, int, int]
+    half_batch: int
+    scale: float
+    scale2: float  # times log2(e)
+
+
+class Saved(NamedTuple):
+    """States in the form of the kernels, a line a slot."""
+
+    ref: Tensor  # (lines, PAD_M)
+    tot: Tensor  # (lines, PAD_M)
+    acc: Tensor  # (lines, PAD_V, PAD_M)
+
+
+class Ends(NamedTuple):
+    """States as users see them, incoming and outgoing."""
+
+    L0: Tensor | None
+    R0: Tensor | None
+    L: Tensor
+    R: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a kernel is compiled for."""
+
+    MARKS: int
+    PAD_M: int
+    DIM: int
+    BLOCK_D: int
+    BLOCKS_D: int
+    DIM_V: int
+    BLOCK_V: int
+    PAD_V: int
+    CHUNK: int
+    GROUP: int
+    MASS: bool
+    DECAY: bool
+    KEEP: bool
+    PACKED: bool
+    STATE: bool
+    BFLOAT16: bool
+    SCAN: bool  # prefix sums by a scan: products are exact
+    PRECISION: str
+    ONE_PASS: bool = False
+
+
+class Call(NamedTuple):
+    """The inputs of the operator, in one bundle."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    marks: Landmarks
+    keep: Tensor | None  # uint8 (B, N), or bool
+    cu_seqlens: Tensor | None
+    L0: Tensor | None
+    R0: Tensor | None
+    mass: bool
+
+    @property
+    def rows(self) -> int:
+        """Lines of the state tensors to a key head."""
+        batch = self.key.shape[0]
+        return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+def describe(
+    query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens, L0, R0,
+    scale, normalize,
+) -> Call:  # fmt: skip
+    reason = configs.why_not(query.device, landmark_queries.shape[-2])
+    if reason is not None:
+        raise NotImplementedError(reason)
+    mass, scale2 = normalize == "mass", scale * LOG2E.value
+    half2 = None
+    if mass:
+        half2 = (landmark_queries.float() * landmark_keys.float()).sum(-1) * (0.5 * scale2)
+        half2 = half2.view(-1, *half2.shape[-2:])
+    marks = Landmarks(
+        lq=landmark_queries,
+        lk=landmark_keys,
+        core=core,
+        decay=None if decay is None else decay.contiguous(),
+        half2=half2,
+        lq_strides=_by_sample(landmark_queries),
+        lk_strides=_by_sample(landmark_keys),
+        core_strides=_by_sample(core),
+        half_batch=0 if half2 is None or half2.shape[0] == 1 else half2.stride(0),
+        scale=scale,
+        scale2=scale2,
+    )
+    keep = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    L0, R0 = (None if x is None else x.float().contiguous() for x in (L0, R0))
+    return Call(query, key, value, marks, keep, cu_seqlens, L0, R0, mass)
+
+
+def features(call: Call, config: configs.Config, one_pass: bool = False) -> Features:
+    query, value = call.query, call.value
+    marks, dim, dim_v = call.marks.lq.shape[-2], query.shape[3], value.shape[3]
+    block_d, block_v = min(config.block_d, padded(dim)), min(config.block_v, padded(dim_v))
+    precision = dot_precision(query.dtype)
+    return Features(
+        MARKS=marks,
+        PAD_M=padded(marks),
+        DIM=dim,
+        BLOCK_D=block_d,
+        BLOCKS_D=triton.cdiv(dim, block_d),
+        DIM_V=dim_v,
+        BLOCK_V=block_v,
+        PAD_V=triton.cdiv(dim_v, block_v) * block_v,
+        CHUNK=config.chunk,
+        GROUP=query.shape[1] // value.shape[1],
+        MASS=call.mass,
+        DECAY=call.marks.decay is not None,
+        KEEP=call.keep is not None,
+        PACKED=call.cu_seqlens is not None,
+        STATE=call.L0 is not None,
+        BFLOAT16=query.dtype == torch.bfloat16,
+        SCAN=precision == "ieee",
+        PRECISION=precision,
+        ONE_PASS=one_pass,
+    )
+
+
+def choose_config(pass_: str, call: Call) -> configs.Config:
+    widths = call.marks.lq.shape[-2], call.query.shape[3], call.value.shape[3]
+    tokens = max(call.query.shape[2], call.key.shape[2])
+    return configs.choose(pass_, call.query.dtype, *(padded(x) for x in widths), tokens)
+
+
+def cut(call: Call, span: int, tokens: int) -> Slots:
+    """Slots of `span` tokens. Packed sequences start slots of their own; no size is read back."""
+    if call.cu_seqlens is None:
+        return Slots(span, max(1, triton.cdiv(tokens, span)), None, None)
+    bounds = call.cu_seqlens.long()
+    starts, stops = bounds[:-1], bounds[1:]
+    counts = (stops - starts + span - 1) // span
+    ends = counts.cumsum(0)
+    sequences = torch.stack([ends - counts, counts], 1).int()
+    count = triton.cdiv(tokens, span) + starts.shape[0]  # at most; those left over are empty
+    slots = torch.arange(count, device=bounds.device)
+    row = torch.searchsorted(ends, slots, right=True)
+    there = row < starts.shape[0]
+    row = row.clamp(max=starts.shape[0] - 1)
+    start = starts[row] + (slots - sequences[row, 0]) * span
+    stop = torch.minimum(start + span, stops[row])
+    table = torch.stack([start, torch.where(there, stop, start), row], 1).int()
+    return Slots(span, count, table.contiguous(), sequences.contiguous())
+
+
+def problem_of(call: Call, slots: Slots, parts: int, units: int = 1, tokens: int = 0) -> Problem:
+    return Problem(
+        heads=call.key.shape[1],
+        parts=parts,
+        groups=triton.cdiv(slots.count, units),
+        slots=slots.count,
+        units=units,
+        span=slots.span,
+        tokens=tokens or call.key.shape[2],
+        query_tokens=call.query.shape[2],
+    )
+
+
+def new_states(call: Call, lines: int, F: Features) -> Saved:
+    vectors = torch.empty(2, lines, F.PAD_M, dtype=torch.float32, device=call.query.device)
+    acc = vectors.new_empty(lines, F.PAD_V, F.PAD_M)
+    return Saved(vectors[0], vectors[1], acc)
+
+
+def new_ends(call: Call) -> Ends:
+    marks, heads, dim_v = call.marks.lq.shape[-2], call.key.shape[1], call.value.shape[3]
+    L = torch.empty(call.rows, heads, marks, dtype=torch.float32, device=call.query.device)
+    return Ends(call.L0, call.R0, L, L.new_empty(*L.shape, dim_v))
+
+
+def new_token_gradients(call: Call, wide: bool) -> dict[str, Tensor]:
+    dtype = torch.float32 if wide else call.query.dtype
+    tokens = {"query": call.query, "key": call.key, "value": call.value}
+    return {name: torch.empty(x.shape, dtype=dtype, device=x.device) for name, x in tokens.items()}
+
+
+def _by_sample(x: Tensor) -> tuple[int, int, int]:
+    """Batch, head and row stride of (H, ., .) or (B, H, ., .); 0 where samples share it."""
+    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])

@@ -1,0 +1,163 @@
+"""What the backward launchers share: reverse states, their scan, and parameter gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..block_sparse.arguments import on_device
+from . import arguments as args
+from .primitives import full, locate, state_ptrs
+
+
+class Reverse(NamedTuple):
+    """Reverse states, a line a slot: what a slot adds by itself, then the state at its end."""
+
+    pull: Tensor  # (lines, PAD_M)
+    G: Tensor  # (lines, PAD_V, PAD_M)
+    ratio: Tensor  # (lines, PAD_M): e^{L at the slot's start - L at its end}
+
+
+class RowPartials(NamedTuple):
+    """Shares of the parameter gradients, a line a program."""
+
+    dcore: Tensor  # (pairs, groups, PAD_M, PAD_M)
+    dlk: Tensor  # (pairs, groups, PAD_D, PAD_M)
+    dhalf: Tensor  # (pairs, groups, PAD_M)
+    ddecay: Tensor  # (pairs, groups, PAD_M)
+
+
+class KeyPartials(NamedTuple):
+    dlq: Tensor
+    ddecay: Tensor
+
+
+@triton.jit(do_not_specialize=["problem"])
+def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, problem, F: tl.constexpr):
+    """Replace what each slot adds by the reverse state at its end; (pull_ptr, G_ptr) goes from
+    the reverse state after the last token to that before the first."""
+    part, row, h = locate(problem)
+    b = row
+    first, count = 0, problem.slots
+    if F.PACKED:
+        b = 0
+        first = tl.load(sequences + 2 * row)
+        count = tl.load(sequences + 2 * row + 1)
+    v0 = part * F.BLOCK_V
+    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.slots
+    end_line = tl.cast(row, tl.int64) * problem.heads + h
+    end_pull_ptrs, end_G_ptrs = state_ptrs(pull_ptr, G_ptr, end_line, v0, F)
+    G = tl.load(end_G_ptrs)
+    pull = full(F.PAD_M, 0.0)
+    if part == 0:
+        pull = tl.load(end_pull_ptrs)
+    for n in range(count):
+        line = line0 + first + count - 1 - n
+        pull_ptrs, G_ptrs = state_ptrs(own.pull, own.G, line, v0, F)
+        ratio_ptrs, _ = state_ptrs(own.ratio, own.G, line, v0, F)
+        own_G, ratio = tl.load(G_ptrs), tl.load(ratio_ptrs)
+        tl.store(G_ptrs, G)
+        G = G * ratio[None, :] + own_G
+        if part == 0:  # the other parts would race for it
+            own_pull = tl.load(pull_ptrs)
+            tl.store(pull_ptrs, pull)
+            pull = pull * ratio + own_pull
+    tl.store(end_G_ptrs, G)
+    if part == 0:
+        tl.store(end_pull_ptrs, pull)
+
+
+def outgoing(call: args.Call, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Tensor]:
+    """The reverse state (pull, G) after the last token, from the gradients of L and R there."""
+    lines, marks = ends.L.shape[0] * ends.L.shape[1], slice(F.MARKS)
+    pull, G = ends.L.new_zeros(lines, F.PAD_M), ends.L.new_zeros(lines, F.PAD_V, F.PAD_M)
+    if dR is not None:
+        dR = dR.float()
+        G[:, : F.DIM_V, marks] = dR.flatten(0, 1).mT
+        pull[:, marks] = (dR * ends.R).sum(-1).flatten(0, 1)
+    if dL is not None:
+        pull[:, marks] -= dL.float().flatten(0, 1)
+    return pull, G
+
+
+def reverse_scan(
+    call: args.Call, reverse: Reverse, pull: Tensor, G: Tensor, slots: args.Slots,
+    problem: args.Problem, F: args.Features,
+) -> None:  # fmt: skip
+    """In place: slots to the reverse states at their ends, (pull, G) to that before them all."""
+    problem = problem._replace(parts=1, groups=call.rows)
+    with on_device(call.query):
+        reverse_scan_kernel[(call.rows * problem.heads,)](
+            reverse, pull, G, slots.sequences, problem, F
+        )
+
+
+def new_reverse(like: Tensor, lines: int, F: args.Features) -> Reverse:
+    vectors = torch.empty(2, lines, F.PAD_M, dtype=torch.float32, device=like.device)
+    return Reverse(vectors[0], vectors.new_empty(lines, F.PAD_V, F.PAD_M), vectors[1])
+
+
+def new_row_partials(like: Tensor, pairs: int, groups: int, F: args.Features) -> RowPartials:
+    vectors = torch.empty(2, pairs, groups, F.PAD_M, dtype=torch.float32, device=like.device)
+    dcore = vectors.new_empty(pairs, groups, F.PAD_M, F.PAD_M)
+    dlk = vectors.new_empty(pairs, groups, F.BLOCKS_D * F.BLOCK_D, F.PAD_M)
+    return RowPartials(dcore, dlk, vectors[0], vectors[1])
+
+
+def new_key_partials(like: Tensor, pairs: int, groups: int, F: args.Features) -> KeyPartials:
+    ddecay = torch.empty(pairs, groups, F.PAD_M, dtype=torch.float32, device=like.device)
+    return KeyPartials(ddecay.new_empty(pairs, groups, F.BLOCKS_D * F.BLOCK_D, F.PAD_M), ddecay)
+
+
+def parameter_gradients(
+    call: args.Call, rows: RowPartials, keys: KeyPartials, F: args.Features
+) -> dict[str, Tensor]:
+    """Shares added up in a fixed order: every run gives the same bits."""
+    batch, heads = call.key.shape[:2]
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum(1).view(batch, heads, *x.shape[2:])
+
+    marks, dim = slice(F.MARKS), slice(F.DIM)
+    dlq, dlk = (total(x)[..., dim, marks].mT * call.marks.scale for x in (keys.dlq, rows.dlk))
+    if call.mass:  # s_ll / 2
+        pull = total(rows.dhalf)[..., marks].unsqueeze(-1) * (0.5 * call.marks.scale)
+        lq, lk = call.marks.lq.float(), call.marks.lk.float()
+        dlq, dlk = dlq + pull * lk, dlk + pull * lq
+    core = total(rows.dcore)[..., marks, marks]
+    ddecay = (total(rows.ddecay) + total(keys.ddecay))[..., marks].sum(0)
+    return {"lq": dlq, "lk": dlk, "core": core, "decay": ddecay}
+
+
+def by_columns(sweep: Callable, call: args.Call, dout: Tensor, dL, dR) -> dict[str, Tensor | None]:
+    """Gradients of a call of any width of values.
+
+    Columns of the output depend on the same columns of the values alone, so gradients of blocks of
+    columns add up.
+    """
+    width = args.choose_config("rows", call).block_v
+    columns = call.value.shape[3]
+    if columns <= width:
+        return sweep(call, dout, dL, dR, wide=False)
+    sums, parts = {}, {"value": [], "R0": []}
+    for v0 in range(0, columns, width):
+        block = slice(v0, v0 + width)
+        own = call._replace(value=call.value[..., block])
+        if call.R0 is not None:
+            own = own._replace(R0=call.R0[..., block].contiguous())
+        grads = sweep(
+            own, dout[..., block], dL if v0 == 0 else None,
+            None if dR is None else dR[..., block], wide=True,
+        )  # fmt: skip
+        for name in parts:
+            parts[name].append(grads.pop(name, None))
+        for name, grad in grads.items():
+            sums[name] = grad if name not in sums or grad is None else sums[name] + grad
+    for name, blocks in parts.items():
+        sums[name] = None if blocks[0] is None else torch.cat(blocks, -1)
+    return sums

@@ -1,0 +1,44 @@
+"""The operator as every backend has it; the interface is that of `flashmark.eager.nystrom`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import arguments as args
+from .backward import causal_sweep
+from .bidirectional import bidirectional_forward, bidirectional_sweep
+from .forward import causal_forward
+from .gradients import by_columns
+
+
+def forward(
+    query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
+    L0, R0, scale, normalize, is_causal,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, L_end, R_end), in the shapes and dtypes of `flashmark.eager.nystrom.forward`."""
+    call = args.describe(
+        query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
+        L0, R0, scale, normalize,
+    )  # fmt: skip
+    return causal_forward(call) if is_causal else bidirectional_forward(call)
+
+
+def backward(
+    dout, dL_end, dR_end, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask,
+    cu_seqlens, L0, R0, scale, normalize, is_causal,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of `forward`, in the order and the shapes of `flashmark.eager.nystrom`."""
+    call = args.describe(
+        query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
+        L0, R0, scale, normalize,
+    )  # fmt: skip
+    sweep = causal_sweep if is_causal else bidirectional_sweep
+    grads = by_columns(sweep, call, dout, dL_end, dR_end)
+    inputs = {
+        "query": query, "key": key, "value": value, "lq": landmark_queries, "lk": landmark_keys,
+        "core": core, "decay": decay, "L0": L0, "R0": R0,
+    }  # fmt: skip
+    return tuple(
+        None if x is None else grads[name].sum_to_size(x.shape).view(x.shape).to(x.dtype)
+        for name, x in inputs.items()
+    )

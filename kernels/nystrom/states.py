@@ -1,0 +1,150 @@
+"""States of the slots of a sequence: each on its own, then an exclusive scan over them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..block_sparse.arguments import on_device, strides
+from . import arguments as args
+from .primitives import (
+    LOG2E,
+    full,
+    incoming_state,
+    kept_tokens,
+    landmark_products,
+    load_landmarks,
+    load_rows,
+    load_state,
+    load_vector,
+    locate,
+    mm_acc,
+    operand,
+    span_of,
+    store_end_state,
+    store_state,
+    zeros,
+)
+
+
+@triton.jit(do_not_specialize=["problem"])
+def states_kernel(
+    k_ptr,
+    v_ptr,
+    k_strides,
+    v_strides,
+    marks,
+    keep_ptr,
+    saved,
+    table,
+    problem,
+    F: tl.constexpr,
+):
+    """What each slot holds by itself, at its last token: an online softmax over its keys."""
+    part, slot, pair = locate(problem)
+    b, h = pair // problem.heads, pair % problem.heads
+    start, stop, _ = span_of(slot, b, problem, table, F)
+    v0 = part * F.BLOCK_V
+    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
+    k_ptr += b64 * k_strides[0] + h64 * k_strides[1]
+    v_ptr += b64 * v_strides[0] + h64 * v_strides[1] + v0
+    if F.KEEP:
+        keep_ptr += b64 * problem.tokens
+    lq_ptr = marks.lq + b64 * marks.lq_strides[0] + h64 * marks.lq_strides[1]
+    lq = load_landmarks(lq_ptr, marks.lq_strides[2], 0, k_ptr.dtype.element_ty, F)
+    decay2 = 0.0
+    if F.DECAY:
+        decay2 = load_vector(marks.decay + h * F.MARKS, F) * LOG2E
+
+    top = full(F.PAD_M, float("-inf"))
+    tot = full(F.PAD_M, 0.0)
+    acc = zeros(F.BLOCK_V, F.PAD_M)
+    for t0 in range(start, stop, F.CHUNK):
+        keep = kept_tokens(keep_ptr, t0, stop, F)
+        s = landmark_products(k_ptr, t0, k_strides[2], keep, lq, lq_ptr, marks.lq_strides[2], F)
+        s = s * marks.scale2
+        if F.DECAY:
+            age = (stop - 1 - t0 - tl.arange(0, F.CHUNK)).to(tl.float32)
+            s -= age[:, None] * decay2[None, :]
+        s = tl.where(keep[:, None], s, float("-inf"))
+        higher = tl.maximum(top, tl.ceil(tl.max(s, 0)))
+        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        P = operand(tl.exp2(s - pivot[None, :]), F)
+        alpha = tl.exp2(top - pivot)
+        v = load_rows(v_ptr, t0, v_strides[2], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
+                      F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+        acc = mm_acc(tl.trans(v), P, acc * alpha[None, :], F)
+        tot = tot * alpha + tl.sum(P.to(tl.float32), 0)
+        top = higher
+    ref = tl.where(top == float("-inf"), 0.0, top)
+    line = tl.cast(pair, tl.int64) * problem.slots + slot
+    store_state(saved, line, v0, ref, tot, acc, F)
+
+
+@triton.jit(do_not_specialize=["problem"])
+def scan_kernel(own, saved, ends, marks, table, sequences, problem, F: tl.constexpr):
+    """From what each slot holds by itself to the state at its start, and the states at the end.
+
+    `own` and `saved` share acc, whose columns belong to one program; ref and tot belong to all.
+    """
+    part, row, h = locate(problem)
+    b = row
+    first, count = 0, problem.slots
+    if F.PACKED:
+        b = 0
+        first = tl.load(sequences + 2 * row)
+        count = tl.load(sequences + 2 * row + 1)
+    v0 = part * F.BLOCK_V
+    decay2 = 0.0
+    if F.DECAY:
+        decay2 = load_vector(marks.decay + h * F.MARKS, F) * LOG2E
+    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.slots
+    end_line = tl.cast(row, tl.int64) * problem.heads + h
+    ref, tot, acc = incoming_state(ends.L0, ends.R0, end_line, v0, F)
+    for slot in range(first, first + count):
+        own_ref, own_tot, own_acc = load_state(own, line0 + slot, v0, F)
+        store_state(saved, line0 + slot, v0, ref, tot, acc, F)
+        if F.DECAY:
+            start, stop, _ = span_of(slot, b, problem, table, F)
+            fall = decay2 * (stop - start)
+            whole = tl.floor(fall + 0.5)
+            ref -= whole
+            shrink = tl.exp2(whole - fall)
+            tot *= shrink
+            acc *= shrink[None, :]
+        # both states at the higher of the two references, then `tot` back to [1, 2)
+        top = tl.maximum(tl.where(tot == 0.0, float("-inf"), ref),
+                         tl.where(own_tot == 0.0, float("-inf"), own_ref))  # fmt: skip
+        top = tl.where(top == float("-inf"), 0.0, top)
+        past = tl.where(tot == 0.0, 0.0, tl.exp2(ref - top))
+        new = tl.where(own_tot == 0.0, 0.0, tl.exp2(own_ref - top))
+        tot = tot * past + own_tot * new
+        bits = tl.where(tot > 0.0, tl.floor(tl.log2(tot)), 0.0)
+        shrink = tl.exp2(-bits)
+        ref = top + bits
+        tot *= shrink
+        acc = acc * (past * shrink)[None, :] + own_acc * (new * shrink)[None, :]
+    store_end_state(ends.L, ends.R, end_line, v0, ref, tot, acc, F)
+
+
+def start_states(call: args.Call, slots: args.Slots) -> tuple[args.Saved, args.Ends]:
+    """States at the start of every slot, and at the end of every sequence."""
+    config = args.choose_config("states", call)
+    F = args.features(call, config)
+    parts, (batch, heads) = F.PAD_V // F.BLOCK_V, call.key.shape[:2]
+    own = args.new_states(call, batch * heads * slots.count, F)
+    saved = own._replace(ref=torch.empty_like(own.ref), tot=torch.empty_like(own.tot))
+    ends = args.new_ends(call)
+    problem = args.problem_of(call, slots, parts)
+    run = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    with on_device(call.query):
+        states_kernel[(batch * heads * problem.groups * parts,)](
+            call.key, call.value, strides(call.key), strides(call.value), call.marks, call.keep,
+            own, slots.table, problem, F, **run,
+        )  # fmt: skip
+        scan_kernel[(call.rows * heads * parts,)](
+            own, saved, ends, call.marks, slots.table, slots.sequences,
+            problem._replace(groups=call.rows), F, **run,
+        )  # fmt: skip
+    return saved, ends

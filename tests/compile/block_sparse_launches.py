@@ -1,0 +1,81 @@
+"""Calls of block-sparse attention that together reach every config of the tuned block sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+
+from flashmark import masks
+from flashmark.kernels import block_sparse
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+Q_LEN, HEADS = 1024, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One call. `pass_`: "forward", "two-pass", "two-pass-grouped", "one-pass" or "decode"."""
+
+    pass_: str
+    dim: int
+    block: int | None = None  # None: causal, by comparison
+    feature: str = "plain"  # or "relative", "dense", "dropout", "softcap"
+    dtype: torch.dtype = HALF
+    precision: str = "highest"  # of float32 products
+
+    def __str__(self) -> str:
+        kind = "causal" if self.block is None else f"block{self.block}"
+        dtype = "bf16" if self.dtype == HALF else "tf32" if self.precision == "high" else "fp32"
+        return f"{self.pass_}-{dtype}-D{self.dim}-{kind}-{self.feature}"
+
+    def run(self) -> None:
+        """Call the launcher on CPU tensors."""
+        grouped = self.pass_ in ("two-pass-grouped", "one-pass", "decode")
+        query = torch.zeros(1, HEADS, Q_LEN, self.dim, dtype=self.dtype)
+        key = torch.zeros(1, 2 if grouped else HEADS, Q_LEN, self.dim, dtype=self.dtype)
+        expression = masks.causal() if self.block is None else masks.sliding_window(300)
+        size = self.block or 128
+        mask = masks.compile_mask(expression, 1, 1, Q_LEN, Q_LEN, device="cpu", block_size=size)
+        bias = seed = offset = None
+        if self.feature == "relative":
+            bias = torch.zeros(HEADS, 2 * Q_LEN - 1)
+        elif self.feature == "dense":
+            bias = torch.zeros(1, HEADS, 1 if self.pass_ == "decode" else Q_LEN, Q_LEN)
+        elif self.feature == "dropout":
+            seed = torch.zeros(1, dtype=torch.int64)
+        if self.pass_ == "decode":
+            query, offset = query[:, :, :1], torch.zeros(1, dtype=torch.int32)
+        softcap = 30.0 if self.feature == "softcap" else 0.0
+        options = (bias, None, offset, None, seed, 0.125, softcap, 0.1 if seed is not None else 0.0)
+        plain = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            if self.pass_ in ("forward", "decode"):
+                block_sparse.forward(query, key, key, mask, *options)
+            else:
+                lse = torch.zeros(1, HEADS, Q_LEN)
+                tensors = (query, None, query, key, key, query, lse, mask)
+                block_sparse.backward(*tensors, *options, self.pass_ != "one-pass")
+        finally:
+            torch.set_float32_matmul_precision(plain)
+
+
+PASSES = ("forward", "two-pass", "two-pass-grouped", "one-pass", "decode")
+FEATURES = ("relative", "dense", "dropout", "softcap")
+
+
+def all_launches() -> list[Launch]:
+    """Every config for half precision up to D = 128, and a few of everything else."""
+    product = itertools.product
+    return [
+        *(Launch(p, d, b) for p, d, b in product(PASSES, (64, 128), (None, 128, 64))),
+        *(Launch(p, d, 128, f) for p, d, f in product(PASSES, (64, 128), FEATURES)),
+        *(Launch(p, d, 64, "relative") for p, d in product(PASSES, (64, 128))),
+        *(Launch(p, 128, b) for p, b in product(PASSES, (32, 16))),
+        *(Launch(p, d) for p, d in product(PASSES, (32, 256))),
+        *(Launch(p, 256, 128, "relative") for p in PASSES),
+        *(Launch(p, d, 128, dtype=SINGLE) for p, d in product(PASSES, (64, 128))),
+        *(Launch(p, d, 128, "plain", SINGLE, "high") for p, d in product(PASSES, (64, 128))),
+    ]

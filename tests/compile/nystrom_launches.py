@@ -1,0 +1,64 @@
+"""Calls of Nyström attention that between them make `configs.choose` give every config it can."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+
+from flashmark.kernels import nystrom
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+HEADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One call. `pass_`: "forward", "backward", "decode" or "bidirectional" (both directions)."""
+
+    pass_: str
+    marks: int
+    dim: int
+    feature: str = "plain"  # or "mass", "decay", "grouped", "packed"
+    dtype: torch.dtype = HALF
+
+    def __str__(self) -> str:
+        dtype = {HALF: "bf16", SINGLE: "fp32"}.get(self.dtype, "fp16")
+        return f"{self.pass_}-{dtype}-M{self.marks}-D{self.dim}-{self.feature}"
+
+    def run(self) -> None:
+        """Call the launchers on CPU tensors."""
+        tokens = 1 if self.pass_ == "decode" else 4096
+        group = 2 if self.feature == "grouped" else 1
+        query = torch.zeros(1, HEADS * group, tokens, self.dim, dtype=self.dtype)
+        key = torch.zeros(1, HEADS, tokens, self.dim, dtype=self.dtype)
+        landmarks = torch.zeros(HEADS, self.marks, self.dim)
+        core = torch.zeros(HEADS, self.marks, self.marks)
+        decay = torch.zeros(HEADS, self.marks) if self.feature == "decay" else None
+        bounds = torch.tensor([0, 100, tokens], dtype=torch.int32)
+        L0 = torch.zeros(1, HEADS, self.marks) if self.pass_ == "decode" else None
+        R0 = None if L0 is None else torch.zeros(*L0.shape, self.dim)
+        tensors = (
+            query, key, key, landmarks, landmarks, core, decay, None,
+            bounds if self.feature == "packed" else None, L0, R0, 0.125,
+            "mass" if self.feature == "mass" else "landmark", self.pass_ != "bidirectional",
+        )  # fmt: skip
+        if self.pass_ in ("forward", "decode", "bidirectional"):
+            nystrom.forward(*tensors)
+        if self.pass_ in ("backward", "bidirectional"):
+            nystrom.backward(query, None, None, *tensors)
+
+
+WIDTHS = (32, 64, 128)
+
+
+def all_launches() -> list[Launch]:
+    """Every width in half precision, and a few of everything else."""
+    square = list(itertools.product(("forward", "backward"), WIDTHS, WIDTHS))
+    return [
+        *(Launch(p, m, d) for p, m, d in square),
+        *(Launch(p, 64, 64, f) for p in ("forward", "backward")
+          for f in ("mass", "decay", "grouped", "packed")),
+        *(Launch(p, 64, 64) for p in ("decode", "bidirectional")),
+    ]  # fmt: skip

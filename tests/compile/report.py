@@ -1,0 +1,33 @@
+"""Print registers, spills, shared memory and matrix instructions of the block-sparse kernels, as a
+table.
+
+python tests/compile/report.py [sm_90 sm_80 sm_100 gfx942 ...]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from block_sparse_launches import all_launches
+from compiler import compiling_for, inspect, parse_target
+
+COLUMNS = ("registers", "spilled", "shared", "warps", "hgmma", "hmma")
+
+
+def main(targets: list[str]) -> None:
+    for target in targets or ["sm_90"]:
+        print(f"\n| {target} | kernel | " + " | ".join(COLUMNS) + " |")
+        print("|---" * (len(COLUMNS) + 2) + "|")
+        for launch in all_launches():
+            with compiling_for(parse_target(target)) as launches:
+                launch.run()
+            for name, kernel in launches:
+                if name not in ("delta_kernel", "merge_kernel"):
+                    report = inspect(name, kernel)
+                    facts = (getattr(report, column) for column in COLUMNS)
+                    cells = ("-" if fact is None else str(fact) for fact in facts)
+                    print(f"| {launch} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

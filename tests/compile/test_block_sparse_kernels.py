@@ -1,0 +1,92 @@
+"""Every config that can be chosen compiles, fits, does not spill, and uses the tensor cores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import triton
+from block_sparse_launches import HALF, all_launches
+from compiler import SHARED_MEMORY, compiling_for, inspect, parse_target
+
+from flashmark import masks
+from flashmark.kernels.block_sparse import backward, configs, forward
+
+# Triton 3.6 keeps a few more values alive than the version the configs were chosen with
+SPILL_ALLOWED = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
+TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
+
+
+@pytest.mark.parametrize("launch", all_launches(), ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernel(target, launch):
+    arch = parse_target(target)
+    with compiling_for(arch) as launches:
+        launch.run()
+    reports = [inspect(*each) for each in launches]
+    assert reports
+    for report in reports:
+        assert report.shared <= SHARED_MEMORY[arch], report
+        if arch == 90 and launch.dim <= 128:
+            assert report.spilled <= SPILL_ALLOWED, report
+        if report.kernel in ("delta_kernel", "merge_kernel") or launch.dtype != HALF:
+            continue
+        if arch == 90 and (launch.block or 128) >= 64 and launch.pass_ != "decode":
+            assert report.hgmma > 0, report
+        elif arch in (80, 90):
+            assert report.hgmma + report.hmma > 0, report
+
+
+def test_a_new_mask_compiles_nothing():
+    """One kernel for a dtype, head dimension, block size and set of features, whatever the mask and
+    the lengths.
+    """
+    seen = []
+    with compiling_for(90) as launches:
+        for expression, n in (
+            (masks.sliding_window(100), 512),
+            (masks.sliding_window(300, 7), 1000),
+            (masks.causal() & masks.dilated(5), 777),
+            (masks.dense(torch.rand(640, 640) < 0.01), 640),
+        ):
+            query = torch.zeros(2, 4, n, 64, dtype=HALF)
+            mask = masks.compile_mask(expression, 2, 4, n, n, device="cpu", block_size=128)
+            options = (*[None] * 5, 0.125, 0.0, 0.0)
+            forward(query, query, query, mask, *options)
+            lse = torch.zeros(2, 4, n)
+            backward(query, None, query, query, query, query, lse, mask, *options, True)
+            seen.append({name: kernel.hash for name, kernel in launches})
+            launches.clear()
+    assert len(seen[0]) == 4
+    assert all(kernels == seen[0] for kernels in seen)
+
+
+def test_a_config_is_a_plain_record():
+    config = configs.choose(90, torch.bfloat16, 128, (128, 128), "forward")
+    assert config == configs.choose(90, torch.float16, 128, None, "forward")
+    assert (config.block_m, config.block_n, config.num_warps) == (128, 64, 8)
+
+
+def test_launches_reach_every_config_of_the_tuned_blocks():
+    """What the list above leaves out differs in nothing that a kernel is compiled for."""
+    chosen = {
+        configs.choose(90, HALF, d, b, p, extras)
+        for d in (64, 128)
+        for b in (None, (64, 64), (128, 128))
+        for p in configs.PASSES
+        for extras in (False, True)
+    }
+    reached = set()
+    choose = configs.choose
+
+    def noting(*args):
+        reached.add(choose(*args))
+        return choose(*args)
+
+    with pytest.MonkeyPatch.context() as patch, compiling_for(90):
+        patch.setattr(configs, "choose", noting)
+        patch.setattr("triton.runtime.jit.JITFunction.run", lambda *args, **kwargs: None)
+        for launch in all_launches():
+            launch.run()
+    assert chosen <= reached

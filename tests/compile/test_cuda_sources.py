@@ -1,0 +1,100 @@
+"""Every CUDA source compiles for every GPU that it is built for, and no kernel spills a register.
+
+`python tests/compile/test_cuda_sources.py` prints the registers as a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*.cu"))
+TARGETS = ("80", "90a", "100")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+FLAGS = ("-std=c++20", "-O2", "-Xptxas=-v", "-DUSE_CUDA", STABLE)
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One entry function for one target, as ptxas reports it."""
+
+    target: str
+    name: str
+    registers: int
+    spilled: int  # bytes stored and loaded
+    shared: int  # static, bytes
+
+
+def compiled(source: str) -> list[Kernel]:
+    """Compile for all targets at once. The host code needs no CUDA build of torch."""
+    include = Path(torch.__file__).parent / "include"
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in TARGETS]
+    with tempfile.TemporaryDirectory() as folder:
+        where = ["-c", str(CSRC / source), "-o", os.path.join(folder, "object.o")]
+        command = [NVCC, *FLAGS, *targets, "-Xcompiler=-fPIC", f"-I{include}", *where]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return parse(done.stderr)
+
+
+def parse(report: str) -> list[Kernel]:
+    kernels = []
+    for part in report.split("Compiling entry function ")[1:]:
+        mangled, target = re.match(r"'(\w+)' for 'sm_(\w+)'", part).groups()
+        spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes", part).groups()))
+        shared = re.search(r"(\d+) bytes smem", part)
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        kernels.append(
+            Kernel(target, readable(mangled), registers, spilled, int(shared[1]) if shared else 0)
+        )
+    return kernels
+
+
+def readable(mangled: str) -> str:
+    """The kernel's own name, and its template's types (f float, d double) where it has any."""
+    name = re.search(r"([a-z_]+_kernel)(?:I(\w*?)E)?", mangled)
+    return f"{name[1]}<{name[2]}>" if name[2] else name[1]
+
+
+def test_there_are_cuda_sources_beside_the_cpp():
+    for source in SOURCES:
+        path = CSRC / source
+        assert path.with_name(path.name.replace("_cuda.cu", ".cpp")).exists()
+    assert len(SOURCES) >= 4
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_source_compiles_for_every_target_without_spills(source):
+    kernels = compiled(source)
+    assert {kernel.target for kernel in kernels} == set(TARGETS)
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.registers <= 160, kernel
+
+
+def main() -> None:
+    print("| kernel |", " | ".join(f"sm_{target}" for target in TARGETS), "|")
+    print("|---" * (len(TARGETS) + 1) + "|")
+    for source in SOURCES:
+        table: dict[str, dict[str, str]] = {}
+        for kernel in compiled(source):
+            cell = f"{kernel.registers} registers, {kernel.spilled} spilled"
+            table.setdefault(kernel.name, {})[kernel.target] = cell
+        for name, cells in sorted(table.items()):
+            print("|", name, "|", " | ".join(cells[target] for target in TARGETS), "|")
+
+
+if __name__ == "__main__":
+    main()
