@@ -42,7 +42,7 @@ def _unpack_mask(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMa
 
 
 def _backend(name: str, query: Tensor, key: Tensor):
-    """The module that runs. Empty tensors leave nothing to compute, and kernels nothing to launch."""
+    """The module that runs. Empty tensors leave kernels nothing to launch."""
     empty = query.numel() == 0 or key.numel() == 0
     return importlib.import_module(_MODULES["eager" if empty else name])
 
