@@ -84,7 +84,7 @@ def test_launches_reach_every_config_of_the_tuned_blocks():
         reached.add(choose(*args))
         return choose(*args)
 
-    with pytest.MonkeyPatch.context() as patch, compiling_for(90):
+    with compiling_for(90), pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "choose", noting)
         patch.setattr("triton.runtime.jit.JITFunction.run", lambda *args, **kwargs: None)
         for launch in all_launches():
