@@ -27,3 +27,8 @@ def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling():
         return tensors
     return tuple(x.view_as(x) for x in tensors)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The same tensor where its last dimension is contiguous, else a copy: what backends expect."""
+    return x if x.stride(-1) == 1 else x.contiguous()

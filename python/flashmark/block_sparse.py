@@ -18,7 +18,7 @@ from flashmark.arguments import (
     check_sinks,
     finite,
 )
-from flashmark.autograd import distinct, under_autocast
+from flashmark.autograd import distinct, under_autocast, unit_stride
 from flashmark.dispatch import choose_backend
 from flashmark.masks import BlockMask, Mask
 from flashmark.masks.cache import compiled
@@ -134,7 +134,7 @@ def block_sparse_attention(
         register_if_counting()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    query, key, value = distinct(*(_unit_stride(x) for x in (query, key, value)))
+    query, key, value = distinct(*(unit_stride(x) for x in (query, key, value)))
     out, lse = _BlockSparseAttention.apply(
         query, key, value, bias, sinks, query_offset,
         kv_lengths, dropout_seed if dropout_p > 0.0 else None, layout, kind, scale, softcap,
@@ -176,7 +176,7 @@ class _BlockSparseAttention(torch.autograd.Function):
             ctx.saved_tensors
         )
         layout, kind, *rest = ctx.options
-        dout = torch.zeros_like(out) if dout is None else _unit_stride(dout)
+        dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         dquery, dkey, dvalue, dbias, dsinks = torch.ops.flashmark.block_sparse_backward(
             dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
             kv_lengths, seed, *rest,
@@ -184,10 +184,6 @@ class _BlockSparseAttention(torch.autograd.Function):
         dbias = dbias if bias is not None else None
         dsinks = dsinks if sinks is not None else None
         return (dquery, dkey, dvalue, dbias, dsinks, *[None] * (10 + len(mask)))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

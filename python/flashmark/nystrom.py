@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from flashmark import reference
 from flashmark.arguments import check_qkv, check_same, check_tensor, finite
-from flashmark.autograd import distinct, under_autocast
+from flashmark.autograd import distinct, under_autocast, unit_stride
 from flashmark.dispatch import choose_backend
 from flashmark.landmarks import cached_landmark_core, landmark_core
 from flashmark.ops import nystrom as _operators  # noqa: F401, registers torch.ops.flashmark.nystrom_*
@@ -159,7 +159,7 @@ def nystrom_attention(
     else:
         if not torch.compiler.is_compiling():
             register_if_counting()
-        tensors = distinct(*(_unit_stride(x) for x in (query, key, value, lq, lk, core)))
+        tensors = distinct(*(unit_stride(x) for x in (query, key, value, lq, lk, core)))
         small = (None if x is None else x.contiguous() for x in (decay, key_mask, cu_seqlens))
         out, *ends = _NystromAttention.apply(
             *tensors, *small, L0, R0, scale, normalize, is_causal, backend
@@ -197,7 +197,7 @@ class _NystromAttention(torch.autograd.Function):
         if dout is None:
             dout = query.new_zeros(*query.shape[:3], value.shape[3])
         grads = torch.ops.flashmark.nystrom_backward(
-            _unit_stride(dout), dL, dR, *tensors, *ctx.options
+            unit_stride(dout), dL, dR, *tensors, *ctx.options
         )
         *dinputs, ddecay, dL0, dR0 = grads
         if decay is None:
@@ -205,10 +205,6 @@ class _NystromAttention(torch.autograd.Function):
         if L0 is None:
             dL0 = dR0 = None
         return *dinputs, ddecay, None, None, dL0, dR0, None, None, None, None
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str, dtype) -> Tensor:

@@ -31,7 +31,7 @@ class _Documents(Mask):
         return self.ids.shape[0], 1
 
     def _row(self, b):
-        return b if self.ids.shape[0] > 1 else torch.zeros_like(b)
+        return _shared(b, self.ids.shape[0])
 
     def _of_query(self, grid, b, i):
         """Document of query i, -1 before the first key."""
@@ -95,7 +95,7 @@ class _KeyVisible(Mask):
         return self.visible.shape[0], 1
 
     def _row(self, b):
-        return b if self.visible.shape[0] > 1 else torch.zeros_like(b)
+        return _shared(b, self.visible.shape[0])
 
     def validate(self, grid):
         check_length("key_padding", self.visible.shape[1], grid.kv_len)
@@ -162,8 +162,7 @@ class Blocks(Mask):
             )
 
     def _lookup(self, b, h, i, j):
-        b = b if self.visible.shape[0] > 1 else torch.zeros_like(b)
-        h = h if self.visible.shape[1] > 1 else torch.zeros_like(h)
+        b, h = _shared(b, self.visible.shape[0]), _shared(h, self.visible.shape[1])
         return self.visible[b, h, i // self.size[0], j // self.size[1]]
 
     def divides(self, grid: Grid) -> bool:
@@ -222,8 +221,7 @@ class _Dense(Mask):
         return self.visible.shape[0], self.visible.shape[1]
 
     def _rows(self, b, h):
-        b = b if self.visible.shape[0] > 1 else torch.zeros_like(b)
-        return b, h if self.visible.shape[1] > 1 else torch.zeros_like(h)
+        return _shared(b, self.visible.shape[0]), _shared(h, self.visible.shape[1])
 
     def validate(self, grid):
         if tuple(self.visible.shape[2:]) != (grid.q_len, grid.kv_len):
@@ -308,6 +306,11 @@ def mask_mod(fn: MaskMod) -> Mask:
     if not callable(fn):
         raise TypeError(f"fn: expected a callable (b, h, q, kv) -> bool, got {type(fn).__name__}")
     return _MaskMod(fn)
+
+
+def _shared(index: Tensor, size: int) -> Tensor:
+    """An index into a dimension of `size`; 1 is shared by all samples or heads."""
+    return index if size > 1 else torch.zeros_like(index)
 
 
 def _every_tile(mask: Mask, grid: Grid, b, h, q_block, kv_block) -> dict[object, Tensor]:
