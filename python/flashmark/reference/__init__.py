@@ -1,0 +1,16 @@
+"""Dense oracles: the definition of every operator in plain PyTorch, any dtype up to float64,
+gradients by autograd.
+
+Memory is quadratic and nothing is fast. Read these files to know what the fused backends compute.
+"""
+
+from flashmark.reference.block_sparse import block_sparse_attention, dropout_keep, philox4x32
+from flashmark.reference.nystrom import landmark_core, nystrom_attention
+
+__all__ = [
+    "block_sparse_attention",
+    "dropout_keep",
+    "landmark_core",
+    "nystrom_attention",
+    "philox4x32",
+]
