@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from bench.compare import Settings
 from bench.environment import describe
@@ -18,6 +17,7 @@ from bench.native import native
 from bench.nystrom import nystrom
 from bench.plot import plot
 from bench.report import print_report
+from bench.runner import run_jobs
 
 SUITES = {"masks": masks, "mask_build": mask_build, "nystrom": nystrom, "native": native}
 RESULTS = Path(__file__).parent / "results"
@@ -39,12 +39,7 @@ def main() -> int:
     )
     jobs = [job for suite in arguments.suites or SUITES for job in SUITES[suite](settings)]
     where = describe(device)
-    rows = []
-    with tqdm(total=sum(job.steps for job in jobs), unit="step", file=sys.stderr) as bar:
-        for job in jobs:
-            bar.set_description(job.title)
-            rows += [where | row for row in job.run(bar.update)]
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(run_jobs(jobs, where))
 
     csv = arguments.out or RESULTS / f"{slug(where)}{'-quick' if arguments.quick else ''}.csv"
     csv.parent.mkdir(parents=True, exist_ok=True)

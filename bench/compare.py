@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -62,6 +63,9 @@ def compare(
                     row["peak_bytes"] = peak_memory(work, device)
             except Unavailable as reason:
                 row |= {"status": "skipped", "reason": str(reason)}
+            except Exception as error:  # one that breaks must not take the others along
+                traceback.print_exc()
+                row |= {"status": "wrong", "reason": f"{type(error).__name__}: {error}"[:200]}
             step()
         for name, spread in interleaved(runs, device, rounds=rounds, each=step).items():
             rows[name] |= {f"{p}_ms": round(ms, 4) for p, ms in spread._asdict().items()}

@@ -12,7 +12,7 @@ import flashmark
 from bench.compare import Job, Prepare, Settings, compare, forward_and_backward, verdict
 from bench.oracle import Oracle
 from bench.patterns import PATTERNS, Formula
-from bench.peers import Contender, Work, contenders
+from bench.peers import Contender, Work, contenders, tuned_contenders
 
 
 def masks(settings: Settings) -> Iterator[Job]:
@@ -21,7 +21,8 @@ def masks(settings: Settings) -> Iterator[Job]:
     dtypes = (torch.bfloat16,) if settings.on_gpu else (torch.float32, torch.bfloat16)
     for dtype in settings.dtypes or dtypes:
         for name in patterns:
-            for n in settings.choose_lengths(cpu=(8192,), gpu=(8192, 16384)):
+            gpu = (8192, 16384) if name == "causal" else (16384,)
+            for n in settings.choose_lengths(cpu=(8192,), gpu=gpu):
                 pattern = PATTERNS[name](n, settings.device)
                 for dim in (64, 128) if settings.on_gpu else (64,):
                     batch, heads = (max(1, 16384 // n), 2048 // dim) if settings.on_gpu else (1, 8)
@@ -30,10 +31,20 @@ def masks(settings: Settings) -> Iterator[Job]:
                         yield attention_job(work, contenders(work.device), settings.rounds)
 
 
-def attention_job(work: Work, fighters: list[Contender], rounds: int) -> Job:
+def tuned(settings: Settings) -> Iterator[Job]:
+    """On a GPU: against FlexAttention tuned for the shapes, which takes it minutes."""
+    for name in settings.patterns or ("causal", "window"):
+        for n in settings.choose_lengths(cpu=(1024,), gpu=(16384,)):
+            pattern = PATTERNS[name](n, settings.device)
+            for backward in (False, True):
+                work = Work(pattern, 1, 16, n, 128, torch.bfloat16, settings.device, backward)
+                yield attention_job(work, tuned_contenders(), settings.rounds, suite="tuned")
+
+
+def attention_job(work: Work, fighters: list[Contender], rounds: int, suite: str = "masks") -> Job:
     dtype = str(work.dtype).removeprefix("torch.")
     common = {
-        "suite": "masks",
+        "suite": suite,
         "case": work.pattern.name,
         "batch": work.batch,
         "heads": work.heads,
@@ -53,7 +64,7 @@ def attention_contender(fighter: Contender, work: Work, oracle: Callable[[], Ora
         attention = fighter.prepare(work)
         inputs, dout = oracle().inputs, torch.randn_like(oracle().dout)
         if fighter.follows(work.pattern):
-            density = _compile(work.pattern, work.n, work.device).density
+            density = _compile(work.pattern, work.n, work.device, work.block_size).density
             columns = verdict(oracle().errors(attention))
         else:
             density, columns = (work.n + 1) / (2 * work.n), {}
@@ -92,8 +103,8 @@ def _build_job(name: str, n: int, settings: Settings) -> Job:
     return compare(f"building {pattern.name}, N={n}", common, both, device, settings.rounds)
 
 
-def _compile(pattern, n: int, device: torch.device) -> flashmark.BlockMask:
-    return flashmark.compile_mask(pattern.mask, 1, 1, n, n, device=device)
+def _compile(pattern, n: int, device: torch.device, block_size: int = 128) -> flashmark.BlockMask:
+    return flashmark.compile_mask(pattern.mask, 1, 1, n, n, device=device, block_size=block_size)
 
 
 def _same_elements(mask: flashmark.BlockMask, formula: Formula) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,25 +11,31 @@ from torch import Tensor
 
 import flashmark
 from bench.compare import Job, Prepare, Settings, compare, forward_and_backward, verdict
+from bench.landmark_peers import PEERS
 from bench.masks import attention_contender
 from bench.oracle import Oracle, relative_error
 from bench.patterns import PATTERNS
-from bench.peers import Contender, Unavailable, Work, contenders
+from bench.peers import Contender, Unavailable, Work, contenders, first_line
 
-LANDMARKS = 64
+MOST_IN_FLOAT64 = 65536  # tokens; longer ones are held to their first 600
+PEER_BUDGET = 5e-2
 NAMES = ("query", "key", "value", "landmarks")
 
 
 def nystrom(settings: Settings) -> Iterator[Job]:
     """Forward and forward + backward, the gradient of the landmarks included."""
-    lengths = settings.choose_lengths(cpu=(16384, 32768), gpu=(16384, 65536, 262144))
-    batch, heads = (1, 32) if settings.on_gpu else (1, 8)
+    gpu = tuple(2**n for n in range(12, 21, 2))
+    lengths = settings.choose_lengths(cpu=(16384, 32768), gpu=gpu)
+    batch, heads = (1, 16) if settings.on_gpu else (1, 8)
     dtypes = (torch.bfloat16,) if settings.on_gpu else (torch.float32,)
     for dtype in settings.dtypes or dtypes:
         for n in lengths:
             pattern = PATTERNS["causal"](n, settings.device)
-            for backward in (False, True):
-                work = Work(pattern, batch, heads, n, 64, dtype, settings.device, backward)
+            marks = (32, 64, 128) if settings.on_gpu and n == 65536 else (64,)
+            for backward, count in itertools.product((False, True), marks):
+                work = Work(
+                    pattern, batch, heads, n, 64, dtype, settings.device, backward, landmarks=count
+                )
                 yield _job(work, settings)
 
 
@@ -36,7 +43,7 @@ def _job(work: Work, settings: Settings) -> Job:
     dtype = str(work.dtype).removeprefix("torch.")
     common = {
         "suite": "nystrom",
-        "case": f"Nyström M={LANDMARKS}",
+        "case": f"Nyström M={work.landmarks}",
         "batch": work.batch,
         "heads": work.heads,
         "n": work.n,
@@ -53,7 +60,10 @@ def _job(work: Work, settings: Settings) -> Job:
     for peer in contenders(work.device):
         if peer.name.startswith("sdpa"):
             ready[peer.name] = _quadratic(peer, work, oracle)
-    title = f"Nyström M={LANDMARKS}, N={work.n}, D={work.dim}, {dtype}, {work.direction}"
+    if settings.on_gpu:
+        for name, (make, same) in PEERS.items():
+            ready[name] = _peer(make, work, truth if same else None)
+    title = f"Nyström M={work.landmarks}, N={work.n}, D={work.dim}, {dtype}, {work.direction}"
     return compare(title, common, ready, work.device, settings.rounds)
 
 
@@ -80,9 +90,33 @@ def _ours(backend: str, work: Work, truth: Callable[[], dict[str, Tensor]]) -> P
             raise Unavailable(str(error)) from error
         inputs, dout = _inputs(work)
         budgets = {name: allowed for name, (_, allowed) in errors.items()}
-        for name, result in _results(op, inputs, dout, work.backward).items():
-            errors[f"{name} at full size"] = relative_error(result, truth()[name]), budgets[name]
+        if work.n <= MOST_IN_FLOAT64:
+            for name, result in _results(op, inputs, dout, work.backward).items():
+                errors[f"{name} at full size"] = (
+                    relative_error(result, truth()[name]), budgets[name],
+                )  # fmt: skip
         return forward_and_backward(op, inputs, dout, work.backward), verdict(errors)
+
+    return prepare
+
+
+def _peer(make: Callable, work: Work, truth: Callable[[], dict[str, Tensor]] | None) -> Prepare:
+    """Somebody else's; held to ours in float64 where it is the same function (`truth`)."""
+
+    def prepare():
+        op = make(work)
+        inputs, dout = _inputs(work)
+        try:
+            results = _results(op, inputs, dout, work.backward)
+        except Exception as error:  # its kernels may not compile here
+            raise Unavailable(first_line(error)) from error
+        columns = {}
+        if truth and work.n <= MOST_IN_FLOAT64:
+            columns = verdict({
+                name: (relative_error(result, truth()[name]), PEER_BUDGET)
+                for name, result in results.items()
+            })  # fmt: skip
+        return forward_and_backward(op, inputs, dout, work.backward), columns
 
     return prepare
 
@@ -101,7 +135,7 @@ def _inputs(work: Work) -> tuple[tuple[Tensor, ...], Tensor]:
     generator = torch.Generator(work.device).manual_seed(2)
     make = functools.partial(torch.randn, generator=generator, device=work.device)
     landmarks = flashmark.init_landmarks(
-        work.heads, LANDMARKS, work.dim, generator=generator, device=work.device
+        work.heads, work.landmarks, work.dim, generator=generator, device=work.device
     )
     dout = make(work.batch, work.heads, work.n, work.dim).to(work.dtype)
     return (query, key, value, landmarks.requires_grad_(work.backward)), dout

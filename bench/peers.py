@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,8 @@ class Work:
     dtype: torch.dtype
     device: torch.device
     backward: bool
+    block_size: int = 128  # of our masks
+    landmarks: int = 64
 
     @property
     def direction(self) -> str:
@@ -67,8 +70,9 @@ class Contender:
 def ours(backend: str) -> Contender:
     def prepare(work: Work) -> Attention:
         mask = flashmark.compile_mask(
-            work.pattern.mask, work.batch, work.heads, work.n, work.n, device=work.device
-        )
+            work.pattern.mask, work.batch, work.heads, work.n, work.n, device=work.device,
+            block_size=work.block_size,
+        )  # fmt: skip
         probe = torch.empty(1, 1, 1, work.dim, dtype=work.dtype, device=work.device)
         try:
             flashmark.block_sparse_attention(probe, probe, probe, backend=backend)
@@ -95,18 +99,28 @@ def sdpa(kind: SDPBackend | None = None) -> Contender:
                 raise Unavailable(first_line(error)) from error
         return attention
 
-    names = {None: "", SDPBackend.CUDNN_ATTENTION: " cudnn", SDPBackend.FLASH_ATTENTION: " flash"}
+    names = {
+        None: "",
+        SDPBackend.CUDNN_ATTENTION: " cudnn",
+        SDPBackend.FLASH_ATTENTION: " flash",
+        SDPBackend.EFFICIENT_ATTENTION: " efficient",
+    }
     return Contender(f"sdpa causal{names[kind]}", prepare, masked=False)
 
 
-def flex() -> Contender:
-    """FlexAttention, compiled, with its own block mask."""
+def flex(
+    name: str = "flex compiled", mode: str | None = None, kernel_options: dict | None = None
+) -> Contender:
+    """FlexAttention, compiled (`mode` as torch.compile's), with its own block mask."""
 
     def prepare(work: Work) -> Attention:
         if work.backward and work.device.type == "cpu":
             raise Unavailable("FlexAttention has no backward on CPU")
         torch.compiler.reset()  # or a few shapes later the compiler gives up and runs it unfused
-        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        compiled = torch.compile(
+            functools.partial(flex_attention, kernel_options=kernel_options),
+            fullgraph=True, dynamic=False, mode=mode,
+        )  # fmt: skip
         mask = create_block_mask(
             work.pattern.formula, None, None, work.n, work.n, device=work.device
         )
@@ -116,13 +130,22 @@ def flex() -> Contender:
             raise Unavailable(first_line(error)) from error
         return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
-    return Contender("flex compiled", prepare)
+    return Contender(name, prepare)
+
+
+def tuned_contenders() -> list[Contender]:
+    """Ours, and FlexAttention at its best on a GPU."""
+    return [
+        ours("triton"),
+        flex("flex max-autotune", mode="max-autotune-no-cudagraphs"),
+        flex("flex flash", kernel_options={"BACKEND": "FLASH"}),
+    ]
 
 
 def contenders(device: torch.device) -> list[Contender]:
     if device.type == "cuda":
-        theirs = [sdpa(SDPBackend.CUDNN_ATTENTION), sdpa(SDPBackend.FLASH_ATTENTION)]
-        return [ours("triton"), *theirs, flex()]
+        kinds = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
+        return [ours("triton"), *(sdpa(getattr(SDPBackend, kind)) for kind in kinds), flex()]
     return [ours("eager"), ours("cpu"), sdpa(), flex()]
 
 

@@ -1,0 +1,139 @@
+"""One call on a GPU: is it right, and how fast? `python -m bench.gpu --help`.
+
+First the kernels' tests on the device, then checks of every kernel and dtype against float64, then
+the timed suites, until the minutes are spent. Where an operator's tests are red, its times stay out
+of the report. The CSV, the report and the logs go to one folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from bench.accuracy import accuracy
+from bench.compare import Row, Settings
+from bench.environment import describe
+from bench.features import bias, decode, density
+from bench.masks import mask_build, masks, tuned
+from bench.nystrom import nystrom
+from bench.plot import plot
+from bench.report import print_report
+from bench.runner import run_jobs
+from bench.targets import targets
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITES = {
+    "accuracy": accuracy,
+    "masks": masks,
+    "nystrom": nystrom,
+    "density": density,
+    "bias": bias,
+    "decode": decode,
+    "mask_build": mask_build,
+    "tuned": tuned,
+}
+OPERATORS = {"nystrom": "nystrom", "hybrid": "hybrid"}  # by file name of a test, or by suite
+
+
+def main() -> int:
+    arguments = parse()
+    until = time.monotonic() + 60 * arguments.minutes
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(arguments.device)
+    red = {}
+    if arguments.tests:
+        print(f"tests on {device} ...", flush=True)
+        red = run_tests(device, out, timeout=60 * arguments.minutes / 2)
+        print("red:", ", ".join(f"{name} ({why})" for name, why in red.items()) or "none")
+    settings = Settings(device, arguments.rounds, arguments.quick)
+    where = describe(device)
+    jobs = [job for suite in arguments.suites or SUITES for job in SUITES[suite](settings)]
+    rows = run_jobs(jobs, where, until=until, save=out / "gpu.csv")
+    frame = pd.DataFrame(without_red(rows, red))
+    frame.to_csv(out / "gpu.csv", index=False)
+    with open(out / "report.txt", "w") as file, contextlib.redirect_stdout(file):
+        print(", ".join(f"{key} {value}" for key, value in where.items()))
+        print("red:", red or "none")
+        print_report(frame)
+        print("\n" + targets(frame))
+    print((out / "report.txt").read_text())
+    plot(frame, out / "gpu.csv")
+    return int(bool(red) or (frame.status == "wrong").any())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suites", nargs="*", choices=[[], *SUITES], help="default: all, in order")
+    parser.add_argument("--minutes", type=float, default=9, help="no work starts after them")
+    parser.add_argument("--rounds", type=int, default=10, help="samples of each contender")
+    parser.add_argument("--quick", action="store_true", help="short lengths: does it run?")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="time only")
+    parser.add_argument("--device", default="cuda", help="cpu tries the script where no GPU is")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
+    return parser.parse_args()
+
+
+def run_tests(device: torch.device, out: Path, timeout: float) -> dict[str, str]:
+    """The kernels' own tests, on the device. Returns why an operator is red, where it is."""
+    junit = out / "tests.xml"
+    junit.unlink(missing_ok=True)
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    if device.type == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "--tb=short", f"--device={device.type}",
+        f"--junitxml={junit}", "tests/interpreter",
+    ]  # fmt: skip
+    if device.type == "cuda":
+        command += ["-n", "8"]
+    with open(out / "tests.log", "w") as log:
+        try:
+            subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            log.write(f"\nstopped after {timeout:.0f} s\n")
+    return read_verdicts(junit)
+
+
+def read_verdicts(junit: Path) -> dict[str, str]:
+    """{operator: why it is red} from a JUnit file; every operator is red without one."""
+    operators = {"block_sparse", *OPERATORS.values()}
+    if not junit.exists():
+        return dict.fromkeys(sorted(operators), "its tests did not finish")
+    failed = dict.fromkeys(operators, 0)
+    for case in ElementTree.parse(junit).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed[operator_of(case.get("classname", ""))] += 1
+    return {name: f"{count} tests failed" for name, count in sorted(failed.items()) if count}
+
+
+def operator_of(name: str) -> str:
+    return next((op for part, op in OPERATORS.items() if part in name), "block_sparse")
+
+
+def without_red(rows: list[Row], red: dict[str, str]) -> list[Row]:
+    """A kernel whose tests are red is wrong, whatever its own check says: no speed-up is shown."""
+    for row in rows:
+        why = red.get(operator_of(str(row["suite"])))
+        if why and str(row["contender"]).startswith("flashmark") and row["suite"] != "mask_build":
+            row |= {"status": "wrong", "reason": f"its tests are red: {why}"}
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The script for a GPU, as far as it can be held to its word without one."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from bench.accuracy import CASES, accuracy
+from bench.compare import Job, Settings
+from bench.gpu import read_verdicts, without_red
+from bench.report import print_report
+from bench.runner import run_jobs
+from bench.targets import targets
+
+CPU = torch.device("cpu")
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.interpreter.test_block_sparse_features" name="a"/>
+<testcase classname="tests.interpreter.test_nystrom_kernels" name="b"><failure/></testcase>
+<testcase classname="tests.interpreter.test_nystrom_kernels" name="c"><error/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_failed_tests_make_their_operator_red_and_no_other(tmp_path):
+    (tmp_path / "tests.xml").write_text(JUNIT)
+    assert read_verdicts(tmp_path / "tests.xml") == {"nystrom": "2 tests failed"}
+
+
+def test_tests_that_did_not_finish_make_every_operator_red(tmp_path):
+    assert {"block_sparse", "nystrom"} <= set(read_verdicts(tmp_path / "absent.xml"))
+
+
+def row(suite: str, contender: str, ms: float, **more) -> dict:
+    columns = {"case": "Nyström M=64", "n": 65536, "dim": 64, "dtype": "bfloat16"}
+    columns |= {"direction": "forward+backward", "status": "ok", "batch": 1, "heads": 16}
+    columns |= {"p20_ms": ms, "p50_ms": ms, "p80_ms": ms, "peak_bytes": 2**20}
+    return columns | {"suite": suite, "contender": contender} | more
+
+
+def test_no_time_is_reported_for_an_operator_whose_tests_are_red(capsys):
+    rows = [row("nystrom", "flashmark triton", 2.0), row("nystrom", "sdpa causal flash", 90.0)]
+    frame = pd.DataFrame(without_red(rows, {"nystrom": "2 tests failed"}))
+    print_report(frame)
+    report = capsys.readouterr().out
+    assert "WRONG" in report and "2 tests failed" in report and "45.00x" not in report
+    assert "45.0" not in targets(frame)
+
+
+def test_targets_come_from_the_csv_and_nothing_else():
+    rows = [row("nystrom", "flashmark triton", 2.0), row("nystrom", "sdpa causal flash", 90.0)]
+    lines = targets(pd.DataFrame(rows)).splitlines()
+    exact = next(line for line in lines if "exact causal" in line)
+    assert "45.00x" in exact
+    assert "not measured" in next(line for line in lines if ">= 2x fla" in line)
+
+
+def test_jobs_after_the_time_is_up_are_left_out_and_the_rest_is_saved(tmp_path, capsys):
+    job = Job("early", 1, lambda step: [{"case": "early"}])
+    saved = tmp_path / "rows.csv"
+    assert run_jobs([job], {"machine": "m"}, save=saved) == [{"machine": "m", "case": "early"}]
+    assert list(pd.read_csv(saved).case) == ["early"]
+    assert run_jobs([job], {}, until=0.0) == []
+    assert "left out: early" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accuracy_suite_runs_every_case_on_the_cpu(name):
+    settings = Settings(CPU, rounds=1, quick=True, lengths=(19,), dtypes=(torch.float32,))
+    job = next(job for job in accuracy(settings) if f"of {name}," in job.title)
+    (found,) = job.run(lambda: None)
+    assert found["status"] == "ok" and found["error"] <= found["error_allowed"]
