@@ -25,8 +25,10 @@ from flashmark.masks.cache import compiled
 from flashmark.masks.positions import is_plain_causal
 from flashmark.ops.block_sparse import pack_mask, plain_mask
 from flashmark.ops.flops import register_if_counting
+from flashmark.sharded import over_shards
 
 
+@over_shards
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -82,6 +84,15 @@ def block_sparse_attention(
 
     Under `torch.compile` a BlockMask is an input like any other. An expression must be built
     outside the compiled function and read no tensors; only plain `causal()` may be written inside.
+
+    Example:
+        >>> import torch
+        >>> from flashmark import block_sparse_attention, masks
+        >>> query = torch.randn(1, 8, 50, 64)
+        >>> key, value = torch.randn(1, 2, 50, 64), torch.randn(1, 2, 50, 32)
+        >>> mask = masks.causal() & masks.sliding_window(16)
+        >>> block_sparse_attention(query, key, value, mask).shape
+        torch.Size([1, 8, 50, 32])
 
     The order is scale, softcap, bias, mask, sinks. Causal masks are aligned to the bottom right:
     query i sits at position i + Nk - Nq. Algorithm: Dao et al., "FlashAttention" (2022), over the

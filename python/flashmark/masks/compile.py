@@ -54,6 +54,20 @@ def compile_mask(
         device: where the BlockMask's tensors live.
         block_size: 16, 32, 64, 128, or a pair (queries, keys) of those.
 
+    Example:
+        >>> from flashmark import compile_mask, masks
+        >>> mask = masks.causal() & masks.sliding_window(64)
+        >>> print(compile_mask(mask, 1, 1, 256, 256, device="cpu", block_size=32))
+        BlockMask(...density=0.2192)
+          ▒▒
+          ██▒▒
+          ▒▒██▒▒
+            ▒▒██▒▒
+              ▒▒██▒▒
+                ▒▒██▒▒
+                  ▒▒██▒▒
+                    ▒▒██▒▒
+
     Time and memory grow with the tiles that are neither FULL nor part of a large uniform area;
     nothing of size q_len x kv_len is allocated.
 
