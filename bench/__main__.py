@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from bench.compare import Settings
+from bench.curves import curves
 from bench.environment import describe
 from bench.masks import mask_build, masks
 from bench.native import native
@@ -20,6 +21,7 @@ from bench.report import print_report
 from bench.runner import run_jobs
 
 SUITES = {"masks": masks, "mask_build": mask_build, "nystrom": nystrom, "native": native}
+ALONE = {"curves": curves}  # by name only, and into a CSV of their own
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,23 +39,28 @@ def main() -> int:
         lengths=tuple(arguments.lengths),
         dtypes=tuple(DTYPES[name] for name in arguments.dtypes),
     )
-    jobs = [job for suite in arguments.suites or SUITES for job in SUITES[suite](settings)]
+    suites = [(SUITES | ALONE)[name] for name in arguments.suites or SUITES]
+    jobs = [job for suite in suites for job in suite(settings)]
     where = describe(device)
     frame = pd.DataFrame(run_jobs(jobs, where))
 
-    csv = arguments.out or RESULTS / f"{slug(where)}{'-quick' if arguments.quick else ''}.csv"
+    name = "_".join([slug(where), *(suite for suite in arguments.suites if suite in ALONE)])
+    csv = arguments.out or RESULTS / f"{name}{'-quick' if arguments.quick else ''}.csv"
     csv.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(csv, index=False)
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print_report(frame)
-    print("\nwrote", ", ".join(str(path) for path in [csv, *plot(frame, csv)]))
+    print("\nwrote", ", ".join(str(path) for path in [csv, *plot(pd.read_csv(csv), csv)]))
     return int((frame.status == "wrong").any())
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; default all"
+        "suites",
+        nargs="*",
+        metavar="suite",
+        help=f"of {', '.join(SUITES)} (default: these); or {', '.join(ALONE)}",
     )
     parser.add_argument(
         "--quick", action="store_true", help="short lengths, few rounds: does it run?"
@@ -68,9 +75,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=[], choices=DTYPES)
     parser.add_argument("--out", type=Path, help="CSV (default bench/results/<device>.csv)")
     arguments = parser.parse_args()
-    unknown = set(arguments.suites) - set(SUITES)
+    unknown = set(arguments.suites) - set(SUITES) - set(ALONE)
     if unknown:
-        parser.error(f"suite: expected some of {', '.join(SUITES)}, got {', '.join(unknown)}")
+        known = ", ".join(SUITES | ALONE)
+        parser.error(f"suite: expected some of {known}, got {', '.join(unknown)}")
+    if len(arguments.suites) > 1 and set(arguments.suites) & set(ALONE):
+        parser.error(f"suite: expected {', '.join(ALONE)} alone, got {', '.join(arguments.suites)}")
     return arguments
 
 

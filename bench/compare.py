@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -46,12 +47,28 @@ class Job:
 
 
 def compare(
-    title: str, common: Row, contenders: dict[str, Prepare], device: torch.device, rounds: int
+    title: str,
+    common: Row,
+    contenders: dict[str, Prepare],
+    device: torch.device,
+    rounds: int,
+    *,
+    budget: float = math.inf,
 ) -> Job:
-    """Only what is checked and green is timed. A column "flops" becomes "tflops"."""
+    """Only what is checked and green is timed. A column "flops" becomes "tflops".
+
+    No round starts once `budget` seconds are spent on rounds, the first excepted.
+    """
+    steps = len(contenders) * (1 + rounds)
 
     def run(step: Callable[[], object]) -> list[Row]:
-        rows, runs = {}, {}
+        rows, runs, left = {}, {}, steps
+
+        def each():
+            nonlocal left
+            left -= 1
+            step()
+
         for name, prepare in contenders.items():
             rows[name] = row = common | {"contender": name, "status": "ok"}
             try:
@@ -66,16 +83,17 @@ def compare(
             except Exception as error:  # one that breaks must not take the others along
                 traceback.print_exc()
                 row |= {"status": "wrong", "reason": f"{type(error).__name__}: {error}"[:200]}
-            step()
-        for name, spread in interleaved(runs, device, rounds=rounds, each=step).items():
+            each()
+        timed = interleaved(runs, device, rounds=rounds, budget=budget, each=each) if runs else {}
+        for name, spread in timed.items():
             rows[name] |= {f"{p}_ms": round(ms, 4) for p, ms in spread._asdict().items()}
             if "flops" in rows[name]:
                 rows[name]["tflops"] = round(rows[name].pop("flops") / spread.p50 / 1e9, 4)
-        for _ in range(rounds * (len(contenders) - len(runs))):
+        for _ in range(left):
             step()
         return list(rows.values())
 
-    return Job(title, len(contenders) * (1 + rounds), run)
+    return Job(title, steps, run)
 
 
 def forward_and_backward(

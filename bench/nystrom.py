@@ -51,9 +51,9 @@ def _job(work: Work, settings: Settings) -> Job:
         "dtype": dtype,
         "direction": work.direction,
     }
-    truth = functools.cache(lambda: _float64(work))
+    truth = functools.cache(lambda: float64(work))
     ready = {
-        f"flashmark {name}": _ours(name, work, truth)
+        f"flashmark {name}": nystrom_contender(name, work, truth)
         for name in (("triton",) if settings.on_gpu else ("eager", "cpu"))
     }
     oracle = functools.cache(lambda: Oracle(work))
@@ -80,7 +80,8 @@ def _quadratic(peer: Contender, work: Work, oracle: Callable[[], Oracle]) -> Pre
     return up_to_the_limit
 
 
-def _ours(backend: str, work: Work, truth: Callable[[], dict[str, Tensor]]) -> Prepare:
+def nystrom_contender(backend: str, work: Work, truth: Callable[[], dict[str, Tensor]]) -> Prepare:
+    """Held to the dense definition on a short piece, and to `truth` at full size."""
     op = functools.partial(flashmark.nystrom_attention, backend=backend)
 
     def prepare():
@@ -88,7 +89,7 @@ def _ours(backend: str, work: Work, truth: Callable[[], dict[str, Tensor]]) -> P
             errors = _errors_of_a_small_one(work, backend)
         except flashmark.BackendUnavailable as error:
             raise Unavailable(str(error)) from error
-        inputs, dout = _inputs(work)
+        inputs, dout = nystrom_inputs(work)
         budgets = {name: allowed for name, (_, allowed) in errors.items()}
         if work.n <= MOST_IN_FLOAT64:
             for name, result in _results(op, inputs, dout, work.backward).items():
@@ -105,7 +106,7 @@ def _peer(make: Callable, work: Work, truth: Callable[[], dict[str, Tensor]] | N
 
     def prepare():
         op = make(work)
-        inputs, dout = _inputs(work)
+        inputs, dout = nystrom_inputs(work)
         try:
             results = _results(op, inputs, dout, work.backward)
         except Exception as error:  # its kernels may not compile here
@@ -123,13 +124,13 @@ def _peer(make: Callable, work: Work, truth: Callable[[], dict[str, Tensor]] | N
 
 def _errors_of_a_small_one(work: Work, backend: str) -> dict[str, tuple[float, float]]:
     """Against the dense definition, which is quadratic in memory: on the first 600 tokens."""
-    inputs, _ = _inputs(work)
+    inputs, _ = nystrom_inputs(work)
     small = [x[:, :2, :600] for x in inputs[:3]]
     report = flashmark.check(flashmark.nystrom_attention, *small, inputs[3][:2], backend=backend)
     return {row.name: (row.error, row.budget) for row in report.rows}
 
 
-def _inputs(work: Work) -> tuple[tuple[Tensor, ...], Tensor]:
+def nystrom_inputs(work: Work) -> tuple[tuple[Tensor, ...], Tensor]:
     """(query, key, value, landmarks) and the gradient of the output."""
     query, key, value = work.inputs()
     generator = torch.Generator(work.device).manual_seed(2)
@@ -150,9 +151,9 @@ def _results(op, inputs, dout: Tensor, backward: bool) -> dict[str, Tensor]:
     return {"out": out.detach()} | {f"d {n}": g for n, g in zip(NAMES, grads, strict=True)}
 
 
-def _float64(work: Work) -> dict[str, Tensor]:
+def float64(work: Work) -> dict[str, Tensor]:
     """The tiled backend in float64, itself held to the dense definition on the small inputs."""
-    inputs, dout = _inputs(work)
+    inputs, dout = nystrom_inputs(work)
     inputs = [x.detach().double().requires_grad_(work.backward) for x in inputs]
     op = functools.partial(flashmark.nystrom_attention, backend="eager")
     return _results(op, inputs, dout.double(), work.backward)

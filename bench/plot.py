@@ -12,6 +12,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 import pandas as pd  # noqa: E402
 
 COLOURS = {
+    "flashmark window 512": "#3182bd",
+    "flashmark causal": "#08306b",
+    "flashmark Nyström M=64": "#31a354",
+    "flex causal": "#e6550d",
+    "flex window 512": "#fdae6b",
     "flashmark eager": "#9ecae1",
     "flashmark cpu": "#08519c",
     "flashmark triton": "#2171b5",
@@ -25,11 +30,15 @@ COLOURS = {
 
 
 def plot(frame: pd.DataFrame, csv: Path) -> list[Path]:
-    """Draw each suite of a CSV beside it, as `<name>-<suite>.png`: what ran and was right."""
+    """Draw each suite of a CSV beside it, as `<name>-<suite>.png`: what ran and was right.
+
+    The suite `curves` has its CSV to itself and is drawn as `<name>.png`.
+    """
     paths = []
     for suite, rows in frame[frame.status == "ok"].groupby("suite", sort=False):
-        path = csv.with_name(f"{csv.stem}-{suite}.png")
-        _draw(rows).savefig(path, dpi=120)
+        alone = suite == "curves"
+        path = csv.with_suffix(".png") if alone else csv.with_name(f"{csv.stem}-{suite}.png")
+        (_draw_curves if alone else _draw)(rows).savefig(path, dpi=120)
         plt.close("all")
         paths.append(path)
     return paths
@@ -60,6 +69,36 @@ def _draw(rows: pd.DataFrame):
     return figure
 
 
+def _draw_curves(rows: pd.DataFrame):
+    """Time above, peak memory below; a column a direction."""
+    directions = rows.direction.unique()
+    rows = rows.assign(peak_mib=rows.peak_bytes.clip(lower=2**18) / 2**20)
+    figure, axes = plt.subplots(
+        2,
+        len(directions),
+        figsize=(5.4 * len(directions), 7),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for column, direction in enumerate(directions):
+        some = rows[rows.direction == direction]
+        _curves(axes[0, column], some)
+        _curves(axes[1, column], some, value="peak_mib", unit="peak MiB")
+        axes[0, column].set_title(direction, fontsize=9)
+    for ax in axes.flat:
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3, lw=0.5)
+        ax.spines[["top", "right"]].set_visible(False)
+    first = rows.iloc[0]
+    figure.suptitle(
+        f"Attention, B{first.batch} H{first.heads} D{first.dim}, {first.dtype}; {first.machine}, "
+        f"torch {first.torch}, {first.date}",
+        fontsize=9,
+    )
+    return figure
+
+
 def _bars(ax, rows: pd.DataFrame) -> None:
     """Median with the p20..p80 range, peak memory in words."""
     rows = rows.iloc[::-1]
@@ -79,12 +118,13 @@ def _bars(ax, rows: pd.DataFrame) -> None:
     ax.set_xlabel("ms", fontsize=8)
 
 
-def _curves(ax, rows: pd.DataFrame) -> None:
+def _curves(ax, rows: pd.DataFrame, value: str = "p50_ms", unit: str = "ms") -> None:
     for contender, curve in rows.groupby("contender", sort=False):
         curve = curve.sort_values("n")
         colour = COLOURS.get(contender, "#31a354")
-        ax.plot(curve.n, curve.p50_ms, "o-", ms=3, lw=1.2, color=colour, label=contender)
-        ax.fill_between(curve.n, curve.p20_ms, curve.p80_ms, color=colour, alpha=0.2, lw=0)
+        ax.plot(curve.n, curve[value], "o-", ms=3, lw=1.2, color=colour, label=contender)
+        if value == "p50_ms":
+            ax.fill_between(curve.n, curve.p20_ms, curve.p80_ms, color=colour, alpha=0.2, lw=0)
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(
         sorted(rows.n.unique()),
@@ -92,5 +132,5 @@ def _curves(ax, rows: pd.DataFrame) -> None:
     )
     ax.minorticks_off()
     ax.set_xlabel("N", fontsize=8)
-    ax.set_ylabel("ms", fontsize=8)
+    ax.set_ylabel(unit, fontsize=8)
     ax.legend(fontsize=7, frameon=False)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import sysconfig
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BYTES = 256
+from examples.text import BYTES
 
 
 class Block(nn.Module):
@@ -97,29 +95,3 @@ def bits_per_byte(model: Decoder, batch: Tensor) -> Tensor:
     """Mean cost of a byte given those before it. `batch` (B, N + 1)."""
     logits = model(batch[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()) / math.log(2)
-
-
-def standard_library(limit: int = 4_000_000) -> tuple[Tensor, Tensor]:
-    """Source text of Python's own standard library: (training, validation) bytes, split by file."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not left_out & set(path.relative_to(root).parts)
-    ]
-    parts = bytearray(), bytearray()
-    for number, path in enumerate(files):
-        parts[number % 20 == 0].extend(path.read_bytes())
-    if min(map(len, parts)) < 100_000:
-        raise FileNotFoundError(f"no source text of the standard library under {root}")
-    return tuple(torch.frombuffer(part[:limit], dtype=torch.uint8).long() for part in parts)
-
-
-def random_batches(text: Tensor, size: int, context: int, seed: int) -> Iterator[Tensor]:
-    """Endless (size, context + 1) windows at random places; a seed gives the same ones again."""
-    generator = torch.Generator().manual_seed(seed)
-    inside = torch.arange(context + 1)
-    while True:
-        start = torch.randint(len(text) - context, (size, 1), generator=generator)
-        yield text[start + inside]

@@ -21,14 +21,8 @@ from tqdm import tqdm
 import flashmark
 from bench.environment import machine
 from bench.timing import interleaved, peak_memory
-from examples.decoder import (
-    Decoder,
-    Training,
-    bits_per_byte,
-    learning_rate,
-    random_batches,
-    standard_library,
-)
+from examples.decoder import Decoder, Training, bits_per_byte, learning_rate
+from examples.text import random_batches, standard_library
 from flashmark.dispatch import choose_backend
 from flashmark.masks import causal, prefix, sliding_window
 

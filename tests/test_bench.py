@@ -17,8 +17,9 @@ from bench.readme import ROOT
 from bench.readme import table as readme_table
 from bench.report import print_report
 from bench.timing import Spread, interleaved, peak_memory
-from examples.decoder import Decoder, random_batches, standard_library
+from examples.decoder import Decoder
 from examples.demo import ATTENTIONS, Exact, blind_to_the_future
+from examples.text import random_batches, standard_library
 from flashmark import masks
 
 CPU = torch.device("cpu")

@@ -102,13 +102,13 @@ class KeyTile {
                      extra);
     if (p.dropout) dropout_rows(p, b * p.heads + h, columns.query0, key0 + lo, n, keep);
     if (general) {
-      weigh<true>(i, n, bits);
+      weigh<true>(tile, n, bits);
       if (x.drelative) add_diagonals(tile, lo, n);
       if (x.ddense) add_dense(columns, lo, n);
       if (p.softcap > 0.f) uncap(n);
       if constexpr (PAIRED<C>) pair_up(n);
     } else {
-      weigh<false>(i, n, bits);
+      weigh<false>(tile, n, bits);
     }
     const C *p_rows, *ds_rows, *ds_second;
     if constexpr (PAIRED<C>) {
@@ -130,8 +130,7 @@ class KeyTile {
       product<C>(n, p.dim, W, ds_rows, W, tiles.query_rows(i), p.dim, dkey + lo * p.dim, p.dim,
                  true);
     }
-    const int64_t part =
-        ((b * p.heads + h) * x.segments + segment) * tiles.max_tiles + tile - p.first_tile(b);
+    const int64_t part = tiles.part(b, h, segment, tile);
     product<C>(p.dim, W, padded<C>(n), key_t + lo, x.key_tile + 1, ds_second, W,
                x.dquery_t + part * p.dim * W, W, x.touched[part]);
     x.touched[part] = 1;
@@ -139,9 +138,10 @@ class KeyTile {
 
   // P^T and dS^T of n keys, from S^T and dP^T; general: dropout, and left in float32.
   template <bool GENERAL>
-  void weigh(int64_t i, int64_t n, const KeyBits& bits) {
+  void weigh(int64_t tile, int64_t n, const KeyBits& bits) {
     const Vec factor(logits ? 1.f : p.scale * LOG2E), zero(0.f), keep_scale(p.keep_scale);
-    const float *lse2 = tiles.lse2(i), *delta = tiles.delta(i);
+    const int64_t row = tiles.row(b, h, tile);
+    const float *lse2 = x.lse2 + row, *delta = x.delta + row;
     const auto element = [&](int64_t j, int64_t c, uint64_t seen, Vec& weight, Vec& slope) {
       weight =
           exp2_vec(at::vec::fmsub(Vec::loadu(scores + j * W + c), factor, Vec::loadu(lse2 + c)));

@@ -2,6 +2,7 @@
 #include "block_sparse.h"
 
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
 
 #include "kernels.h"
 #include "pack.h"
@@ -142,15 +143,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArgum
   with_types(a.query.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
-    const int64_t tiles = p.batch * p.heads * p.max_tiles(), rows = tiles * p.tile_q;
+    const int64_t wanted = (ITEMS_A_THREAD * at::get_num_threads() + x.segments - 1) / x.segments;
+    x.at_once = std::min(wanted, p.batch * p.kv_heads);
+    const int64_t tiles = x.at_once * p.group() * p.max_tiles(), rows = tiles * p.tile_q;
     const int64_t copies = std::is_same_v<T, float> ? 0 : rows;
     const Tensor query_t = workspace<C>(rows * padded<C>(p.dim)),
                  dout_t = workspace<C>(rows * padded<C>(p.v_dim));
     const Tensor query_rows = workspace<C>(copies * p.dim),
                  dout_rows = workspace<C>(copies * p.v_dim);
-    const Tensor lse2 = workspace<float>(rows), delta = workspace<float>(rows);
+    const int64_t all_rows = p.batch * p.heads * p.max_tiles() * p.tile_q;
+    const Tensor lse2 = workspace<float>(all_rows), delta = workspace<float>(all_rows);
     const Tensor dquery_t = workspace<float>(x.segments * rows * p.dim);
-    const Tensor touched = at::zeros({x.segments * tiles}, at::kByte);
+    const Tensor touched = at::empty({x.segments * tiles}, at::kByte);
     x.query_t = query_t.mutable_data_ptr(), x.dout_t = dout_t.mutable_data_ptr();
     x.query_rows = query_rows.mutable_data_ptr(), x.dout_rows = dout_rows.mutable_data_ptr();
     x.lse2 = lse2.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();

@@ -1,5 +1,8 @@
 #include "forward.h"
 
+#include <atomic>
+
+#include "forward_rows.h"
 #include "schedule.h"
 
 namespace flashmark {
@@ -46,40 +49,34 @@ int64_t tile_at(const Problem& p, int64_t b, int64_t h, int64_t rank, int64_t ti
   return rank < p.tiles(b) ? p.first_tile(b) + p.tiles(b) - 1 - rank : -1;
 }
 
-template <typename T, typename C, int64_t W>
+template <typename Worker>
 void run(const Problem& p, const ForwardOutputs& to) {
-  if (W > 16) pack_keys_and_values<T, C>(p, to);
   const bool ordered = p.mask.kind == MaskKind::SPARSE && p.query_offset == nullptr;
   const int64_t tiles = ordered ? p.mask.q_blocks * p.mask.subs : p.max_tiles();
-  const int64_t items = p.batch * p.heads * tiles;
+  const int64_t each = Worker::heads_together(p), heads = p.heads / each;
+  const int64_t items = p.batch * heads * tiles;
   // From the shapes alone: no result depends on the number of threads.
-  const int64_t parts = items < FEW_TILES ? (p.kv_len + PART_KEYS - 1) / PART_KEYS : 1;
-  using Worker = ForwardTile<T, C, W>;
-  const auto visit = [&](int64_t each, const auto& one) {
-    share_items(items * each, [&](const auto& next) {
-      Worker worker(p, to);
-      for (int64_t x = next(); x >= 0; x = next()) {
-        const int64_t item = x / each, b = item / tiles / p.heads, h = item / tiles % p.heads;
-        const int64_t tile = tile_at(p, b, h, item % tiles, tiles);
-        if (tile >= 0) one(worker, b, h, tile, x);
-      }
-      release_products<C>();
-    });
-  };
-  if (parts <= 1) {
-    visit(1, [](Worker& worker, int64_t b, int64_t h, int64_t tile, int64_t) {
-      worker.run(b, h, tile);
-    });
-    return;
-  }
+  const int64_t parts =
+      items < FEW_TILES ? std::max<int64_t>(1, (p.kv_len + PART_KEYS - 1) / PART_KEYS) : 1;
   const int64_t size = Worker::part_size(p);
-  const Scratch<float> held(items * parts * size);
-  visit(parts, [&](Worker& worker, int64_t b, int64_t h, int64_t tile, int64_t x) {
-    const int64_t first = x % parts * PART_KEYS;
-    worker.run_part(b, h, tile, first, first + PART_KEYS, held + x * size);
-  });
-  visit(1, [&](Worker& worker, int64_t b, int64_t h, int64_t tile, int64_t item) {
-    worker.merge_parts(b, h, tile, held + item * parts * size, parts);
+  const Scratch<float> held(parts > 1 ? items * parts * size : 0);
+  std::vector<std::atomic<int64_t>> done(parts > 1 ? items : 0);  // parts of each item
+  share_items(items * parts, [&](const auto& next) {
+    Worker worker(p, to);
+    for (int64_t x = next(); x >= 0; x = next()) {
+      const int64_t item = x / parts, part = x % parts;
+      const int64_t b = item / tiles / heads, h = item / tiles % heads * each;
+      const int64_t tile = tile_at(p, b, h, item % tiles, tiles);
+      if (tile < 0) continue;
+      if (parts == 1) {
+        worker.run(b, h, tile);
+        continue;
+      }
+      const int64_t first = part * PART_KEYS;
+      worker.run_part(b, h, tile, first, first + PART_KEYS, held + x * size);
+      if (done[item].fetch_add(1, std::memory_order_acq_rel) == parts - 1)  // whoever comes last
+        worker.merge_parts(b, h, tile, held + item * parts * size, parts);
+    }
   });
 }
 
@@ -88,9 +85,12 @@ void run(const Problem& p, const ForwardOutputs& to) {
 template <typename T, typename C>
 void block_sparse_forward(const Problem& p, const ForwardOutputs& to) {
   if (p.tile_q == 64) {
-    run<T, C, 64>(p, to);
+    pack_keys_and_values<T, C>(p, to);
+    run<ForwardTile<T, C, 64>>(p, to);
+  } else if (p.q_len <= ForwardRows<T>::MOST) {
+    run<ForwardRows<T>>(p, to);
   } else {
-    run<T, float, 16>(p, to);
+    run<ForwardTile<T, float, 16>>(p, to);
   }
 }
 

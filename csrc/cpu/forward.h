@@ -34,6 +34,9 @@ class ForwardTile {
     direct_key = std::is_same_v<T, C> && padded<C>(p.dim) == p.dim;
     static_assert(!NARROW || std::is_same_v<C, float>);
   }
+  ~ForwardTile() { release_products<C>(); }
+
+  static int64_t heads_together(const Problem&) { return 1; }
 
   void run(int64_t b_, int64_t h_, int64_t tile_) {
     visit(b_, h_, tile_, 0, p.kv_len);
@@ -64,8 +67,6 @@ class ForwardTile {
   static constexpr int64_t CHUNK = 256;  // keys of one online softmax step
   static constexpr int64_t NV = W / LANES;
   static constexpr bool NARROW = W == 16, IN_PLACE = std::is_same_v<T, float>;
-  static constexpr float LAZY =
-      8.f;  // the reference follows the maximum only when that grew by 2^8
 
   struct Range {  // keys [first, first + n) are rows [row, row + n) of the chunk
     int64_t first, n, row;
@@ -322,17 +323,9 @@ class ForwardTile {
     for (int64_t v = 0; v < NV; v++) m[v].store(top + v * LANES), l[v].store(sum + v * LANES);
     float* lse = to.lse + (b * p.heads + h) * p.q_len + columns.query0;
     for (int64_t c = 0; c < W; c++) {
-      float reference = top[c], total = sum[c], factor = 1.f;
-      if (p.sinks) {  // one more logit, in the denominator only
-        const float sink = p.sinks[h] * LOG2E;
-        reference = std::max(top[c], sink);
-        factor = top[c] == NEG_INF ? 0.f : std::exp2(top[c] - reference);
-        total = reference == NEG_INF ? 0.f : total * factor + std::exp2(sink - reference);
-      }
-      const bool empty = reference == NEG_INF;
-      alpha[c] = empty ? 0.f : factor * (p.dropout ? p.keep_scale : 1.f) / total;
-      if (c >= columns.lo && c < columns.hi)
-        lse[c] = empty ? NEG_INF : reference * LN2 + std::log(total);
+      const RowEnd end = end_row(p, h, top[c], sum[c]);
+      alpha[c] = end.factor;
+      if (c >= columns.lo && c < columns.hi) lse[c] = end.lse;
     }
     T* out = static_cast<T*>(to.out) + ((b * p.heads + h) * p.q_len + columns.query0) * p.v_dim;
     if (!started) {

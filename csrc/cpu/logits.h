@@ -11,6 +11,26 @@ inline bool needs_logits(const Problem& p) {
   return p.softcap > 0.f || p.relative_bias || p.dense_bias || !(p.scale > 0.f);
 }
 
+// The reference of an online softmax follows the maximum only when that grew by 2^LAZY.
+constexpr float LAZY = 8.f;
+
+struct RowEnd {
+  float factor, lse;  // of the row's sum of values; natural log
+};
+
+// From a row's reference and sum of weights, both in base 2.
+inline RowEnd end_row(const Problem& p, int64_t h, float top, float sum) {
+  float reference = top, total = sum, factor = 1.f;
+  if (p.sinks) {  // one more logit, in the denominator only
+    const float sink = p.sinks[h] * LOG2E;
+    reference = std::max(top, sink);
+    factor = top == NEG_INF ? 0.f : std::exp2(top - reference);
+    total = reference == NEG_INF ? 0.f : total * factor + std::exp2(sink - reference);
+  }
+  if (reference == NEG_INF) return {0.f, NEG_INF};
+  return {factor * (p.dropout ? p.keep_scale : 1.f) / total, reference * LN2 + std::log(total)};
+}
+
 // The dense bias of keys [key0, key0 + n) for a tile of queries, as to (n, W).
 template <int64_t W>
 void gather_dense_bias(const Problem& p, int64_t b, int64_t h, const TileColumns& tile,

@@ -60,6 +60,23 @@ inline void convert_row(const T* from, C* to, int64_t n) {
   }
 }
 
+// The next LANES elements as float32; only `n` of them are read, the others are 0.
+template <typename T>
+inline Vec load_floats(const T* from, int64_t n) {
+  if (n < LANES) {
+    float some[LANES] = {};
+    for (int64_t k = 0; k < n; k++) some[k] = static_cast<float>(from[k]);
+    return Vec::loadu(some);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    return Vec::loadu(from);
+  } else {
+    Vec wide;
+    at::vec::load_to_float<T>(from, wide);
+    return wide;
+  }
+}
+
 // to[c][r] = from[r][c] for 32-bit words.
 inline void transpose_words(const float* from, int64_t ld_from, int64_t rows, int64_t cols,
                             float* to, int64_t ld_to) {

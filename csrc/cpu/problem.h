@@ -118,10 +118,12 @@ struct BackwardTensors {
   int64_t key_tile;           // keys of a tile
   int64_t segments;  // segment s of a key head: tiles [segment_starts[s], segment_starts[s + 1])
   const int32_t* segment_starts;  // (batch, kv_heads, segments + 1)
-  // Workspaces over (batch, heads, max_tiles, ...), see backward.cpp.
+  float *lse2, *delta;  // workspaces (batch, heads, max_tiles, tile_q)
+  // Workspaces (at_once, group, max_tiles, ...), of the (sample, key head) pairs under way.
+  int64_t at_once;
   void *query_t, *dout_t, *query_rows, *dout_rows;
-  float *lse2, *delta, *dquery_t;
-  uint8_t* touched;
+  float* dquery_t;   // (at_once, group, segments, max_tiles, dim, tile_q)
+  uint8_t* touched;  // parts of dquery_t that hold something
 };
 
 }  // namespace flashmark

@@ -19,18 +19,28 @@ constexpr float LN2 = 0.6931471805599453f;
 
 // 2^x, relative error below 3e-7; 0 at -inf.
 inline Vec exp2_vec(Vec x) {
+  // 2^f for f in [-1/2, 1/2]
+  constexpr float c[] = {1.0000001f, 6.9314697e-1f, 2.402212e-1f, 5.5507133e-2f, 9.6755413e-3f,
+                         1.3276467e-3f};
 #if defined(CPU_CAPABILITY_AVX512)
   // The second operand of max is what comes back for a NaN.
   const __m512 v = _mm512_max_ps(_mm512_set1_ps(-160.f), x);
   const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(v, n);
-  __m512 r = _mm512_set1_ps(1.3276467e-3f);
-  r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(9.6755413e-3f));
-  r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(5.5507133e-2f));
-  r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(2.402212e-1f));
-  r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(6.9314697e-1f));
-  r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(1.0000001f));
+  __m512 r = _mm512_set1_ps(c[5]);
+  for (int k = 4; k >= 0; k--) r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(c[k]));
   return _mm512_scalef_ps(r, n);
+#elif defined(CPU_CAPABILITY_AVX2)
+  // Below 2^-126, 0; from 2^128 on, infinity.
+  const __m256 low = _mm256_set1_ps(-126.f);
+  const __m256 v = _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(low, x));
+  const __m256 n = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 f = _mm256_sub_ps(v, n);
+  __m256 r = _mm256_set1_ps(c[5]);
+  for (int k = 4; k >= 0; k--) r = _mm256_fmadd_ps(r, f, _mm256_set1_ps(c[k]));
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, low, _CMP_LT_OQ), _mm256_mul_ps(r, power));
 #else
   return (x * Vec(LN2)).exp_u20();
 #endif

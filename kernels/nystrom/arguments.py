@@ -196,7 +196,9 @@ def cut(call: Call, span: int, tokens: int) -> Slots:
     return Slots(span, count, table.contiguous(), sequences.contiguous())
 
 
-def problem_of(call: Call, slots: Slots, parts: int, units: int = 1, tokens: int = 0) -> Problem:
+def problem_of(
+    call: Call, slots: Slots, parts: int, units: int = 1, tokens: int | None = None
+) -> Problem:
     return Problem(
         heads=call.key.shape[1],
         parts=parts,
@@ -204,7 +206,7 @@ def problem_of(call: Call, slots: Slots, parts: int, units: int = 1, tokens: int
         slots=slots.count,
         units=units,
         span=slots.span,
-        tokens=tokens or call.key.shape[2],
+        tokens=call.key.shape[2] if tokens is None else tokens,
         query_tokens=call.query.shape[2],
     )
 

@@ -34,6 +34,11 @@ def check_same(
         raise ValueError(f"{name}: expected a tensor on {device} like query, got {value.device}")
 
 
+def one_or(got: int, want: int) -> bool:
+    """Does a size broadcast? Not by `in`, to which sizes that torch.compile traces are unequal."""
+    return got == 1 or got == want
+
+
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x, 4)
@@ -91,10 +96,27 @@ def check_lengths(
         raise TypeError(f"{name}: expected {expected}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} like query, got {value.device}")
-    allowed = ((batch,), (1,), ()) if scalar else ((batch,),)
-    if tuple(value.shape) not in allowed:
+    if value.dim() == 1:
+        fits = value.shape[0] == batch or (scalar and value.shape[0] == 1)
+    else:
+        fits = scalar and value.dim() == 0
+    if not fits:
         raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
     return value.reshape(-1).to(torch.int32)
+
+
+def check_key_mask(key_mask, shape: tuple[int, int], device: torch.device) -> None:
+    if key_mask is None:
+        return
+    check_tensor("key_mask", key_mask, 2)
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask: expected bool, got {key_mask.dtype}")
+    if key_mask.device != device:
+        raise ValueError(
+            f"key_mask: expected a tensor on {device} like query, got {key_mask.device}"
+        )
+    if tuple(key_mask.shape) != shape:
+        raise ValueError(f"key_mask: expected shape {shape}, got {tuple(key_mask.shape)}")
 
 
 def check_offset(offset: Tensor | None, q_len: int, rows: int) -> None:
@@ -117,7 +139,7 @@ def check_block_mask(
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask: expected a Mask, a BlockMask or None, got {type(mask).__name__}")
     expected = (f"1 or {batch}", f"1 or {heads}", rows, kv_len)
-    fits = mask.batch in (1, batch) and mask.heads in (1, heads)
+    fits = one_or(mask.batch, batch) and one_or(mask.heads, heads)
     if not fits or (mask.q_len, mask.kv_len) != (rows, kv_len):
         wanted = "(" + ", ".join(map(str, expected)) + ")"
         raise ValueError(f"mask: expected one compiled for {wanted}, got {mask.shape}")
@@ -133,7 +155,7 @@ def check_bias(bias, shape: tuple[int, int, int, int], rows: int, device: torch.
     check_same("bias", bias, dtype=None, device=device)
     relative = (shape[1], rows + shape[3] - 1)
     dense = bias.dim() == 4 and all(
-        got in (1, want) for got, want in zip(bias.shape, shape, strict=True)
+        one_or(got, want) for got, want in zip(bias.shape, shape, strict=True)
     )
     if not dense and tuple(bias.shape) != relative:
         raise ValueError(

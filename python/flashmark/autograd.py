@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +26,13 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """For small matrices that must not lose precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors, each its own object: torch.compile refuses one that is passed twice."""
     if not torch.compiler.is_compiling():
@@ -32,3 +43,35 @@ def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
 def unit_stride(x: Tensor) -> Tensor:
     """The same tensor where its last dimension is contiguous, else a copy: what backends expect."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def refuse_transforms(name: str) -> None:
+    """Explicit backwards and operators without batching rules: torch.func cannot see through."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name}: expected no transform of torch.func (vmap, grad, jvp, ...), got one; put a "
+            "mapped dimension into the batch, and use torch.autograd for gradients"
+        )
+
+
+def first_order(name: str) -> Callable[[Callable], Callable]:
+    """For an explicit `backward`: differentiating its results again raises an error.
+
+    Stricter than PyTorch's `once_differentiable`, which lets them pass for constants where the
+    incoming gradient is one (that of a plain sum, say).
+    """
+    message = f"{name}: expected first derivatives only, got a second one: it has no formula"
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def run(ctx, *grads):
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return found
+            refuse = torch._C._functions.DelayedError(message.encode(), len(found))
+            return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+
+        return run
+
+    return decorate

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashmark import reference
 from flashmark.arguments import (
@@ -18,16 +19,39 @@ from flashmark.arguments import (
     check_sinks,
     finite,
 )
-from flashmark.autograd import distinct, under_autocast, unit_stride
+from flashmark.autograd import (
+    distinct,
+    first_order,
+    refuse_transforms,
+    under_autocast,
+    unit_stride,
+)
 from flashmark.dispatch import choose_backend
 from flashmark.masks import BlockMask, Mask
 from flashmark.masks.cache import compiled
 from flashmark.masks.positions import is_plain_causal
 from flashmark.ops.block_sparse import pack_mask, plain_mask
 from flashmark.ops.flops import register_if_counting
+from flashmark.options import BlockSparseOptions
 from flashmark.sharded import over_shards
+from flashmark.tracing import constant_when_traced
 
 
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
+    return_lse: Literal[False] = False, **options: Unpack[BlockSparseOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
+    return_lse: Literal[True], **options: Unpack[BlockSparseOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
+    return_lse: bool, **options: Unpack[BlockSparseOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @over_shards
 def block_sparse_attention(
     query: Tensor,
@@ -98,6 +122,7 @@ def block_sparse_attention(
     query i sits at position i + Nk - Nq. Algorithm: Dao et al., "FlashAttention" (2022), over the
     visible tiles only.
     """
+    refuse_transforms("block_sparse_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     backend = choose_backend("block_sparse", backend, query)
@@ -140,7 +165,9 @@ def block_sparse_attention(
                 "mask: expected a BlockMask from compile_mask inside torch.compile, "
                 "got an expression that reads tensors"
             )
-        tensors, layout, kind = _compiled(mask, batch, heads, rows, kv_len, query.device)
+        # torch.compile may trace sizes as symbols: an expression is compiled for their values
+        sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
+        tensors, layout, kind = _compiled(mask, sizes, query.device)
     if not torch.compiler.is_compiling():
         register_if_counting()
     if deterministic is None:
@@ -154,13 +181,10 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _compiled(mask: Mask, batch: int, heads: int, q_len: int, kv_len: int, device: torch.device):
+@constant_when_traced
+def _compiled(mask: Mask, sizes: list[int], device: torch.device):
+    batch, heads, q_len, kv_len = sizes
     return pack_mask(compiled(mask, batch, heads, q_len, kv_len, device))
-
-
-# What torch.compiler.assume_constant_result sets: torch.compile evaluates the function while it
-# traces. The decorator itself imports torch._dynamo, which an import of flashmark must not.
-_compiled._dynamo_marked_constant = True
 
 
 class _BlockSparseAttention(torch.autograd.Function):
@@ -181,7 +205,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order("block_sparse_attention")
     def backward(ctx, dout, dlse):
         query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask = (
             ctx.saved_tensors

@@ -9,6 +9,8 @@ import os
 import torch
 from torch import Tensor
 
+from flashmark.tracing import constant_when_traced
+
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
 MOST_TRITON_LANDMARKS = 128  # their core must fit in shared memory
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,6 +50,7 @@ def can_run_triton(
     return _answer(reason, "triton", raise_error)
 
 
+@constant_when_traced
 def _why_not_triton(
     operator: str, device: torch.device, dtype: torch.dtype, landmarks: int
 ) -> str | None:
@@ -77,6 +80,7 @@ def can_run_cpu(
     return _answer(_why_not_cpu(operator, query.device, query.dtype), "cpu", raise_error)
 
 
+@constant_when_traced
 def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it needs CPU tensors, not {device.type}"
@@ -87,12 +91,6 @@ def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str
     from flashmark import cpu
 
     return None if cpu.available() else cpu.why_not()
-
-
-# What torch.compiler.assume_constant_result sets: torch.compile asks while it traces and remembers.
-# The decorator itself would import torch._dynamo.
-_why_not_triton._dynamo_marked_constant = True
-_why_not_cpu._dynamo_marked_constant = True
 
 
 def can_run_eager(

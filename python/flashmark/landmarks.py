@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 
@@ -12,11 +11,14 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flashmark import native
+from flashmark.autograd import without_autocast
+from flashmark.sharded import over_shards
 
 METHODS = ("cholesky", "tikhonov", "newton_schulz", "identity")
 KINDS = ("softmax", "kernel")
 
 
+@over_shards
 def landmark_core(
     landmark_queries: Tensor,
     landmark_keys: Tensor | None = None,
@@ -69,19 +71,20 @@ def landmark_core(
     scale = 1 / math.sqrt(landmark_queries.shape[-1]) if scale is None else float(scale)
     if method == "cholesky" and not scale > 0:
         raise ValueError(f"scale: expected a number > 0 with method='cholesky', got {scale}")
-    with _without_autocast(landmark_queries.device.type):
+    with without_autocast(landmark_queries.device.type):
         dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
         X = landmark_queries.to(dtype)
-        Y = X if tied else landmark_keys.to(dtype)
+        Y = X if tied or landmark_keys is None else landmark_keys.to(dtype)
         scores = scale * (X @ Y.mT)
-        eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
         if method == "identity":
+            eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
             return eye.expand(scores.shape).clone()
         if method == "cholesky":
             return _solved(native.tied_core, _tied_core, scores, jitter, kind == "softmax")
         matrix = _unit_diagonal(scores)[0] if kind == "kernel" else torch.softmax(scores, -1)
         if method == "newton_schulz":
-            return _newton_schulz(matrix, eye, iterations)
+            columns, rows = (matrix.sum(dim).amax(-1)[..., None, None] for dim in (-2, -1))
+            return newton_schulz(matrix, matrix.mT / (columns * rows), iterations)  # entries >= 0
         if not tied:
             _warn_once(matrix)
         return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, kind == "softmax")
@@ -117,12 +120,6 @@ def _tikhonov_core(matrix: Tensor, jitter: float, unit_rows: bool) -> Tensor:
     return _with_unit_rows(core) if unit_rows else core
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _unit_diagonal(scores: Tensor) -> tuple[Tensor, Tensor]:
     """D^-1/2 S D^-1/2 for S = exp(scores), and log diag(D) / 2."""
     half = 0.5 * scores.diagonal(dim1=-2, dim2=-1)
@@ -150,10 +147,9 @@ def _cholesky(matrix: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(matrix)[0]
 
 
-def _newton_schulz(A: Tensor, eye: Tensor, iterations: int) -> Tensor:
-    """Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4, from A^T / (|A|_1 |A|_inf)."""
-    columns, rows = (A.abs().sum(dim).amax(-1)[..., None, None] for dim in (-2, -1))
-    Z = A.mT / (columns * rows)
+def newton_schulz(A: Tensor, Z: Tensor, iterations: int) -> Tensor:
+    """Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4: towards A^-1, from a small enough Z."""
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     for _ in range(iterations):
         AZ = A @ Z
         Z = 0.25 * Z @ (13 * eye - AZ @ (15 * eye - AZ @ (7 * eye - AZ)))
@@ -213,8 +209,8 @@ def cached_landmark_core(
     recording = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if torch.compiler.is_compiling() or recording or any(x.is_inference() for x in tensors):
         return landmark_core(landmark_queries, landmark_keys, **options)
-    stamp = [(id(x), x.data_ptr(), x._version, x.dtype, x.device) for x in tensors]
-    stamp.append(tuple(sorted(options.items())))
+    versions = [(id(x), x.data_ptr(), x._version, x.dtype, x.device) for x in tensors]
+    stamp = versions, sorted(options.items())
     known = _cores.get(landmark_queries)
     if known is not None and known[0] == stamp:
         return known[1]
@@ -254,7 +250,7 @@ def init_landmarks(
 
 def mark_landmarks(parameter: nn.Parameter) -> nn.Parameter:
     """Mark a parameter as landmarks (attribute `_flashmark_landmarks`) and return it."""
-    parameter._flashmark_landmarks = True
+    parameter._flashmark_landmarks = True  # type: ignore[attr-defined]
     return parameter
 
 

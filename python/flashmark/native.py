@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashmark.tracing import constant_when_traced
+
 MOST_LANDMARKS = 256  # what the core's kernels take
 
 _LIBRARY = "_native.so"
@@ -39,13 +41,10 @@ def available() -> bool:
     return not why_not()
 
 
+@constant_when_traced
 def why_not() -> str:
     """One sentence on why the operators cannot run; empty where they can."""
     return _load()
-
-
-# What torch.compiler.assume_constant_result sets; the decorator would import torch._dynamo.
-why_not._dynamo_marked_constant = True
 
 
 def has_cuda() -> bool:

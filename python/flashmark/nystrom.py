@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashmark import reference
-from flashmark.arguments import check_qkv, check_same, check_tensor, finite
-from flashmark.autograd import distinct, under_autocast, unit_stride
+from flashmark.arguments import (
+    check_key_mask,
+    check_qkv,
+    check_same,
+    check_tensor,
+    finite,
+)
+from flashmark.autograd import (
+    distinct,
+    first_order,
+    refuse_transforms,
+    under_autocast,
+    unit_stride,
+)
 from flashmark.dispatch import choose_backend
 from flashmark.landmarks import cached_landmark_core, landmark_core
 from flashmark.ops import nystrom as _operators  # noqa: F401, registers torch.ops.flashmark.nystrom_*
 from flashmark.ops.flops import register_if_counting
+from flashmark.options import Landmarks, NystromOptions
+from flashmark.sharded import over_shards
 
 MAX_LANDMARKS = 256
 NORMALIZATIONS = ("landmark", "mass")
@@ -67,6 +80,22 @@ class NystromState(NamedTuple):
         return NystromState(both.masked_fill(empty, -math.inf), R)
 
 
+@overload
+def nystrom_attention(
+    query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *,
+    return_state: Literal[False] = False, **options: Unpack[NystromOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def nystrom_attention(
+    query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *, return_state: Literal[True],
+    **options: Unpack[NystromOptions],
+) -> tuple[Tensor, NystromState]: ...  # fmt: skip
+@overload
+def nystrom_attention(
+    query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *, return_state: bool,
+    **options: Unpack[NystromOptions],
+) -> Tensor | tuple[Tensor, NystromState]: ...  # fmt: skip
+@over_shards
 def nystrom_attention(
     query: Tensor,
     key: Tensor,
@@ -123,9 +152,20 @@ def nystrom_attention(
         ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
         flashmark.BackendUnavailable: the named backend cannot run here.
 
+    Example:
+        >>> import torch
+        >>> from flashmark import init_landmarks, nystrom_attention
+        >>> query, key, value = (torch.randn(1, 2, 50, 16) for _ in range(3))
+        >>> out, state = nystrom_attention(
+        ...     query, key, value, init_landmarks(2, 8, 16), return_state=True
+        ... )
+        >>> out.shape, state.L.shape, state.R.shape
+        (torch.Size([1, 2, 50, 16]), torch.Size([1, 2, 8]), torch.Size([1, 2, 8, 16]))
+
     The values of `decay` and `cu_seqlens` are checked on CPU tensors only. The approximation is
     that of Xiong et al., "Nyströmformer" (2021), with learned landmarks and a causal normaliser.
     """
+    refuse_transforms("nystrom_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     if normalize not in NORMALIZATIONS:
@@ -138,7 +178,7 @@ def nystrom_attention(
     backend = choose_backend("nystrom", backend, query, landmarks=marks)
     _check_core(core, query.shape[0], key.shape[1], marks, query.device)
     _check_decay(decay, is_causal, (key.shape[1], marks), query.device)
-    _check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
+    check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     held = rows, key.shape[1], marks, value.shape[3]
     L0, R0 = _check_state("state", state, held, query.device)
@@ -190,7 +230,7 @@ class _NystromAttention(torch.autograd.Function):
         return out, L, R
 
     @staticmethod
-    @once_differentiable
+    @first_order("nystrom_attention")
     def backward(ctx, dout, dL, dR):
         tensors = ctx.saved_tensors
         query, value, decay, L0 = (tensors[n] for n in (0, 2, 6, 9))
@@ -276,7 +316,7 @@ def _check_core(core, batch: int, heads: int, marks: int, device) -> None:
         raise TypeError(f"core: expected a tensor or None, got {type(core).__name__}")
     check_same("core", core, dtype=None, device=device)
     shape = heads, marks, marks
-    if tuple(core.shape) not in (shape, (batch, *shape)):
+    if tuple(core.shape) != ((batch, *shape) if core.dim() == 4 else shape):
         raise ValueError(
             f"core: expected shape {shape} or {(batch, *shape)}, got {tuple(core.shape)}"
         )
@@ -293,17 +333,6 @@ def _check_decay(decay, is_causal: bool, shape: tuple[int, int], device) -> None
         raise ValueError(f"decay: expected shape {shape}, got {tuple(decay.shape)}")
     if _readable(decay) and not bool((decay >= 0).all()):
         raise ValueError(f"decay: expected values >= 0, got {float(decay.detach().amin())}")
-
-
-def _check_key_mask(key_mask, shape: tuple[int, int], device) -> None:
-    if key_mask is None:
-        return
-    check_tensor("key_mask", key_mask, 2)
-    if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask: expected bool, got {key_mask.dtype}")
-    _check_device("key_mask", key_mask, device)
-    if tuple(key_mask.shape) != shape:
-        raise ValueError(f"key_mask: expected shape {shape}, got {tuple(key_mask.shape)}")
 
 
 def _check_state(name: str, state, held, device) -> tuple[Tensor | None, Tensor | None]:

@@ -28,7 +28,7 @@ def bidirectional_forward(
     for part in pieces(query.shape[2]):
         queries = grouped(call, query[:, :, part])
         W = read_landmarks(call, queries, queries.shape[2], held).W
-        out[:, :, part] = (W.view(*queries.shape[:3], -1) @ R).view(*out[:, :, part].shape)
+        out[:, :, part] = (W.view(*queries.shape[:3], call.marks) @ R).view(*out[:, :, part].shape)
     return out, L, R
 
 
@@ -47,7 +47,7 @@ def bidirectional_backward(
     for part in pieces(query.shape[2]):
         queries, dout_rows = (grouped(call, x[:, :, part]) for x in (query, dout))
         reading = read_landmarks(call, queries, queries.shape[2], held)
-        W = reading.W.view(*queries.shape[:3], -1)
+        W = reading.W.view(*queries.shape[:3], call.marks)
         dW = centre = dout_rows @ R.mT
         if call.mass:
             centre = (W * dW).sum(-1, keepdim=True)

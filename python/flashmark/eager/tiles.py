@@ -40,6 +40,8 @@ def rows(
 ) -> Iterator[Row]:
     """All rows that see a key, for queries (batch, heads, length) in groups of `group` heads."""
     batch, heads, q_len = shape
+    if batch == 0:
+        return
     read = _SparseRows(mask) if mask.kind == "sparse" else _PlainRows(mask)
     for b, h, offset in _parts(mask, batch, heads, query_offset):
         limit = mask.kv_len if kv_lengths is None else int(kv_lengths[b].max())

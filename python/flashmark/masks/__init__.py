@@ -5,7 +5,15 @@ from flashmark.masks.compile import compile_mask
 from flashmark.masks.data import blocks, dense, documents, key_padding, mask_mod
 from flashmark.masks.expression import Mask
 from flashmark.masks.flex import from_flex, to_flex
-from flashmark.masks.positions import causal, diagonal, dilated, pinned, prefix, sliding_window
+from flashmark.masks.positions import (
+    causal,
+    diagonal,
+    dilated,
+    local_chunks,
+    pinned,
+    prefix,
+    sliding_window,
+)
 
 __all__ = [
     "BlockMask",
@@ -19,6 +27,7 @@ __all__ = [
     "documents",
     "from_flex",
     "key_padding",
+    "local_chunks",
     "mask_mod",
     "pinned",
     "prefix",

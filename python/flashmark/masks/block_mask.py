@@ -93,8 +93,11 @@ class BlockMask:
 
     @staticmethod
     def from_tensors(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMask:
+        rows, cols = TileLists(*tensors[:6]), TileLists(*tensors[6:12])
+        tile_bits, kept = tensors[12:14]
+        q_len, kv_len, block_q, block_kv, batch, heads = layout
         return BlockMask(
-            TileLists(*tensors[:6]), TileLists(*tensors[6:12]), *tensors[12:14], *layout, kind
+            rows, cols, tile_bits, kept, q_len, kv_len, block_q, block_kv, batch, heads, kind
         )
 
     def to(self, device: torch.device | str) -> BlockMask:

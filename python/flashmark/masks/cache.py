@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from flashmark.masks.arguments import four_dims
 from flashmark.masks.block_mask import BlockMask
 from flashmark.masks.compile import compile_mask
+from flashmark.masks.data import dense
 from flashmark.masks.expression import Mask
 
 ENTRIES = 16
@@ -34,3 +38,20 @@ def compiled(
         with torch.inference_mode(False):  # what is kept must serve training as well
             cache[entry] = compile_mask(mask, *sizes, device=device, block_size=block_size)
     return cache[entry]
+
+
+_of_tensors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def compiled_tensor(visible: Tensor) -> BlockMask:
+    """The BlockMask of a bool tensor (..., Nq, Nk) of 2 to 4 dimensions, remembered as long as the
+    tensor lives and keeps its version."""
+    version = None if visible.is_inference() else visible._version
+    known = _of_tensors.get(visible)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    visible_of_all = four_dims("visible", visible)
+    with torch.inference_mode(False):
+        result = compile_mask(dense(visible), *visible_of_all.shape, device=visible.device)
+    _of_tensors[visible] = version, result
+    return result

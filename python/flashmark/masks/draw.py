@@ -34,7 +34,7 @@ def draw_text(mask: BlockMask) -> str:
         if density.numel() == 0:
             continue
         cells = [min(limit, size) for limit, size in zip(MAX_CELLS, density.shape, strict=True)]
-        small = F.adaptive_avg_pool2d(density[None, None], cells)[0, 0]
+        small = F.adaptive_avg_pool2d(density[None, None], (cells[0], cells[1]))[0, 0]
         # anything visible gets ink, and only a full cell gets full ink
         ink = torch.where(small >= 1, 4, (small * 3).ceil().clamp(max=3)).long()
         lines += ["  " + "".join(SHADES[x] * 2 for x in row) for row in ink.tolist()]

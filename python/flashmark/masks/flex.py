@@ -15,14 +15,14 @@ MAX_FLEX_TILES = 1 << 24
 
 
 def from_flex(block_mask) -> BlockMask:
-    """A BlockMask equal to FlexAttention's, for the same (batch, heads, q_len, kv_len) and block
-    size.
+    """A BlockMask equal to FlexAttention's, for the same (batch, heads, q_len, kv_len). Its block
+    size is the largest that divides FlexAttention's (16 to 128).
 
     Its partial tiles are evaluated with its `mask_mod`, its full tiles taken as they are.
 
     Raises:
         TypeError: `block_mask` is not a FlexAttention BlockMask.
-        ValueError: its block size is not one that flashmark compiles (16, 32, 64, 128).
+        ValueError: its block size is not a multiple of 16.
     """
     if not hasattr(block_mask, "kv_indices") or not hasattr(block_mask, "mask_mod"):
         raise TypeError(
@@ -39,7 +39,9 @@ def from_flex(block_mask) -> BlockMask:
     if block_mask.full_kv_num_blocks is not None:
         full = _listed_tiles(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
         mask = mask | blocks(full[..., : grid[0], : grid[1]], size)
-    return compile_mask(mask, batch, heads, q_len, kv_len, device=device, block_size=size)
+    return compile_mask(
+        mask, batch, heads, q_len, kv_len, device=device, block_size=mask.block_size()
+    )
 
 
 def _listed_tiles(counts: Tensor, indices: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashmark.masks.arguments import check_batch, integer, integer_tensor
@@ -88,6 +89,77 @@ class _Dilated(Mask):
 def dilated(stride: int) -> Mask:
     """(p - j) % stride == 0: every stride-th key, past and future, counted from oneself."""
     return _Dilated(integer("stride", stride, 1))
+
+
+class LocalChunks(Mask):
+    """Keys of the query's own chunk and of the one before it, up to itself.
+
+    With `slots`, the first keys are not tokens: chunk c sees `slots` of them from
+    (c - first) * slots on, and `lead` of them (at least as many) come before key 0.
+    """
+
+    def __init__(self, window: int, slots: int = 0, first: int = 0, lead: int = 0):
+        self.window, self.slots, self.first, self.lead = window, slots, first, lead
+
+    def tiles(self, grid, b, h, q_block, kv_block):
+        (p_first, p_last), (j_first, j_last) = self._positions(grid, q_block, kv_block)
+        c_first, c_last = self._chunk(p_first), self._chunk(p_last)
+        n_first = j_first.clamp(min=0)
+        full = (j_last <= p_first) & (c_last - self._chunk(n_first) <= 1)
+        empty = (n_first > p_last) | (c_first - self._chunk(j_last) > 1)
+        if self.slots:
+            near, far = j_last >= 0, j_first < 0
+            s_first = self._owner(j_first)
+            s_last = self._owner(j_last.clamp(max=-1))
+            only_own = (c_first == c_last) & (s_first == c_first) & (s_last == c_first)
+            full = (full | ~near) & (only_own | ~far)
+            empty = (empty | ~near) & ((s_first > c_last) | (s_last < c_first) | ~far)
+        return classify(full, empty)
+
+    def key(self, grid, b, h, q_block, kv_block):
+        (p_first, _), (j_first, j_last) = self._positions(grid, q_block, kv_block)
+        near, far = j_last >= 0, j_first < 0
+        first_slot = (j_first + self.lead) - self._chunk(p_first) * self.slots
+        return {
+            ("phase", self.window): p_first % self.window,
+            ("chunk", self.window): (j_first - p_first).where(near, 1),
+            ("slots", self.slots): first_slot.where(far, 1 << 40),
+            ("lead", self.lead): j_first.clamp(max=0).where(near & far, 0),
+        }
+
+    def elements(self, grid, b, h, i, j):
+        p, j = i + (grid.offset - self.lead), j - self.lead
+        age = self._chunk(p) - self._chunk(j)
+        near = (j <= p) & (age <= 1)
+        if not self.slots:
+            return near
+        return torch.where(j < 0, self._owner(j) == self._chunk(p), near)
+
+    def _positions(self, grid, q_block, kv_block):
+        """First and last token of queries and of keys; slots are keys below 0."""
+        p_first, p_last = grid.positions(q_block)
+        j_first, j_last = grid.keys(kv_block)
+        lead = self.lead
+        return (p_first - lead, p_last - lead), (j_first - lead, j_last - lead)
+
+    def _chunk(self, position: Tensor) -> Tensor:
+        return position.div(self.window, rounding_mode="floor")
+
+    def _owner(self, j: Tensor) -> Tensor:
+        """The chunk that sees slot j."""
+        return (j + self.lead).div(self.slots, rounding_mode="floor") + self.first
+
+    def __repr__(self):
+        slots = f", slots={self.slots}" if self.slots else ""
+        return f"local_chunks({self.window}{slots})"
+
+
+def local_chunks(window: int) -> Mask:
+    """j <= p and p // window - j // window <= 1: one's own chunk so far and the one before it.
+
+    Unlike `sliding_window`, how far a query sees depends on its place in its chunk.
+    """
+    return LocalChunks(integer("window", window, 1))
 
 
 class Prefix(Mask):

@@ -5,6 +5,6 @@ Importing this package registers `torch.ops.flashmark.*`. They have no autograd 
 differentiable.
 """
 
-from flashmark.ops import block_sparse, nystrom
+from flashmark.ops import block_sparse, hybrid, nystrom
 
-__all__ = ["block_sparse", "nystrom"]
+__all__ = ["block_sparse", "hybrid", "nystrom"]

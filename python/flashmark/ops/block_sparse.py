@@ -7,6 +7,7 @@ comparison decides ("causal", "dense") send no tensors at all.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def pack_mask(mask: BlockMask) -> tuple[list[Tensor], list[int], str]:
 
 def plain_mask(kind: str, q_len: int, kv_len: int) -> BlockMask:
     """A causal or dense mask without lists: backends compare positions."""
-    return BlockMask(None, None, None, None, q_len, kv_len, 128, 128, 1, 1, kind)
+    no_lists: Any = None
+    return BlockMask(no_lists, no_lists, no_lists, no_lists, q_len, kv_len, 128, 128, 1, 1, kind)
 
 
 def _unpack_mask(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMask:

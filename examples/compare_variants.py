@@ -1,0 +1,133 @@
+"""The attentions that are compared: modules from query, key, value to the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flashmark
+from flashmark import family
+from flashmark.masks import Mask, causal, sliding_window
+from flashmark.nn import apply_rotary, rotary_angles
+
+
+class Exact(nn.Module):
+    """Exact attention over the keys that a mask shows."""
+
+    def __init__(self, mask: Mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return flashmark.block_sparse_attention(query, key, value, self.mask)
+
+
+class Rotated(nn.Module):
+    """An attention whose queries and keys know their position in the first half of a head."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        positions = torch.arange(query.shape[2], device=query.device)[None]
+        angles = rotary_angles(positions, query.shape[3] // 2)
+        return self.attention(apply_rotary(query, angles), apply_rotary(key, angles), value)
+
+
+class Landmarks(nn.Module):
+    """Learned landmarks alone; `inverse=False` reads them as they are, W = F, without the core."""
+
+    def __init__(
+        self, heads: int, width: int, count: int, *, inverse: bool = True, decay: bool = False
+    ):
+        super().__init__()
+        self.landmarks = nn.Parameter(flashmark.init_landmarks(heads, count, width))
+        self.inverse = inverse
+        self.landmark_decay = None
+        if decay:  # memories of 1 to 8000 tokens
+            self.landmark_decay = nn.Parameter(-torch.linspace(0, 9, count).repeat(heads, 1))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        core = None
+        if not self.inverse:
+            core = flashmark.landmark_core(self.landmarks, method="identity")
+        decay = None if self.landmark_decay is None else self.landmark_decay.exp()
+        return flashmark.nystrom_attention(
+            query, key, value, self.landmarks, core=core, decay=decay
+        )
+
+
+class Hybrid(nn.Module):
+    """Exact nearby, learned landmarks far away. The gate is a sigmoid of each query.
+
+    Landmarks have no position: they live in the half of a head that `Rotated` does not turn.
+    """
+
+    def __init__(self, heads: int, width: int, count: int, *, window: int, merge: str):
+        super().__init__()
+        self.turned = width // 2
+        self.landmarks = nn.Parameter(flashmark.init_landmarks(heads, count, width - self.turned))
+        self.window, self.merge = window, merge
+        self.gate = nn.Parameter(torch.zeros(heads, 1, width)) if merge == "gate" else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        gate = None
+        if self.gate is not None:
+            gate = torch.sigmoid((query * self.gate).sum(-1, keepdim=True))
+        landmarks = F.pad(self.landmarks, (self.turned, 0))
+        return flashmark.hybrid_attention(
+            query, key, value, landmarks, window=self.window, merge=self.merge, gate=gate
+        )
+
+
+class Function(nn.Module):
+    """An attention without parameters of its own."""
+
+    def __init__(self, function: Callable[..., Tensor], **options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.function(query, key, value, **self.options)
+
+
+class TorchExact(nn.Module):
+    """PyTorch's own, where a clock compares."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+LEAKY = "leaky segment means"
+
+
+class Variant(NamedTuple):
+    """`make(heads, head width, window, landmarks)` is the attention of a layer."""
+
+    make: Callable[[int, int, int, int], nn.Module]
+    rotary: bool = True  # not with learned landmarks alone: they stand at no position
+
+
+VARIANTS = {
+    "exact": Variant(lambda h, d, w, m: Exact(causal())),
+    # as wide as the near field of a hybrid ever gets
+    "window only": Variant(lambda h, d, w, m: Exact(causal() & sliding_window(2 * w))),
+    "landmarks": Variant(lambda h, d, w, m: Landmarks(h, d, m), rotary=False),
+    "landmarks, decay": Variant(lambda h, d, w, m: Landmarks(h, d, m, decay=True), rotary=False),
+    "landmarks, no core": Variant(
+        lambda h, d, w, m: Landmarks(h, d, m, inverse=False), rotary=False
+    ),
+    "first-k": Variant(lambda h, d, w, m: Function(family.first_k_attention, first=m)),
+    "segment": Variant(lambda h, d, w, m: Function(family.segment_attention, segment=w)),
+    "hybrid slots": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="slots")),
+    "hybrid mass": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="mass")),
+    "hybrid gate": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="gate")),
+    LEAKY: Variant(
+        lambda h, d, w, m: Function(family.leaky_segment_attention, num_landmarks=4 * m)
+    ),
+}

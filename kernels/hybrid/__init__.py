@@ -1,0 +1,10 @@
+"""Triton kernels of hybrid attention: what its slots hold, chunk by chunk.
+
+`forward` and `backward` have the interface of `flashmark.eager.hybrid`. The attention to near keys
+and slots is that of the block-sparse kernels.
+"""
+
+from .backward import backward
+from .forward import forward
+
+__all__ = ["backward", "forward"]

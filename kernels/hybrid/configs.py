@@ -1,0 +1,43 @@
+"""Which tiles and warps a kernel runs with, chosen by offline compilation for sm_90."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+PASSES = ("forward", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tokens of a tile, columns that a program sums, and how it runs."""
+
+    tile: int
+    block: int
+    num_warps: int
+    num_stages: int
+
+
+def choose(pass_: str, dtype: torch.dtype, marks: int, dim: int) -> Config:
+    """The config of a pass of `PASSES`. `marks`, and `dim` as the wider of keys and values, are
+    padded to powers of two >= 16.
+    """
+    bfloat16, wide = dtype == torch.bfloat16, max(marks, dim) > 64
+    if pass_ == "forward":
+        block = 128 if bfloat16 and marks <= 64 else 64
+        return Config(64 if bfloat16 else 32, block, 8 if wide or not bfloat16 else 4, 2)
+    block = 32 if dim > 128 or (marks > 64 and dim > 64) else 64
+    tile = (32 if wide else 64) if bfloat16 else 16
+    return Config(tile, block, 8, 1)
+
+
+PROGRAMS = 1024  # of a backward: each leaves a share of the gradients of parameters
+
+
+def choose_mass(pass_: str, dtype: torch.dtype, marks: int, dim: int, v_dim: int) -> Config:
+    """The config of a pass that reads the far field of merge="mass"; widths are padded."""
+    bfloat16, wide = dtype == torch.bfloat16, max(marks, dim, v_dim) > 64
+    if pass_ == "forward":
+        return Config(64 if bfloat16 else 32, 64, 8 if wide or not bfloat16 else 4, 1)
+    return Config(16, 64 if marks <= 64 else 32, 8, 1)

@@ -1,0 +1,92 @@
+"""The consecutive pieces of a sequence that the ranks hold, and how their states merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashmark.distributed.collectives import gather, shift
+from flashmark.distributed.plan import ContextPlan
+
+
+class Pieces(NamedTuple):
+    """The pieces of the sequence in order: each lies on one rank."""
+
+    mine: list[tuple[int, slice]]  # this rank's: number in the sequence, and local tokens
+    slots: int  # most pieces that a rank has
+    order: Tensor  # the place of each piece among (rank, slot)
+    bounds: Tensor | None  # where each begins, and the whole ends; None where nobody asked
+
+
+def pieces_of(
+    plan: ContextPlan | None, group: dist.ProcessGroup, key: Tensor, *, bounds: bool
+) -> Pieces:
+    """Those of a plan; without one, the ranks' tokens follow each other."""
+    rank, ranks, device = dist.get_rank(group), dist.get_world_size(group), key.device
+    if plan is None:
+        ends = None
+        if bounds:
+            lengths = torch.empty(ranks, dtype=torch.long, device=device)
+            gather(lengths, lengths.new_full((1,), key.shape[2]), group)
+            ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return Pieces([(rank, slice(0, key.shape[2]))], 1, torch.arange(ranks, device=device), ends)
+    held = [plan.segments(r) for r in range(ranks)]
+    slots = max(1, *map(len, held))
+    known = sorted(
+        (start, stop, r, slot)
+        for r, segments in enumerate(held)
+        for slot, (start, stop) in enumerate(segments)
+    )
+    mine, first = [], 0
+    for number, (start, stop, r, _) in enumerate(known):
+        if r == rank:
+            mine.append((number, slice(first, first + stop - start)))
+            first += stop - start
+    mine = mine or [(0, slice(0, 0))]  # a rank without tokens takes part in the collectives
+    order = torch.tensor([r * slots + slot for *_, r, slot in known], dtype=torch.long)
+    ends = torch.tensor([0, *(stop for _, stop, *_ in known)])
+    return Pieces(mine, slots, order.to(device), ends.to(device))
+
+
+EXCHANGES = ("all-gather", "scan")
+
+
+def check_exchange(exchange: str, pieces: Pieces, ranks: int) -> None:
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange: expected 'all-gather' or 'scan', got {exchange!r}")
+    if exchange == "scan" and (pieces.slots, pieces.order.tolist()) != (1, list(range(ranks))):
+        raise ValueError(
+            "exchange: expected 'all-gather' where a rank holds several pieces, or none, got 'scan'"
+        )
+
+
+def scanned(
+    own: Tensor, blank: Tensor, combine: Callable[[Tensor, Tensor, int], Tensor], group
+) -> Tensor:
+    """What the ranks before this one hold together, after log2(ranks) + 1 exchanges of one state.
+
+    `combine(left, right, width)`: right is of the `width` ranks before this one (or all there are),
+    left of those before them. Source: Hillis and Steele, "Data parallel algorithms" (1986).
+    """
+    held, width = shift(own, 1, blank, group), 1
+    while width < dist.get_world_size(group):
+        held = combine(shift(held, width, blank, group), held, width)
+        width *= 2
+    return held
+
+
+def merged(packed: Tensor) -> Tensor:
+    """One Nyström state of many, along the first dimension; packed: (L, R) side by side.
+
+    L = logsumexp_s L_s, R = sum_s exp(L_s - L) R_s; L = -inf where nothing is held.
+    """
+    L, R = packed[..., :1], packed[..., 1:]
+    empty = (L == -math.inf).all(0)
+    total = L.masked_fill(empty, 0.0).logsumexp(0)
+    share = torch.exp(L - total).masked_fill(empty, 0.0)
+    return torch.cat([total.masked_fill(empty, -math.inf), (share * R).sum(0)], -1)

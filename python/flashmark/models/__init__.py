@@ -1,0 +1,20 @@
+"""Small, complete models on flashmark's attention."""
+
+from flashmark.models.convert import from_huggingface
+from flashmark.models.decoder import Decoder, DecoderCache, DecoderConfig
+from flashmark.models.masked_lm import MaskedLM
+from flashmark.models.t5 import T5, GivenSource, T5Cache, T5Output
+from flashmark.models.t5_layers import T5Config
+
+__all__ = [
+    "Decoder",
+    "DecoderCache",
+    "DecoderConfig",
+    "GivenSource",
+    "MaskedLM",
+    "T5",
+    "T5Cache",
+    "T5Config",
+    "T5Output",
+    "from_huggingface",
+]

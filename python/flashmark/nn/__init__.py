@@ -1,0 +1,19 @@
+"""Attention as drop-in modules, from (B, N, embed_dim) to the same shape."""
+
+from flashmark.nn.block_sparse import BlockSparseAttention
+from flashmark.nn.cache import KeyValueCache, StateCache
+from flashmark.nn.hybrid import HybridAttention
+from flashmark.nn.nystrom import NystromAttention
+from flashmark.nn.projected import ProjectedAttention
+from flashmark.nn.rotary import apply_rotary, rotary_angles
+
+__all__ = [
+    "BlockSparseAttention",
+    "HybridAttention",
+    "KeyValueCache",
+    "NystromAttention",
+    "ProjectedAttention",
+    "StateCache",
+    "apply_rotary",
+    "rotary_angles",
+]

@@ -1,0 +1,119 @@
+"""What the attention modules remember between calls. A cache is updated in place by `forward`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flashmark.masks import BlockMask
+from flashmark.nystrom import NystromState
+
+if TYPE_CHECKING:
+    from flashmark.hybrid import HybridState
+
+
+class KeyValueCache:
+    """Keys and values of every token so far, in tensors that are allocated once.
+
+    Attributes:
+        length: int32 (B,), tokens held by each sample. Masked tokens are not held.
+        max_length: tokens that fit.
+        mask: which of them a query sees, compiled once for all of the cache; None: every one.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        mask: BlockMask | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.max_length, self.mask = max_length, mask
+        self.length = torch.zeros(batch, dtype=torch.int32, device=device)
+        # Row 0 takes what masked tokens write, so that writing needs no branch and no wait.
+        shape = batch, kv_heads, max_length + 1, head_dim
+        self._key = torch.zeros(shape, dtype=dtype, device=device)
+        self._value = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def key(self) -> Tensor:
+        """(B, Hkv, max_length, D); rows from `length` on are no keys."""
+        return self._key[:, :, 1:]
+
+    @property
+    def value(self) -> Tensor:
+        """(B, Hkv, max_length, D)"""
+        return self._value[:, :, 1:]
+
+    def first_column(self, tokens: int) -> Tensor:
+        """Where in a call of `tokens` columns the new ones of each sample stand, int32 (B,).
+
+        0 where all columns fit into the cache. A sample near its end that brings few tokens has
+        them moved to the right, so that no column lies beyond the cache.
+        """
+        return (self.length + (tokens - self.max_length)).clamp(min=0)
+
+    def append(self, key: Tensor, value: Tensor, first: Tensor, counts: Tensor | int) -> None:
+        """Write `counts` tokens a sample, in columns from `first` on, of (B, Hkv, N, D)."""
+        columns = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
+        column = columns - first[:, None]
+        new = (column >= 0) & (column < torch.as_tensor(counts, device=key.device).view(-1, 1))
+        rows = torch.where(new, self.length[:, None] + column + 1, 0).long()
+        index = rows[:, None, :, None].expand_as(key)
+        self._key.scatter_(2, index, key.to(self._key.dtype))
+        self._value.scatter_(2, index, value.to(self._value.dtype))
+        self.length += counts
+
+
+class StateCache:
+    """The state of a linear attention: its size does not grow with the tokens.
+
+    Attributes:
+        length: int32 (B,), tokens consumed by each sample. Masked tokens are not counted.
+        state: a NystromState or HybridState; None before the first token of a hybrid.
+    """
+
+    def __init__(self, state: NystromState | HybridState | None, length: Tensor):
+        self.state, self.length = state, length
+
+
+def check_cache(cache: Any, kind: type[Any], x: Tensor, key_mask: Tensor | None) -> None:
+    """Of what its module makes, for this batch, with room for the tokens, without gradients."""
+    if not isinstance(cache, kind):
+        raise TypeError(
+            f"cache: expected the {kind.__name__} of this module's init_cache, "
+            f"got {type(cache).__name__}"
+        )
+    batch, tokens = x.shape[:2]
+    if cache.length.shape[0] != batch or cache.length.device != x.device:
+        raise ValueError(
+            f"cache: expected a batch of {batch} on {x.device} like x, "
+            f"got {cache.length.shape[0]} on {cache.length.device}"
+        )
+    if not isinstance(cache, KeyValueCache):
+        return
+    if tokens > cache.max_length:
+        raise ValueError(
+            f"x: expected at most {cache.max_length} tokens a call with this cache, got {tokens}"
+        )
+    # elsewhere this would wait for a GPU or break a graph; the write itself is bounds-checked
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        new = tokens if key_mask is None else key_mask.sum(1)
+        needed = int((cache.length + new).max()) if batch else 0
+        if needed > cache.max_length:
+            raise ValueError(
+                f"cache: expected room for {needed} tokens, got max_length {cache.max_length}"
+            )
+
+
+def check_no_gradient(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "cache: expected a call without gradients (torch.no_grad), got inputs that require one"
+        )

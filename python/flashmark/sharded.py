@@ -1,0 +1,36 @@
+"""Public functions that also take DTensors: they run on the shards."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+from torch.nn import Parameter
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def over_shards(function: Function) -> Function:
+    """Send a call with DTensors to `flashmark.distributed.dtensor`, which is imported only then."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if _is_sharded(*args, *kwargs.values()):
+            from flashmark.distributed.dtensor import call_on_shards
+
+            return call_on_shards(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
+def _is_sharded(*arguments) -> bool:
+    for x in arguments:
+        if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter:
+            module = sys.modules.get("torch.distributed.tensor")
+            if module is not None and isinstance(x, module.DTensor):
+                return True
+    return False

@@ -1,0 +1,82 @@
+"""The hybrid kernels compile, fit, and use the tensor cores; the light ones do not spill."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+
+import pytest
+import torch
+from compiler import SHARED_MEMORY, compiling_for, inspect, parse_target
+
+from flashmark.kernels import hybrid
+from flashmark.kernels.hybrid import mass
+
+TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Both directions of one call: what slots hold, or how the mass is read."""
+
+    marks: int
+    dim: int
+    kind: str = "slots"  # or "masked" slots, "mass"
+    dtype: torch.dtype = HALF
+
+    def __str__(self) -> str:
+        dtype = {HALF: "bf16", SINGLE: "fp32"}.get(self.dtype, "fp16")
+        return f"{self.kind}-{dtype}-M{self.marks}-D{self.dim}"
+
+    def run(self) -> None:
+        """Call the launchers on CPU tensors."""
+        key = torch.zeros(1, 4, 8, 256, self.dim, dtype=self.dtype)
+        landmarks = torch.zeros(4, self.marks, self.dim)
+        if self.kind == "mass":
+            L = torch.zeros(1, 4, 8, self.marks)
+            R = torch.zeros(*L.shape, self.dim)
+            call = key, landmarks, torch.zeros(4, self.marks, self.marks), L, R, 0.125
+            numerator, read, _ = mass.forward(*call)
+            mass.backward(numerator, read, *call)
+            return
+        keep = torch.ones(1, 8, 256, dtype=torch.bool) if self.kind == "masked" else None
+        call = key, key, landmarks, keep, 0.125
+        sums = hybrid.forward(*call)
+        hybrid.backward(*sums, *call)
+
+
+WIDTHS = (32, 64, 128)
+ALL = [
+    *(Launch(m, d, k) for m, d in itertools.product(WIDTHS, WIDTHS) for k in ("slots", "mass")),
+    Launch(64, 256),
+    Launch(64, 64, "masked"),
+    Launch(64, 128, "masked"),
+    *(Launch(64, 64, k, torch.float16) for k in ("slots", "mass")),
+    *(Launch(m, m, k, SINGLE) for m in (64, 128) for k in ("slots", "mass")),
+]
+SUITE = [
+    Launch(64, 64),
+    Launch(64, 128, "masked"),
+    Launch(128, 128),
+    Launch(64, 64, dtype=SINGLE),
+    Launch(64, 64, "mass"),
+    Launch(128, 128, "mass"),
+]
+
+
+@pytest.mark.parametrize("launch", ALL if len(TARGETS) > 1 else SUITE, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernel(target, launch):
+    arch = parse_target(target)
+    with compiling_for(arch) as launches:
+        launch.run()
+    reports = [inspect(*each) for each in launches]
+    assert reports
+    for report in reports:
+        assert arch not in (90, 100) or report.shared <= SHARED_MEMORY[arch], report
+        if arch == 90:
+            assert launch.dim > 64 or report.spilled == 0, report
+            if launch.dtype != SINGLE:
+                assert report.hgmma + report.hmma > 0, report

@@ -1,0 +1,120 @@
+"""The Triton kernels of hybrid attention: what slots hold, and the attention that reads them."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+import flashmark
+import helpers
+from flashmark import hybrid_attention
+from flashmark.kernels.hybrid import configs
+from hybrid_cases import Case, detached, tokens
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+@functools.wraps(hybrid_attention)
+def op(*args, **kwargs):
+    args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), (args, kwargs))
+    results = hybrid_attention(*args, **kwargs, backend="triton")
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, results)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    monkeypatch.setattr(configs, "PROGRAMS", 2)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    torch.manual_seed(0)
+    report = flashmark.check(op, **case.arguments(dtype))
+    assert report.ok, f"\n{report}"
+
+
+CASES = [
+    Case(1),
+    Case(70, 20, 5, group=2, kv_heads=2, v_dim=24, layout="bnhd"),
+    Case(60, 20, 17, batch=2, padding=(30, 13)),
+    Case(30, 8, 5, batch=2, kv_heads=2, landmarks="batched"),
+    Case(100, 40, 3, dim=1, v_dim=1),
+    Case(20, 8, 130, dim=33, v_dim=150),
+    Case(20, 8, 3, dim=200, v_dim=17),
+    Case(96, 16, 5, packed=True, padding=(5, 30)),
+    Case(40, 8, 8, spread=300.0),
+    Case(30, 10, 5, "gate", group=2),
+    Case(36, 10, 17, "mass", group=2, kv_heads=2, v_dim=24),
+    Case(24, 8, 5, "mass", batch=2, landmarks="batched", padding=(9, 2)),
+    Case(20, 8, 5, "mass", dim=70, v_dim=70),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_against_float64(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(50, 16, 17, group=2),
+        Case(50, 16, 8, padding=(5, 3), v_dim=24),
+        Case(50, 16, 8, "mass", group=2),
+    ],
+    ids=str,
+)
+def test_half_precision_is_as_good_as_plain_pytorch(case, dtype):
+    check(case, dtype)
+
+
+def test_a_state_carries_from_call_to_call():
+    arguments = detached(Case(30, 6, 5, padding=(5, 2)).arguments())
+    outs, state, start = [], None, 0
+    for stop in (17, 18, 30):
+        part = tokens(arguments, slice(start, stop))
+        out, state = op(**part, state=state, return_state=True)
+        outs.append(out)
+        start = stop
+    helpers.assert_close(torch.cat(outs, 2), op(**arguments), 1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e4], ids=str)
+def test_the_future_changes_no_bit(poison):
+    arguments = detached(Case(44, 8, 5).arguments())
+    clean = op(**arguments)
+    for i in (16, 37):
+        poisoned = {x: arguments[x].clone() for x in ("query", "key")}
+        for x in poisoned.values():
+            x[:, :, i + 1 :] = poison
+        value = arguments["value"].clone()
+        value[:, :, i + 1 :] = 1e30
+        out = op(**(arguments | poisoned | {"value": value}))
+        helpers.assert_identical(out[:, :, : i + 1], clean[:, :, : i + 1], f"after {i}")
+
+
+def test_hidden_keys_and_values_may_hold_anything():
+    def run(poison):
+        arguments = Case(40, 8, 5, padding=(9, 12)).arguments()
+        hidden = ~arguments["key_mask"][:, None, :, None]
+        for name in ("key", "value"):
+            x = arguments[name].detach().masked_fill(hidden, poison)
+            arguments[name] = x.requires_grad_()
+        out = op(**arguments)
+        leaves = [arguments[x] for x in ("query", "key", "value", "landmarks")]
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    for actual, wanted in zip(run(torch.nan), run(0.0), strict=True):
+        helpers.assert_close(actual, wanted, 1e-6)
+
+
+def test_gradients_of_landmarks_repeat_to_the_bit():
+    def gradient():
+        arguments = Case(48, 8, 5).arguments()
+        return torch.autograd.grad(op(**arguments).square().sum(), arguments["landmarks"])[0]
+
+    helpers.assert_identical(gradient(), gradient())

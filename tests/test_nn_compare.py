@@ -1,0 +1,63 @@
+"""The comparison of attentions: every variant trains, is causal except the one that is not."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from examples import compare, compare_tasks
+from examples.compare_variants import LEAKY, VARIANTS
+from flashmark.causality import check_causality
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def task():
+    return compare_tasks.recall_task(context=48, window=4, landmarks=4, batch=2, pairs=3)
+
+
+@pytest.mark.filterwarnings("ignore:untied landmarks")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_leaky_variant_leaks(task, variant):
+    model = compare.build(task, variant, 0, 16, 2)
+    with torch.no_grad():  # a head that starts near 0 would hide a small leak
+        model.head[1].weight.normal_()
+    text = torch.randint(256, (1, 48), generator=torch.Generator().manual_seed(3))
+    assert check_causality(model, text=text).ok == (variant != LEAKY)
+
+
+def test_all_variants_start_from_the_same_weights(task):
+    exact = compare.build(task, "exact", 5, 16, 2).state_dict()
+    for variant in VARIANTS:
+        other = compare.build(task, variant, 5, 16, 2).state_dict()
+        assert all(torch.equal(other[name], weight) for name, weight in exact.items())
+
+
+def test_recall_asks_for_what_was_said_after_the_key(task):
+    tokens, targets = next(task.batches(0, False))
+    assert ((targets != compare_tasks.IGNORED).sum(1) == 3).all()
+    for sample, at in (targets != compare_tasks.IGNORED).nonzero().tolist():
+        row, key = tokens[sample].tolist(), int(tokens[sample, at])
+        first = row.index(key)
+        assert first < 42 <= at and row[first + 1] == row[at + 1] == targets[sample, at]
+    assert not torch.equal(tokens, next(task.batches(0, True))[0])
+
+
+def test_a_run_writes_rows_once_and_goes_on_where_it_stopped(task, tmp_path, monkeypatch):
+    monkeypatch.setitem(compare.SMALL, "recall", ((16, 2, 2), lambda: task))
+    out = tmp_path / "rows.csv"
+    common = ["compare", "--device", "cpu", "--tasks", "recall", "--out", str(out)]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [*common, *arguments])
+        compare.main()
+        return [(row["variant"], row["seed"], row["causal"]) for row in compare.read(out)]
+
+    assert run("--variants", "exact", LEAKY, "--seeds", "1")[0] == ("exact", "0", "yes")
+    rows = run("--variants", "exact", LEAKY, "--seeds", "2")
+    assert [row[:2] for row in rows] == [
+        ("exact", "0"), (LEAKY, "0"), ("exact", "1"), (LEAKY, "1"),
+    ]  # fmt: skip

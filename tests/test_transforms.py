@@ -1,0 +1,222 @@
+"""The operators under the transforms of PyTorch: what works, and what is refused in a sentence."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import flashmark
+import helpers
+from flashmark import masks
+from flashmark.landmarks import init_landmarks
+
+MARKS = init_landmarks(2, 4, 8, generator=torch.Generator().manual_seed(0))
+ATTEND = {
+    "block-sparse": lambda q, k, v, **o: flashmark.block_sparse_attention(
+        q, k, v, masks.causal(), **o
+    ),
+    "nystrom": lambda q, k, v, **o: flashmark.nystrom_attention(q, k, v, MARKS, **o),
+    "hybrid": lambda q, k, v, **o: flashmark.hybrid_attention(q, k, v, MARKS, window=8, **o),
+}
+
+
+@pytest.fixture(params=ATTEND)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def attend(name):
+    return ATTEND[name]
+
+
+def inputs(grad: bool = True):
+    return helpers.qkv(1, 4, 40, 8, kv_heads=2, grad=grad)
+
+
+def transforms(attend, query, key, value):
+    def of_query(q):
+        return attend(q, key, value).sum()
+
+    return {
+        "vmap": lambda: torch.vmap(lambda q: attend(q, key, value))(query[None]),
+        "grad": lambda: torch.func.grad(of_query)(query),
+        "jacrev": lambda: torch.func.jacrev(of_query)(query),
+        "jvp": lambda: torch.func.jvp(of_query, (query,), (query,)),
+        "hessian": lambda: torch.func.hessian(of_query)(query),
+    }
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jacrev", "jvp", "hessian"])
+def test_torch_func_is_refused(attend, transform):
+    call = transforms(attend, *inputs(grad=False))[transform]
+    with pytest.raises(
+        NotImplementedError, match="_attention: expected no transform of torch.func"
+    ):
+        call()
+
+
+def test_forward_mode_is_refused(attend):
+    query, key, value = inputs(grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(RuntimeError, match="jvp"):
+            attend(dual, key, value)
+
+
+@pytest.mark.parametrize("loss", ["sum", "squares"])
+def test_a_second_derivative_is_refused(attend, loss):
+    """Also where the incoming gradient is a constant: it would be silently left out."""
+    leaves = inputs()
+    out = attend(*leaves)
+    out = out.sum() if loss == "sum" else out.square().sum()
+    grads = torch.autograd.grad(out, leaves, create_graph=True)
+    penalty = leaves[0].sum() + sum(grad.square().sum() for grad in grads)
+    with pytest.raises(RuntimeError, match="_attention: expected first derivatives only, got a"):
+        penalty.backward()
+
+
+def test_create_graph_alone_gives_the_same_gradients(attend):
+    leaves = inputs()
+    plain = torch.autograd.grad(attend(*leaves).sum(), leaves)
+    kept = torch.autograd.grad(attend(*leaves).sum(), leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+class NoHostReads(TorchDispatchMode):
+    """A tensor's value may not reach Python: on a GPU that is a synchronisation, around which no
+    CUDA graph can be captured."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reading = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+        if any(name in func.name() for name in reading):
+            raise AssertionError(f"{func} reads a value")
+        if func.name() == "aten::index.Tensor" and any(
+            x.dtype == torch.bool for x in args[1] if x is not None
+        ):
+            raise AssertionError("indexed by a bool tensor")
+        return func(*args, **(kwargs or {}))
+
+
+class ShapesOnly(TorchDispatchMode):
+    """Our operators answer with shapes: what they do inside is the business of a backend."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "flashmark":
+            return func(*args, **(kwargs or {}))
+        of_tensors = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor)
+        out = func(*of_tensors(lambda x: x.to("meta"), args), **(kwargs or {}))
+        return of_tensors(lambda x: torch.zeros(x.shape, dtype=x.dtype), out)
+
+
+def steps():
+    """Forward and backward of every operator with the inputs of a training or a decoding step."""
+    window = flashmark.compile_mask(
+        masks.causal() & masks.sliding_window(9), 1, 4, 40, 40, device="cpu"
+    )
+    offset = torch.tensor([7], dtype=torch.int32)
+    bias, sinks = helpers.randn(4, 79, grad=True), helpers.randn(4, grad=True)
+    sparse = flashmark.block_sparse_attention
+    return {
+        "causal": lambda q, k, v: sparse(q, k, v, masks.causal()),
+        "block-mask": lambda q, k, v: sparse(q, k, v, window),
+        "bias-sinks-dropout": lambda q, k, v: sparse(
+            q, k, v, masks.causal(), bias=bias, sinks=sinks, softcap=5.0, dropout_p=0.5
+        ),
+        "decode": lambda q, k, v: sparse(
+            q[:, :, :1], k, v, masks.causal(), query_offset=offset, kv_lengths=offset + 1
+        ),
+        "decode-block-mask": lambda q, k, v: sparse(q[:, :, :1], k, v, window, query_offset=offset),
+        "nystrom": ATTEND["nystrom"],
+        "nystrom-decay-mass": lambda q, k, v: flashmark.nystrom_attention(
+            q, k, v, MARKS, normalize="mass", decay=torch.full((2, 4), 0.1),
+            key_mask=torch.ones(1, 40, dtype=torch.bool),
+        ),
+        "hybrid": ATTEND["hybrid"],
+        "sdpa": lambda q, k, v: flashmark.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("step", steps())
+def test_no_step_reads_a_value_back(step, monkeypatch):
+    """The path outside the kernels is the same on every device, but for checks of values that only
+    CPU tensors get: those are switched off."""
+    monkeypatch.setattr("flashmark.nystrom._readable", lambda x: False)
+    monkeypatch.setattr("flashmark.block_sparse.check_offset", lambda *_: None)
+    for name in ("tolist", "numpy"):  # which a mode does not see
+        monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("reads values"))
+    call, leaves = steps()[step], inputs()
+    call(*leaves)  # what is compiled once is compiled here
+    with ShapesOnly(), NoHostReads():
+        call(*leaves).sum().backward()
+
+
+def test_the_tripwire_trips():
+    x = torch.ones(3)
+    for read in (
+        lambda: float(x.sum()),
+        lambda: x[x > 0],
+        lambda: bool(x.all()),
+    ):
+        with pytest.raises(AssertionError), NoHostReads():
+            read()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(attend, dtype):
+    leaves = inputs()
+    with torch.autocast("cpu", dtype=dtype):
+        out = attend(*leaves)
+    assert out.dtype == dtype
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    halves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+    wanted = attend(*halves)
+    assert torch.equal(out, wanted)
+    for actual, expected in zip(
+        grads, torch.autograd.grad(wanted.float().sum(), halves), strict=True
+    ):
+        assert actual.dtype == torch.float32 and torch.equal(actual, expected.float())
+
+
+@pytest.mark.parametrize("how", ["saved-hooks", "reentrant", "selective"])
+def test_activation_checkpointing(attend, how):
+    leaves = inputs()
+    wanted = torch.autograd.grad(attend(*leaves).square().sum(), leaves)
+    options = {"use_reentrant": how == "reentrant"}
+    calls = []
+    if how == "selective":  # keep what our operators computed, recompute the rest
+
+        def policy(ctx, func, *args, **kwargs):
+            ours = func.namespace == "flashmark"
+            calls.extend([func] * ours)
+            return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
+    out = checkpoint(lambda q, k, v: attend(q * 1.0, k, v), *leaves, **options)
+    out.square().sum().backward()
+    for leaf, grad in zip(leaves, wanted, strict=True):
+        assert torch.equal(leaf.grad, grad)
+    assert how != "selective" or calls
+
+
+def test_deepcopied_and_pickled_masks_and_states_work():
+    import copy
+    import pickle
+
+    query, key, value = inputs(grad=False)
+    mask = flashmark.compile_mask(
+        masks.causal() & masks.sliding_window(9), 1, 4, 40, 40, device="cpu"
+    )
+    wanted = flashmark.block_sparse_attention(query, key, value, mask)
+    for again in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert torch.equal(flashmark.block_sparse_attention(query, key, value, again), wanted)
