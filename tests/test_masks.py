@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
+import flashmark
 import helpers
 from flashmark import masks
 from strategies import Problem, problems
@@ -155,3 +156,10 @@ def test_a_mask_survives_pytree_and_tensor_round_trips(problem):
         assert other.shape == mask.shape and other.kind == mask.kind
         assert (other.block_q, other.block_kv) == (mask.block_q, mask.block_kv)
         assert torch.equal(other.to_dense(), mask.to_dense())
+
+
+def test_masks_of_tensors_compile_for_a_batch_of_no_samples():
+    lengths = torch.zeros(0, dtype=torch.int64)
+    query = torch.zeros(0, 2, 40, 16)
+    mask = masks.causal() & masks.key_padding(lengths)
+    assert flashmark.block_sparse_attention(query, query, query, mask).shape == query.shape

@@ -267,3 +267,15 @@ def test_a_second_derivative_is_refused_rather_than_wrong(op):
     (grad,) = torch.autograd.grad(out.square().sum(), arguments["query"], create_graph=True)
     with pytest.raises(RuntimeError, match="nystrom_attention: expected first derivatives only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared landmarks", "per sample"])
+def test_a_batch_of_no_samples_gives_no_rows_and_zero_gradients(backend, per_sample):
+    query = torch.zeros(0, 2, 40, 16, requires_grad=True)
+    shape = (0, 2, 8, 16) if per_sample else (2, 8, 16)
+    landmarks = torch.ones(shape, requires_grad=True)
+    out = flashmark.nystrom_attention(query, query, query, landmarks, backend=backend)
+    out.sum().backward()
+    assert out.shape == query.shape == query.grad.shape
+    assert torch.equal(landmarks.grad, torch.zeros(shape))

@@ -85,6 +85,8 @@ def compile_mask(
             f"block_size: expected 16, 32, 64, 128 or a pair of them, got {block_size!r}"
         )
     device = torch.device(device)
+    if not batch or not heads:
+        mask = None  # there is no row to see anything
     kind = "dense" if mask is None else "causal" if is_plain_causal(mask) else "sparse"
     mask = _Everything() if mask is None else mask.to(device)
     grid = Grid(q_len, kv_len, block_q, block_kv, device)

@@ -24,6 +24,8 @@ _INPUTS = (
 
 def _forward(*inputs):
     *inputs, backend = inputs
+    if not inputs[0].shape[0]:  # no sample: nothing to compute
+        return _forward_fake(*inputs)
     return importlib.import_module(_MODULES[backend]).forward(*inputs)
 
 
@@ -39,6 +41,8 @@ def _forward_fake(
 
 def _backward(dout, dL, dR, query, *rest):
     *rest, backend = rest
+    if not query.shape[0]:
+        return tuple(x.zero_() for x in _backward_fake(dout, dL, dR, query, *rest))
     module = importlib.import_module(_MODULES[backend])
     grads = module.backward(dout, dL, dR, query, *rest)
     return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
