@@ -48,9 +48,10 @@ bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BEN
 docs: $(PACKAGE)  ## the documentation, to build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
-lint: $(PACKAGE)  ## ruff: rules and format
+lint: $(PACKAGE)  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(PACKAGE)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -60,7 +61,7 @@ sanitize: $(PACKAGE)  ## the tests of the C++ kernels under the address and unde
 	@if [ ! -x csrc/sanitize.sh ]; then echo "no csrc/sanitize.sh: nothing to run"; else csrc/sanitize.sh $(BIN)/python; fi
 
 clean:  ## remove what was built, .venv included
-	rm -rf $(VENV) build dist python/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch first: with build isolation pip would fetch a second torch to build the extension against.
 $(READY): requirements-torch.txt requirements-dev.txt

@@ -177,6 +177,16 @@ def test_flops_of_dense_attention_are_those_of_the_products(op):
     assert flops(lambda: out.sum().backward()) == 2 * pairs * (3 * 16 + 2 * 24)
 
 
+def test_a_counter_made_before_the_first_call_counts_it(op):
+    query = torch.zeros(1, 1, 8, 16)
+    counter = FlopCounterMode(display=False)
+    for name in ("block_sparse_forward", "block_sparse_backward"):  # as if none had been made yet
+        counter.flop_registry.pop(getattr(torch.ops.flashmark, name), None)
+    with counter:
+        op(query, query, query)
+    assert counter.get_total_flops() == 2 * 64 * 32
+
+
 def test_flops_follow_the_mask(op):
     query, key, value = helpers.qkv(1, 2, 512, 16, grad=False)
     whole = flops(lambda: op(query, key, value))

@@ -31,10 +31,18 @@ def long_cache(name: str, q_len: int, **more) -> Case:
     return Case(tensors, mask, rows=CACHE, block_size=128, **at, **options)
 
 
-@pytest.mark.parametrize("q_len", [1, 3, 70])
+@pytest.mark.parametrize("q_len", [1, 3, 8, 70])
 @pytest.mark.parametrize("name", LONG_CACHE)
 def test_few_queries_of_a_long_cache(name, q_len):
     long_cache(name, q_len).check()
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("mask", ["causal", "head-wise"])
+def test_heads_that_share_keys_differ_in_mask_bias_and_sink(mask, q_len):
+    tensors = inputs(2, 8, q_len, 33, kv_len=300, v_dim=70, kv_heads=2, sinks=True)
+    tensors["bias"] = helpers.randn(1, 8, q_len, 300, seed=8)
+    Case(tensors, MASKS[mask], softcap=3.0, dropout_p=0.2, dropout_seed=seed_of(3)).check()
 
 
 @pytest.mark.parametrize("kv_len", [2047, 2048, 2049, 4096])

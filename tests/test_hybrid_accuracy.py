@@ -158,6 +158,8 @@ def test_empty_batches_and_sequences(op, merge):
             tensors["gate"] = arguments["gate"][cut[0], :, cut[1]]
         out = op(**(arguments | tensors))
         assert out.shape == tensors["query"].shape
+        out, state = op(**(arguments | tensors), return_state=True)
+        assert out.shape == op(**(arguments | tensors), state=state).shape
 
 
 def test_mass_that_is_not_positive_is_dropped_and_counted(op):

@@ -49,6 +49,14 @@ def test_logits_and_gradients(name, padding):
         assert example.difference(ours[key], theirs[key]) < 1e-4, key
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "T5"])  # the others round to float32 inside
+def test_float64_to_rounding(name):
+    model, given = build(name, torch.float64), example.inputs("left")
+    theirs = example.logits_and_gradients(model, "eager", given)
+    ours = example.logits_and_gradients(model, "flashmark", given)
+    assert max(example.difference(ours[key], theirs[key]) for key in theirs) < 1e-11
+
+
 @pytest.mark.parametrize("cache", example.CACHES)
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", example.MODELS)
@@ -176,6 +184,14 @@ def test_an_encoder_sees_both_sides():
     kept = given["attention_mask"].bool()
     with torch.no_grad():
         assert_equal_models(model, lambda: model(**given).last_hidden_state[kept])
+
+
+def test_a_decoder_made_bidirectional():
+    model, given = build("Llama"), example.inputs("right")
+    model.config.is_causal = False
+    kept = given["attention_mask"].bool()
+    with torch.no_grad():
+        assert_equal_models(model, lambda: model(**given, use_cache=False).logits[kept])
 
 
 def test_models_that_ask_for_no_implementation_run_their_own():

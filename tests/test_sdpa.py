@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as theirs
@@ -9,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as theirs
 import flashmark
 import helpers
 from flashmark import sdpa
+from flashmark.masks import cache
 
 ours = flashmark.scaled_dot_product_attention
 
@@ -111,6 +115,23 @@ def test_a_mask_that_changes_in_place_is_never_stale(any_backend):
         check(query, key, value, mask)
         mask &= torch.ones(40, 40, dtype=torch.bool).triu(-width)
     check(query, key, value, mask)
+
+
+def test_masks_are_compiled_once_and_not_kept(any_backend, monkeypatch):
+    compiled = []
+    compile_mask = cache.compile_mask
+    monkeypatch.setattr(
+        cache, "compile_mask", lambda *a, **k: compiled.append(1) or compile_mask(*a, **k)
+    )
+    query, key, value = helpers.qkv(1, 2, 40, 8, grad=False)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()
+    for _ in range(3):
+        ours(query, key, value, mask)
+    assert len(compiled) == 1
+    gone = weakref.ref(mask)
+    del mask
+    gc.collect()
+    assert gone() is None
 
 
 def test_dropout_is_that_of_the_softmax(any_backend, routed):

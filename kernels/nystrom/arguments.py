@@ -55,7 +55,7 @@ class Saved(NamedTuple):
 
     ref: Tensor  # (lines, PAD_M)
     tot: Tensor  # (lines, PAD_M)
-    acc: Tensor  # (lines, PAD_V, PAD_M)
+    acc: Tensor  # (lines, PAD_M, PAD_V)
 
 
 class Ends(NamedTuple):
@@ -87,9 +87,16 @@ class Features:
     PACKED: bool
     STATE: bool
     BFLOAT16: bool
+    SPLIT: bool  # the core in two bfloat16
     SCAN: bool  # prefix sums by a scan: products are exact
     PRECISION: str
     ONE_PASS: bool = False
+    PIECES: bool = False  # chunks end where a score rises too far
+    TAKES_STATES: bool = True  # what a launch of the backward is for: reverse states, the core,
+    TAKES_CORE: bool = True
+    TAKES_QUERIES: bool = True  # queries and landmark keys,
+    TAKES_KEYS: bool = True  # keys and landmark queries,
+    TAKES_VALUES: bool = True
 
 
 class Call(NamedTuple):
@@ -116,9 +123,6 @@ def describe(
     query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens, L0, R0,
     scale, normalize,
 ) -> Call:  # fmt: skip
-    reason = configs.why_not(query.device, landmark_queries.shape[-2])
-    if reason is not None:
-        raise NotImplementedError(reason)
     mass, scale2 = normalize == "mass", scale * LOG2E.value
     half2 = None
     if mass:
@@ -142,7 +146,7 @@ def describe(
     return Call(query, key, value, marks, keep, cu_seqlens, L0, R0, mass)
 
 
-def features(call: Call, config: configs.Config, one_pass: bool = False) -> Features:
+def features(call: Call, config: configs.Config, **extra: bool) -> Features:
     query, value = call.query, call.value
     marks, dim, dim_v = call.marks.lq.shape[-2], query.shape[3], value.shape[3]
     block_d, block_v = min(config.block_d, padded(dim)), min(config.block_v, padded(dim_v))
@@ -164,9 +168,10 @@ def features(call: Call, config: configs.Config, one_pass: bool = False) -> Feat
         PACKED=call.cu_seqlens is not None,
         STATE=call.L0 is not None,
         BFLOAT16=query.dtype == torch.bfloat16,
+        SPLIT=query.dtype == torch.bfloat16 and marks <= 128,
         SCAN=precision == "ieee",
         PRECISION=precision,
-        ONE_PASS=one_pass,
+        **extra,
     )
 
 
@@ -213,8 +218,14 @@ def problem_of(
 
 def new_states(call: Call, lines: int, F: Features) -> Saved:
     vectors = torch.empty(2, lines, F.PAD_M, dtype=torch.float32, device=call.query.device)
-    acc = vectors.new_empty(lines, F.PAD_V, F.PAD_M)
+    acc = vectors.new_empty(lines, F.PAD_M, F.PAD_V)
     return Saved(vectors[0], vectors[1], acc)
+
+
+def new_rises(call: Call, slots: Slots) -> Tensor:
+    """For each slot the first token that rises too far, a note from one launch to the next."""
+    lines = call.key.shape[0] * call.key.shape[1] * slots.count
+    return torch.empty(lines, dtype=torch.int32, device=call.query.device)
 
 
 def new_ends(call: Call) -> Ends:

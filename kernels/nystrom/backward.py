@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from ..block_sparse.arguments import on_device, strides
@@ -24,11 +25,19 @@ from .states import start_states
 def incoming_gradients(call: args.Call, pull: Tensor, G: Tensor, F) -> tuple[Tensor, Tensor]:
     """(dL0, dR0) from the reverse state before the first token; 0 where nothing was held."""
     empty = call.L0 == -torch.inf
-    dR0 = G[:, : F.DIM_V, : F.MARKS].mT.reshape(call.R0.shape)
+    dR0 = G[:, : F.MARKS, : F.DIM_V].reshape(call.R0.shape)
     dR0 = dR0.masked_fill(empty.unsqueeze(-1), 0.0)
     held = call.R0.masked_fill(empty.unsqueeze(-1), 0.0)
     dL0 = (dR0 * held).sum(-1) - pull[:, : F.MARKS].reshape(empty.shape)
     return dL0.masked_fill(empty, 0.0), dR0
+
+
+def new_scratch(call: args.Call, programs: int, F: args.Features) -> args.Saved:
+    """States at the chunks of one slot, for each program."""
+    lines = programs * triton.cdiv(configs.BACKWARD_SPAN, F.CHUNK)
+    saved = args.new_states(call, lines, F)
+    dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
+    return saved._replace(acc=saved.acc.to(dtype))
 
 
 def causal_sweep(call: args.Call, dout: Tensor, dL, dR, wide: bool) -> dict[str, Tensor | None]:
@@ -37,30 +46,38 @@ def causal_sweep(call: args.Call, dout: Tensor, dL, dR, wide: bool) -> dict[str,
     pairs = key.shape[0] * key.shape[1]
     slots = args.cut(call, configs.BACKWARD_SPAN, key.shape[2])
     saved, ends = start_states(call, slots)
-    row_config, key_config = (args.choose_config(x, call) for x in ("rows", "keys"))
-    row_F, key_F = (args.features(call, x) for x in (row_config, key_config))
+    configs_of = {pass_: args.choose_config(pass_, call) for pass_ in ("rows", "keys")}
+    F = args.features(call, configs_of["rows"])
     units = configs.slots_of_a_program(pairs * slots.count)
-    problem = args.problem_of(call, slots, row_F.BLOCKS_D, units)
+    problem = args.problem_of(call, slots, F.BLOCKS_D, units)
     grads = args.new_token_gradients(call, wide)
-    reverse = new_reverse(query, pairs * slots.count, row_F)
-    rows = new_row_partials(query, pairs, problem.groups, row_F)
-    keys = new_key_partials(query, pairs, problem.groups, key_F)
-    token_strides = tuple(strides(x) for x in (query, key, value, dout))
-    pull, G = outgoing(call, ends, dL, dR, row_F)
-    grid = (pairs * problem.groups * problem.parts,)
+    reverse = new_reverse(query, pairs * slots.count, F)
+    rows = new_row_partials(query, pairs, problem.groups, F)
+    keys = new_key_partials(query, pairs, problem.groups, F)
+    rises = args.new_rises(call, slots)
+    pull, G = outgoing(call, ends, dL, dR, F)
+    scratch = new_scratch(call, pairs * problem.groups * problem.parts, F)
+    inputs = (query, key, value, dout)
+    inputs += tuple(strides(x) for x in inputs)
+
+    def launch(kernel, pass_: str, outputs: tuple, buffers: tuple) -> None:
+        config = configs_of[pass_]
+        for takes in configs.shares(pass_, config.shares):
+            columns = takes.get("TAKES_QUERIES", False) or takes.get("TAKES_KEYS", False)
+            own = problem if columns else problem._replace(parts=1)
+            for pieces in (False, True):
+                kernel[(pairs * own.groups * own.parts,)](
+                    *inputs[:4], *outputs, *inputs[4:], call.marks, call.keep, saved, reverse,
+                    rises, *buffers, slots.table, own,
+                    args.features(call, config, PIECES=pieces, **takes),
+                    num_warps=config.num_warps, num_stages=config.num_stages,
+                )  # fmt: skip
+
     with on_device(query):
-        rows_kernel[grid](
-            query, key, value, dout, grads["query"], *token_strides, call.marks, call.keep, saved,
-            reverse, rows, slots.table, problem, row_F,
-            num_warps=row_config.num_warps, num_stages=row_config.num_stages,
-        )  # fmt: skip
-        reverse_scan(call, reverse, pull, G, slots, problem, row_F)
-        keys_kernel[grid](
-            query, key, value, dout, grads["key"], grads["value"], *token_strides, call.marks,
-            call.keep, saved, reverse, keys, slots.table, problem, key_F,
-            num_warps=key_config.num_warps, num_stages=key_config.num_stages,
-        )  # fmt: skip
-    grads |= parameter_gradients(call, rows, keys, row_F)
+        launch(rows_kernel, "rows", (grads["query"],), (rows,))
+        reverse_scan(call, reverse, pull, G, slots, problem, F)
+        launch(keys_kernel, "keys", (grads["key"], grads["value"]), (scratch, keys))
+    grads |= parameter_gradients(call, rows, keys, F)
     if call.L0 is not None:
-        grads["L0"], grads["R0"] = incoming_gradients(call, pull, G, row_F)
+        grads["L0"], grads["R0"] = incoming_gradients(call, pull, G, F)
     return grads

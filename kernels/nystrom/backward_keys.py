@@ -2,6 +2,10 @@
 
 The reverse state of a landmark is (G, pull), referenced to L at the boundary that it is about:
 G = sum over later i of W_i e^{L - L(i)} dO_i, held transposed, and pull likewise with dW.
+
+A program first walks its slot forward and leaves the state at the start of each chunk in a scratch
+of its own, which the next slot overwrites; then it goes back. Pieces, whose lengths are only known
+from the start, walk again to each of them instead. Tiles have a token a row here.
 """
 
 from __future__ import annotations
@@ -9,16 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward_rows import exact_row_gradients, row_gradients
-from .forward import norms, read_weights
+from .backward_rows import columns_ptrs, put_share, row_gradients
+from .chunks import end_of_chunk, enter_chunk, key_scores, norms, running_sums
 from .primitives import (
-    end_of_chunk,
-    exponentials,
     full,
     head_of,
     kept_tokens,
-    key_scores,
-    load_landmarks,
     load_rows,
     load_state,
     locate,
@@ -26,79 +26,147 @@ from .primitives import (
     mm,
     mm_acc,
     operand,
-    parameters,
     reciprocal,
-    running_sums,
     span_of,
     state_ptrs,
     store_rows,
-    times_steps,
+    tokens_of,
+    vector_ptrs,
     zeros,
 )
-from .steep import exact_between, exact_dscores, exact_norm, rebased
+from .reading import (
+    landmark_keys,
+    landmark_queries,
+    load_decay,
+    own_columns,
+    own_tokens,
+    split_core,
+    turned_reading,
+)
 
 
 @triton.jit
 def later_sums(x, F: tl.constexpr):
-    """sum over i >= j of x_i, [CHUNK, PAD_M]."""
+    """sum over i >= j of x_i, [PAD_M, CHUNK]."""
     if F.SCAN:
-        sums = tl.cumsum(x, 0, reverse=True)
+        sums = tl.cumsum(x, 1, reverse=True)
     else:
-        offs = tl.arange(0, F.CHUNK)
-        sums = mm((offs[:, None] <= offs[None, :]).to(tl.float32), x, F)
+        sums = mm(x, lower(0, F).to(tl.float32), F)
     return sums
 
 
 @triton.jit
-def chunk_scores(k_ptr, v_ptr, keep_ptr, t0, stop, k_stride, v_stride, lq, marks, lq_ptr, decay2,
-                 ref, tot, F: tl.constexpr):  # fmt: skip
-    """(keys kept, s, v, ref, P, first token of a rise) of the chunk at t0."""
-    keep = kept_tokens(keep_ptr, t0, stop, F)
-    s = key_scores(k_ptr, t0, k_stride, keep, lq, marks, lq_ptr, decay2, F)
-    v = load_rows(v_ptr, t0, v_stride, keep, F.DIM_V, F.CHUNK, F.BLOCK_V, F.DIM_V != F.BLOCK_V)
-    ref, P, first = exponentials(s, keep, ref, tot, F)
-    return keep, s, v, ref, P, first
+def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, ref, tot, R0,
+               reverse, sums, lq, lk, decay2, part, marks, F: tl.constexpr):  # fmt: skip
+    """(reverse state, sums) before the tokens [t0, until), whose dK and dV are stored.
 
+    (ref, tot, R0) is the state before them; no score rises far above ref.
 
-@triton.jit
-def walk(k_ptr, v_ptr, keep_ptr, start, until, stop, k_stride, v_stride, lq, marks, lq_ptr, decay2,
-         ref, tot, acc, F: tl.constexpr):  # fmt: skip
-    """The state at `until`, a chunk's start or the slot's end, from the state at `start`."""
-    for t0 in range(start, until, F.CHUNK):
-        keep, s, v, ref, P, first = chunk_scores(
-            k_ptr, v_ptr, keep_ptr, t0, stop, k_stride, v_stride, lq, marks, lq_ptr, decay2,
-            ref, tot, F,
-        )  # fmt: skip
-        ratio = full(F.PAD_M, 1.0)
-        if first < F.CHUNK:
-            P, ref, ratio = rebased(s, ref, tot, F)
-        length = tl.minimum(stop - t0, F.CHUNK)
-        E, ref, tot, ratio = end_of_chunk(P, ref, tot, ratio, decay2, length, F)
-        acc = mm_acc(tl.trans(v), E, acc * ratio[None, :], F)
-    return ref, tot, acc
-
-
-@triton.jit
-def key_gradients(P, wt, centre, v, dout, ds, dv, F: tl.constexpr):
-    """Add what the rows of the chunk itself give to ds [CHUNK, PAD_M] and dv [CHUNK, BLOCK_V].
-
-    ds_lj += sum over i >= j of W_il D_lj(i) (dO_i . v_j - centre_il)
-    dv_j  += sum over i >= j of W_il D_lj(i) dO_i
+    ds_lj = e^{s_lj - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il D_lj(i) (dO_i . v_j - centre_il)
+    dv_j  = sum_l e^{s_lj - rho} G_l + sum_{i >= j} sum_l W_il D_lj(i) dO_i
     """
-    seen = tl.trans(lower(F))  # [key, query]
-    turned = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
-    inner = mm(tl.where(seen, turned, 0.0), wt, F)
-    ds += P * (inner - later_sums(wt * centre, F))
-    between = tl.where(seen, mm(P, tl.trans(wt), F), 0.0)
-    return ds, mm_acc(between, dout, dv, F)
+    G, pull = reverse
+    NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
+    keep = kept_tokens(keep_ptr, t0, until, F)
+    s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
+    P = tl.exp2(s - ref[:, None])
+    v = load_rows(values[0], t0, values[1], keep, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+    cum = running_sums(P, tot, F)
+    norm = norms(ref, cum, decay2, F)
+    inverse = reciprocal(cum)
+    share = reciprocal(tot + tl.sum(operand(P, F).to(tl.float32), 1))
+    E = P * share[:, None]  # e^{s - rho}
+    ds, dv = 0.0, 0.0
+    if F.TAKES_KEYS:
+        ds = E * (mm(G, tl.trans(v), F) - pull[:, None])
+    if F.TAKES_VALUES:
+        dv = mm(tl.trans(operand(E, F)), G, F)
+    G *= share[:, None]  # referenced to `ref`
+    pull *= share
+    offs = tl.arange(0, F.CHUNK)
+    there = t0 + offs < until
+    for g in range(F.GROUP):
+        features, W, factor, q = turned_reading(head_of(queries, g), t0, there, lk, norm, marks, F)
+        if F.MASS:
+            W = tl.where(there[None, :], W, 0.0)
+        dhead = head_of(douts, g)
+        dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+        if F.TAKES_KEYS:
+            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
+            pulls = wt * centre
+            pull += tl.sum(pulls, 1)
+            ds += P * (mm(wt, tl.trans(pairs), F) - later_sums(pulls, F))
+        else:
+            wt = W * inverse
+        wt = operand(wt, F)
+        G = mm_acc(wt, dout, G, F)
+        if F.TAKES_VALUES:
+            between = mm(tl.trans(operand(P, F)), wt, F)
+            dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
+    if F.TAKES_VALUES:
+        if part == 0:
+            store_rows(dv_ptr, t0, F.DIM_V, there, F.DIM_V, dv, F.CHUNK, F.BLOCK_V, NARROW_V)
+    if F.TAKES_KEYS:
+        dlq, ddecay = sums
+        if F.DECAY:  # ages at the chunk's end, and its length times the gradient of L at its start
+            age = (until - t0 - 1 - offs).to(tl.float32)
+            dL0 = tl.sum(G * R0.to(tl.float32), 1) - tot * pull
+            ddecay -= tl.sum(ds * age[None, :], 1) + (until - t0).to(tl.float32) * dL0
+        ds = operand(ds, F)
+        sums = (take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F), ddecay)
+    return (G * tot[:, None], pull * tot), sums
 
 
 @triton.jit
-def exact_key_gradients(s, exact, W, centre, pairs, dout, first, ds, dv, F: tl.constexpr):
-    """The same from the rows at or after `first`."""
-    between = exact_between(s, exact, W, first, F)
-    ds += exact_dscores(s, exact, W, centre, pairs, first, F)
-    return ds, mm_acc(tl.trans(between), dout, dv, F)
+def take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F: tl.constexpr):
+    """Store dK, and the gradient of landmark queries with that of these keys."""
+    d0 = part * F.BLOCK_D
+    NARROW_D: tl.constexpr = F.DIM % F.BLOCK_D != 0
+    dk = tl.trans(mm(tl.trans(own_columns(lq, part, F)), ds, F)) * marks.scale
+    store_rows(dk_ptr + d0, t0, F.DIM, there, F.DIM - d0, dk, F.CHUNK, F.BLOCK_D, NARROW_D)
+    return mm_acc(ds, own_tokens(k, keys, t0, keep, part, F), dlq, F)
+
+
+@triton.jit
+def walk(keys, values, keep_ptr, start, stop, state, line, scratch, lq, decay2, marks,
+         F: tl.constexpr):  # fmt: skip
+    """Leave the state before each chunk at `line`, `line` + 1, ..; the first that rises too far."""
+    rise = stop
+    for t0 in range(start, stop, F.CHUNK):
+        keep, v, P, first, ref, tot, acc, share = enter_chunk(
+            keys, values, keep_ptr, t0, stop, state, lq, decay2, 0, marks, F
+        )
+        tl.store(vector_ptrs(scratch.ref, line, F), ref)
+        tl.store(vector_ptrs(scratch.tot, line, F), tot)
+        if F.TAKES_KEYS:
+            tl.store(state_ptrs(scratch.acc, line, 0, F), operand(acc, F))
+        length = tl.minimum(stop - t0, F.CHUNK)
+        if first < length:
+            rise = tl.minimum(rise, t0 + first)
+        ref, tot, acc, fall = end_of_chunk(P, v, ref, tot, acc, decay2, length, F)
+        state = (ref, tot, acc)
+        line += 1
+    return rise
+
+
+@triton.jit
+def walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, marks,
+            F: tl.constexpr):  # fmt: skip
+    """(t0, ref, tot, acc): the start of the piece that ends at `until`, and the state there."""
+    t0 = start
+    keep, v, P, first, ref, tot, acc, share = enter_chunk(
+        keys, values, keep_ptr, t0, stop, state, lq, decay2, 0, marks, F
+    )
+    length = tl.minimum(stop - t0, first)
+    while t0 + length < until:
+        P = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], P, 0.0)
+        ref, tot, acc, fall = end_of_chunk(P, v, ref, tot, acc, decay2, length, F)
+        t0 += length
+        keep, v, P, first, ref, tot, acc, share = enter_chunk(
+            keys, values, keep_ptr, t0, stop, (ref, tot, acc), lq, decay2, 0, marks, F
+        )
+        length = tl.minimum(stop - t0, first)
+    return t0, ref, tot, acc
 
 
 @triton.jit(do_not_specialize=["problem"])
@@ -117,6 +185,8 @@ def keys_kernel(
     keep_ptr,
     saved,
     reverse,
+    rises,
+    scratch,
     partial,
     table,
     problem,
@@ -124,129 +194,76 @@ def keys_kernel(
 ):
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
-    NARROW_D: tl.constexpr = F.DIM % F.BLOCK_D != 0
-    q_ptr += b64 * q_strides[0] + h64 * F.GROUP * q_strides[1]
-    k_ptr += b64 * k_strides[0] + h64 * k_strides[1]
-    v_ptr += b64 * v_strides[0] + h64 * v_strides[1]
-    dout_ptr += b64 * dout_strides[0] + h64 * F.GROUP * dout_strides[1]
-    d0 = part * F.BLOCK_D
-    dk_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM + d0
+    queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
+    keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
+    douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
+    dk_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM
     dv_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM_V
     if F.KEEP:
-        keep_ptr += b64 * problem.tokens
-    lq_ptr, lk_ptr, lq, lk, core, decay2, half2 = parameters(marks, b, h, q_ptr.dtype.element_ty, F)
-    own_lq = load_landmarks(lq_ptr, marks.lq_strides[2], part, tl.float32, F)
+        keep_ptr += tl.cast(b, tl.int64) * problem.tokens
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    lq = landmark_queries(marks, b, h, dtype, F)
+    lk = split_core(landmark_keys(marks, b, h, dtype, F), F)
+    decay2 = load_decay(marks, h, F)
+    scratch_line = tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(problem.span, F.CHUNK)
 
-    dlq = zeros(F.BLOCK_D, F.PAD_M)
-    ddecay = full(F.PAD_M, 0.0)
+    sums = (0.0, 0.0)
+    if F.TAKES_KEYS:
+        sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
+    risen = False
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, _ = span_of(slot, b, problem, table, F)
+        start, stop, row = span_of(slot, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.slots + slot
-        pull_ptrs, G_ptrs = state_ptrs(reverse.pull, reverse.G, line, 0, F)
-        pull, G = tl.load(pull_ptrs), tl.load(G_ptrs)
-        chunks = tl.cdiv(stop - start, F.CHUNK)
-        for n in range(chunks):
-            t0 = start + (chunks - 1 - n) * F.CHUNK
-            ref, tot, acc = load_state(saved, line, 0, F)
-            ref, tot, acc = walk(
-                k_ptr,
-                v_ptr,
-                keep_ptr,
-                start,
-                t0,
-                stop,
-                k_strides[2],
-                v_strides[2],
-                lq,
-                marks,
-                lq_ptr,
-                decay2,
-                ref,
-                tot,
-                acc,
-                F,
-            )
-            keep, s, v, ref, P, first = chunk_scores(
-                k_ptr, v_ptr, keep_ptr, t0, stop, k_strides[2], v_strides[2], lq, marks, lq_ptr,
-                decay2, ref, tot, F,
-            )  # fmt: skip
-            cum = running_sums(P, tot, F)
-            inverse = reciprocal(cum)
-            norm = norms(ref[None, :] + tl.log2(cum), decay2, F) if F.MASS else 0.0
-            offs = tl.arange(0, F.CHUNK)
-            there = t0 + offs < stop
-            end_P, end_ref, ratio = P, ref, full(F.PAD_M, 1.0)
-            if first < F.CHUNK:
-                end_P, end_ref, ratio = rebased(s, ref, tot, F)
-            length = tl.minimum(stop - t0, F.CHUNK)
-            E, end_ref, end_tot, ratio = end_of_chunk(end_P, end_ref, tot, ratio, decay2, length, F)
-            if F.DECAY:  # the chunk's length times the gradient of L at its end
-                last = mm_acc(tl.trans(v), E, acc * ratio[None, :], F)
-                ddecay -= length * (tl.sum(G * last, 0) * reciprocal(end_tot) - pull)
-            E *= reciprocal(end_tot)[None, :]  # e^{s - L at the chunk's end}
-            ratio *= tot * reciprocal(end_tot)
-            ds = E * (mm(v, G, F) - pull[None, :])
-            dv = mm(E, tl.trans(G), F)
-            G *= ratio[None, :]
-            pull *= ratio
-            for g in range(F.GROUP):
-                rows = there & (offs < first)
-                features, W, factor = read_weights(
-                    head_of(q_ptr, g, q_strides),
-                    t0,
-                    q_strides[2],
-                    there,
-                    lk,
-                    lk_ptr,
-                    marks,
-                    core,
-                    norm,
-                    half2,
-                    F,
-                )
-                dout = load_rows(head_of(dout_ptr, g, dout_strides), t0, dout_strides[2], rows,
-                                 F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)  # fmt: skip
-                pairs = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
-                wt, dW, centre = row_gradients(P, W, inverse, rows, pairs, dout, acc, F)
-                ds, dv = key_gradients(P, wt, centre, v, dout, ds, dv, F)
-                wt *= tot[None, :]
-                G = mm_acc(tl.trans(dout), wt, G, F)
-                pull += tl.sum(wt * centre, 0)
-            if first < F.CHUNK:
-                s = key_scores(k_ptr, t0, k_strides[2], keep, lq, marks, lq_ptr, decay2, F)
-                exact = exact_norm(s, ref, tot, F)
-                Z = norms(exact, decay2, F)
-                for g in range(F.GROUP):
-                    rows = there & (offs >= first)
-                    features, W, factor = read_weights(
-                        head_of(q_ptr, g, q_strides), t0, q_strides[2], there, lk, lk_ptr, marks,
-                        core, Z, half2, F,
+        pull_ptrs, G_ptrs = vector_ptrs(reverse.pull, line, F), state_ptrs(reverse.G, line, 0, F)
+        if F.PIECES:
+            if tl.load(rises + line) < stop:
+                risen = True
+                back = (tl.load(G_ptrs), tl.load(pull_ptrs))
+                until = stop
+                while until > start:
+                    t0, ref, tot, acc = walk_to(
+                        keys, values, keep_ptr, start, until, stop, load_state(saved, line, 0, F),
+                        lq, decay2, marks, F,
                     )  # fmt: skip
-                    dout = load_rows(head_of(dout_ptr, g, dout_strides), t0, dout_strides[2], rows,
-                                     F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)  # fmt: skip
-                    pairs = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
-                    wt, dW, centre = exact_row_gradients(s, exact, W, pairs, dout, ref, acc, first,
-                                                        F)  # fmt: skip
-                    ds, dv = exact_key_gradients(s, exact, W, centre, pairs, dout, first, ds, dv,
-                                                 F)  # fmt: skip
-                    wt *= tot[None, :]
-                    G = mm_acc(tl.trans(dout), wt, G, F)
-                    pull += tl.sum(wt * centre, 0)
-            dk = mm(ds, tl.trans(own_lq), F) * marks.scale
-            store_rows(dk_ptr, t0, F.DIM, there, F.DIM - d0, dk, F.CHUNK, F.BLOCK_D, NARROW_D)
-            if part == 0:
-                store_rows(dv_ptr, t0, F.DIM_V, there, F.DIM_V, dv, F.CHUNK, F.BLOCK_V, NARROW_V)
-            k = load_rows(k_ptr + d0, t0, k_strides[2], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D,
-                          NARROW_D)  # fmt: skip
-            dlq = mm_acc(tl.trans(operand(k, F)), ds, dlq, F)
-            if F.DECAY:
-                ddecay += tl.sum(times_steps(ds, F), 0)
-    line = tl.cast(pair, tl.int64) * problem.groups + group
-    offs_m = tl.arange(0, F.PAD_M)
-    rows = line * problem.parts * F.BLOCK_D + part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
-    tl.store(partial.dlq + rows[:, None] * F.PAD_M + offs_m[None, :], dlq)
-    if part == 0:
-        tl.store(partial.ddecay + line * F.PAD_M + offs_m, ddecay)
+                    R0 = operand(acc, F)
+                    back, sums = chunk_keys(
+                        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, ref, tot,
+                        R0, back, sums, lq, lk, decay2, part, marks, F,
+                    )  # fmt: skip
+                    until = t0
+        else:
+            tl.debug_barrier()
+            rise = walk(keys, values, keep_ptr, start, stop, load_state(saved, line, 0, F),
+                        scratch_line, scratch, lq, decay2, marks, F)  # fmt: skip
+            tl.debug_barrier()
+            tl.store(rises + line, rise)
+            chunks = tl.where(rise < stop, 0, tl.cdiv(stop - start, F.CHUNK))
+            back = (tl.load(G_ptrs), tl.load(pull_ptrs))
+            for n in range(chunks):
+                c = chunks - 1 - n
+                t0 = start + c * F.CHUNK
+                ref = tl.load(vector_ptrs(scratch.ref, scratch_line + c, F))
+                tot = tl.load(vector_ptrs(scratch.tot, scratch_line + c, F))
+                R0 = 0.0
+                if F.TAKES_KEYS:
+                    R0 = tl.load(state_ptrs(scratch.acc, scratch_line + c, 0, F))
+                back, sums = chunk_keys(
+                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0,
+                    tl.minimum(stop, t0 + F.CHUNK), ref, tot, R0, back, sums, lq, lk, decay2, part,
+                    marks, F,
+                )  # fmt: skip
+    if F.PIECES:
+        if risen:
+            store_key_sums(partial, group, pair, part, sums, problem, F)
+    else:
+        store_key_sums(partial, group, pair, part, sums, problem, F)
+
+
+@triton.jit
+def store_key_sums(partial, group, pair, part, sums, problem, F: tl.constexpr):
+    if F.TAKES_KEYS:
+        line = tl.cast(pair, tl.int64) * problem.groups + group
+        put_share(columns_ptrs(partial.dlq, line, part, F), sums[0], F)
+        if part == 0:
+            put_share(vector_ptrs(partial.ddecay, line, F), sums[1], F)

@@ -1,6 +1,7 @@
 """Backward, query side: forward in time, from the states at the start of each slot.
 
-dQ, the gradients of core and landmark keys, and what a slot hands to the keys before it.
+dQ, the gradients of core and landmark keys, and what a slot hands to the keys before it. Wide
+problems share this out over launches (`Features.TAKES`), each of which holds fewer sums.
 """
 
 from __future__ import annotations
@@ -8,34 +9,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import norms, read_weights
+from .chunks import end_of_chunk, enter_chunk, norms, running_sums
 from .primitives import (
-    end_of_chunk,
-    exponentials,
     full,
     head_of,
-    kept_tokens,
-    key_scores,
-    load_landmarks,
     load_rows,
     load_state,
     locate,
     lower,
     mm,
     mm_acc,
-    mm_core,
-    parameters,
+    operand,
     reciprocal,
-    running_sums,
     span_of,
     state_ptrs,
     store_rows,
-    times_steps,
-    turned_features,
-    turned_products,
+    tokens_of,
+    vector_ptrs,
     zeros,
 )
-from .steep import exact_dweights, exact_norm, rebased
+from .reading import (
+    core_mm,
+    landmark_keys,
+    landmark_queries,
+    load_decay,
+    own_columns,
+    own_tokens,
+    split_core,
+    turned_reading,
+)
 
 
 @triton.jit
@@ -43,88 +45,125 @@ def centre_of(W, dW, F: tl.constexpr):
     """What ds subtracts from dO . v: dW, or dO . out where rows are divided by their mass."""
     centre = dW
     if F.MASS:
-        centre = tl.sum(W * dW, 1)[:, None] + zeros(F.CHUNK, F.PAD_M)
+        centre = tl.sum(W * dW, 0)[None, :] + zeros(F.PAD_M, F.CHUNK)
     return centre
 
 
 @triton.jit
-def row_gradients(P, W, inverse, rows, pairs, dout, acc, F: tl.constexpr):
-    """(W e^{ref-L}, dW, centre): [CHUNK, PAD_M] each. `dout` is 0 beyond `rows`.
+def row_gradients(W, inverse, P, R0, dout, v, t0, F: tl.constexpr):
+    """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key a row, a query a column.
 
     dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
     """
-    if F.MASS:  # no reading of garbage: it might be infinite
-        W = tl.where(rows[:, None], W, 0.0)
-    dW = mm_acc(tl.where(lower(F), pairs, 0.0), P, mm(dout, acc, F), F) * inverse
-    return W * inverse, dW, centre_of(W, dW, F)
-
-
-@triton.jit
-def exact_row_gradients(s, exact, W, pairs, dout, ref, acc, first, F: tl.constexpr):
-    """The same for rows at or after `first`; `dout` is 0 before them."""
-    slow = (tl.arange(0, F.CHUNK) >= first)[:, None]
-    carried = tl.where(slow, tl.exp2(ref[None, :] - exact), 0.0)
-    W = tl.where(slow, W, 0.0)
-    dW = mm(dout, acc, F) * carried + exact_dweights(s, exact, pairs, first, F)
-    return W * carried, dW, centre_of(W, dW, F)
+    pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
+    pairs = operand(tl.where(tl.trans(lower(t0, F)), pairs, 0.0), F)
+    dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F) * inverse
+    return W * inverse, dW, centre_of(W, dW, F), pairs
 
 
 @triton.jit
 def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
-    """(d of features core, d of the query's scores): [CHUNK, PAD_M] each."""
+    """(d of features core, d of the query's scores): [PAD_M, CHUNK] each."""
     dG = dW
     if F.MASS:
         dG = factor * (dW - centre)
-    dF = mm_core(dG, tl.trans(core), F)
-    dscores = features * dF
+    dscores = features * core_mm(core, dG, False, F)
     if not F.MASS:  # sum over l of F dF = sum over l of W dW
-        dscores -= features * tl.sum(W * dW, 1)[:, None]
+        dscores -= features * tl.sum(W * dW, 0)[None, :]
     return dG, dscores
 
 
 @triton.jit
-def take_rows(
-    q_ptr,
-    dq_ptr,
-    t0,
-    stride,
-    rows,
-    marks,
-    lk,
-    own_lk,
-    lk_ptr,
-    core,
-    half2,
-    d0,
-    features,
-    W,
-    factor,
-    dW,
-    centre,
-    dcore,
-    dlk,
-    dhalf,
-    ddecay,
-    F: tl.constexpr,
-):
+def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, sums, marks,
+              F: tl.constexpr):  # fmt: skip
     """Store dQ of `rows`, and add to the gradients of core, landmark keys, s_ll / 2 and decay."""
+    features, W, factor, q = reading
+    dcore, dlk, dhalf, ddecay = sums
     NARROW_D: tl.constexpr = F.DIM % F.BLOCK_D != 0
-    if F.MASS:
-        W = tl.where(rows[:, None], W, 0.0)
-        factor = tl.where(rows[:, None], factor, 0.0)
-    dG, dscores = reading_gradients(features, W, factor, dW, centre, core, F)
-    dq = mm(dscores, tl.trans(own_lk), F) * marks.scale
-    store_rows(dq_ptr, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D)
-    dots = turned_products(q_ptr, t0, stride, rows, lk, lk_ptr, marks.lk_strides[2], F)
-    dcore = mm_acc(turned_features(dots, half2, marks, F), dG, dcore, F)
-    q = load_rows(q_ptr + d0, t0, stride, rows, F.DIM - d0, F.CHUNK, F.BLOCK_D, NARROW_D)
-    dlk = mm_acc(tl.trans(q), dscores, dlk, F)
-    if F.MASS:  # of Z_l(i), on top of what ds has
-        dlog = W * (dW - centre)
-        dhalf -= tl.sum(dlog + dscores, 0)
-        if F.DECAY:
-            ddecay -= tl.sum(times_steps(dlog, F), 0)
+    d0 = part * F.BLOCK_D
+    if F.MASS:  # no reading of garbage: it might be infinite
+        W = tl.where(rows[None, :], W, 0.0)
+        factor = tl.where(rows[None, :], factor, 0.0)
+    dG, dscores = reading_gradients(features, W, factor, dW, centre, lk[3], F)
+    if F.TAKES_CORE:
+        dcore = mm_acc(features, tl.trans(operand(dG, F)), dcore, F)
+    if F.TAKES_QUERIES:
+        if F.MASS:  # of Z_l(i), on top of what ds has
+            dlog = W * (dW - centre)
+            dhalf -= tl.sum(dlog + dscores, 1)
+            if F.DECAY:
+                age = (length - 1 - tl.arange(0, F.CHUNK)).to(tl.float32)
+                ddecay += tl.sum(dlog * age[None, :], 1)
+        dscores = operand(dscores, F)
+        dq = tl.trans(mm(tl.trans(own_columns(lk, part, F)), dscores, F)) * marks.scale
+        store_rows(dq_ptr + d0, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D)
+        dlk = mm_acc(dscores, own_tokens(q, queries, t0, rows, part, F), dlk, F)
     return dcore, dlk, dhalf, ddecay
+
+
+@triton.jit
+def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, given, sums,
+               lq, lk, decay2, part, marks, problem, F: tl.constexpr):  # fmt: skip
+    """(state, given, sums, end) of the chunk or piece at t0, by its rows at or after `since`."""
+    G, pull, ratio = given
+    NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
+    keep, v, P, first, ref, tot, acc, share = enter_chunk(keys, values, keep_ptr, t0, stop, state,
+                                                          lq, decay2, 0, marks, F)  # fmt: skip
+    cum = running_sums(P, tot, F)
+    norm = norms(ref, cum, decay2, F)
+    inverse = reciprocal(cum)
+    offs = tl.arange(0, F.CHUNK)
+    length = tl.minimum(stop - t0, first)
+    there = offs < stop - t0
+    rows = (offs < length) & (t0 + offs >= since)
+    R0 = operand(acc, F)
+    ratio *= share
+    head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
+    for g in range(F.GROUP):
+        head = head_of(queries, g)
+        reading = turned_reading(head, t0, there, lk, norm, marks, F)
+        dhead = head_of(douts, g)
+        dout = load_rows(dhead[0], t0, dhead[1], rows, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+        W = reading[1]
+        if F.MASS:
+            W = tl.where(rows[None, :], W, 0.0)
+        wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
+        if F.TAKES_STATES:
+            wt *= ratio[:, None]
+            G = mm_acc(wt, dout, G, F)
+            pull += tl.sum(wt * centre, 1)
+        sums = take_rows(head, dq_ptr + g * head_size, t0, length, rows, part, lk, reading, dW,
+                         centre, sums, marks, F)  # fmt: skip
+    own = P
+    if F.PIECES:
+        own = tl.where((offs < length)[None, :], P, 0.0)
+    ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
+    return (ref, tot, acc), (G, pull, ratio * fall), sums, t0 + length
+
+
+@triton.jit
+def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, given,
+              sums, lq, lk, decay2, part, marks, problem, F: tl.constexpr):  # fmt: skip
+    """(state, given, sums, first token that rises too far) after a slot."""
+    rise = stop
+    if F.PIECES:
+        t0 = start
+        while t0 < stop:
+            state, given, sums, t0 = chunk_rows(
+                queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, given, sums,
+                lq, lk, decay2, part, marks, problem, F,
+            )  # fmt: skip
+    else:
+        for t0 in range(start, stop, F.CHUNK):
+            # a row after a rise is left to the pieces
+            state, given, sums, end = chunk_rows(
+                queries, keys, values, douts, keep_ptr, dq_ptr, t0,
+                tl.where(rise < stop, stop, since), stop, state, given, sums, lq, lk, decay2, part,
+                marks, problem, F,
+            )  # fmt: skip
+            if end < tl.minimum(t0 + F.CHUNK, stop):
+                rise = tl.minimum(rise, end)
+    return state, given, sums, rise
 
 
 @triton.jit(do_not_specialize=["problem"])
@@ -142,6 +181,7 @@ def rows_kernel(
     keep_ptr,
     saved,
     own,
+    rises,
     partial,
     table,
     problem,
@@ -149,110 +189,95 @@ def rows_kernel(
 ):
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
-    q_ptr += b64 * q_strides[0] + h64 * F.GROUP * q_strides[1]
-    k_ptr += b64 * k_strides[0] + h64 * k_strides[1]
-    v_ptr += b64 * v_strides[0] + h64 * v_strides[1]
-    dout_ptr += b64 * dout_strides[0] + h64 * F.GROUP * dout_strides[1]
-    d0 = part * F.BLOCK_D
-    head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
-    dq_ptr += (b64 * problem.heads + h64) * F.GROUP * head_size + d0
+    queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
+    keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
+    douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
+    dq_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM
     if F.KEEP:
-        keep_ptr += b64 * problem.tokens
-    lq_ptr, lk_ptr, lq, lk, core, decay2, half2 = parameters(marks, b, h, q_ptr.dtype.element_ty, F)
-    own_lk = load_landmarks(lk_ptr, marks.lk_strides[2], part, tl.float32, F)
+        keep_ptr += tl.cast(b, tl.int64) * problem.tokens
+    lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
+    lk = split_core(landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F), F)
+    decay2 = load_decay(marks, h, F)
 
-    dcore = zeros(F.PAD_M, F.PAD_M)
-    dlk = zeros(F.BLOCK_D, F.PAD_M)
-    dhalf = full(F.PAD_M, 0.0)
-    ddecay = full(F.PAD_M, 0.0)
+    sums = new_sums(F)
+    risen = False
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, _ = span_of(slot, b, problem, table, F)
+        start, stop, row = span_of(slot, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.slots + slot
-        ref, tot, acc = load_state(saved, line, 0, F)
-        G = zeros(F.BLOCK_V, F.PAD_M)
-        pull = full(F.PAD_M, 0.0)
-        ratio = tot  # e^{L at the slot's start}, in units of 2^ref now
-        for t0 in range(start, stop, F.CHUNK):
-            keep = kept_tokens(keep_ptr, t0, stop, F)
-            s = key_scores(k_ptr, t0, k_strides[2], keep, lq, marks, lq_ptr, decay2, F)
-            v = load_rows(v_ptr, t0, v_strides[2], keep, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
-            ref, P, first = exponentials(s, keep, ref, tot, F)
-            cum = running_sums(P, tot, F)
-            inverse = reciprocal(cum)
-            norm = norms(ref[None, :] + tl.log2(cum), decay2, F) if F.MASS else 0.0
-            offs = tl.arange(0, F.CHUNK)
-            there = t0 + offs < stop
-            for g in range(F.GROUP):
-                head_ptr, dhead_ptr = (
-                    head_of(q_ptr, g, q_strides),
-                    dq_ptr + g * head_size,
-                )
-                rows = there & (offs < first)
-                features, W, factor = read_weights(head_ptr, t0, q_strides[2], there, lk, lk_ptr,
-                                                   marks, core, norm, half2, F)  # fmt: skip
-                dout = load_rows(head_of(dout_ptr, g, dout_strides), t0, dout_strides[2], rows,
-                                 F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)  # fmt: skip
-                pairs = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
-                wt, dW, centre = row_gradients(P, W, inverse, rows, pairs, dout, acc, F)
-                G = mm_acc(tl.trans(dout), wt * ratio[None, :], G, F)
-                pull += tl.sum(wt * centre, 0) * ratio
-                dcore, dlk, dhalf, ddecay = take_rows(
-                    head_ptr, dhead_ptr, t0, q_strides[2], rows, marks, lk, own_lk, lk_ptr, core,
-                    half2, d0, features, W, factor, dW, centre, dcore, dlk, dhalf, ddecay, F,
-                )  # fmt: skip
-            own_ratio = full(F.PAD_M, 1.0)
-            if first < F.CHUNK:
-                s = key_scores(k_ptr, t0, k_strides[2], keep, lq, marks, lq_ptr, decay2, F)
-                exact = exact_norm(s, ref, tot, F)
-                Z = norms(exact, decay2, F)
-                for g in range(F.GROUP):
-                    head_ptr, dhead_ptr = (
-                        head_of(q_ptr, g, q_strides),
-                        dq_ptr + g * head_size,
+        since, due = start, True
+        if F.PIECES:
+            since = tl.load(rises + line)
+            due = since < stop
+        if due:
+            risen = True
+            state = load_state(saved, line, 0, F)
+            G, pull = 0.0, 0.0
+            if F.TAKES_STATES:
+                G, pull = zeros(F.PAD_M, F.BLOCK_V), full(F.PAD_M, 0.0)
+                if F.PIECES:
+                    G, pull = (
+                        tl.load(state_ptrs(own.G, line, 0, F)),
+                        tl.load(vector_ptrs(own.pull, line, F)),
                     )
-                    rows = there & (offs >= first)
-                    features, W, factor = read_weights(
-                        head_ptr, t0, q_strides[2], there, lk, lk_ptr, marks, core, Z, half2, F
-                    )
-                    dout = load_rows(head_of(dout_ptr, g, dout_strides), t0, dout_strides[2], rows,
-                                     F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)  # fmt: skip
-                    pairs = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
-                    wt, dW, centre = exact_row_gradients(s, exact, W, pairs, dout, ref, acc,
-                                                         first, F)  # fmt: skip
-                    G = mm_acc(tl.trans(dout), wt * ratio[None, :], G, F)
-                    pull += tl.sum(wt * centre, 0) * ratio
-                    dcore, dlk, dhalf, ddecay = take_rows(
-                        head_ptr, dhead_ptr, t0, q_strides[2], rows, marks, lk, own_lk, lk_ptr,
-                        core, half2, d0, features, W, factor, dW, centre, dcore, dlk, dhalf,
-                        ddecay, F,
-                    )  # fmt: skip
-                P, ref, own_ratio = rebased(s, ref, tot, F)
-            length = tl.minimum(stop - t0, F.CHUNK)
-            E, ref, tot, own_ratio = end_of_chunk(P, ref, tot, own_ratio, decay2, length, F)
-            acc = mm_acc(tl.trans(v), E, acc * own_ratio[None, :], F)
-            ratio *= own_ratio
-        pull_ptrs, G_ptrs = state_ptrs(own.pull, own.G, line, 0, F)
-        ratio_ptrs, _ = state_ptrs(own.ratio, own.G, line, 0, F)
-        tl.store(pull_ptrs, pull)
-        tl.store(G_ptrs, G)
-        tl.store(ratio_ptrs, tl.where(tot == 0.0, 0.0, ratio / tot))
-    store_partials(partial, group, pair, part, dcore, dlk, dhalf, ddecay, problem, F)
+            given = (G, pull, state[1])  # the ratio: e^{L at the slot's start}, in units of 2^ref
+            state, given, sums, rise = slot_rows(
+                queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, given,
+                sums, lq, lk, decay2, part, marks, problem, F,
+            )  # fmt: skip
+            if F.TAKES_STATES:
+                tl.store(vector_ptrs(own.pull, line, F), given[1])
+                tl.store(state_ptrs(own.G, line, 0, F), given[0])
+                ratio = tl.where(state[1] == 0.0, 0.0, given[2] / state[1])
+                tl.store(vector_ptrs(own.ratio, line, F), ratio)
+            if not F.PIECES:
+                tl.store(rises + line, rise)
+    if F.PIECES:
+        if risen:
+            store_sums(partial, group, pair, part, sums, problem, F)
+    else:
+        store_sums(partial, group, pair, part, sums, problem, F)
 
 
 @triton.jit
-def store_partials(partial, group, pair, part, dcore, dlk, dhalf, ddecay, problem,
-                   F: tl.constexpr):  # fmt: skip
+def new_sums(F: tl.constexpr):
+    """(dcore, dlk, dhalf, ddecay) of nothing yet."""
+    dcore, dlk = 0.0, 0.0
+    if F.TAKES_CORE:
+        dcore = zeros(F.PAD_M, F.PAD_M)
+    if F.TAKES_QUERIES:
+        dlk = zeros(F.PAD_M, F.BLOCK_D)
+    return dcore, dlk, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
+
+
+@triton.jit
+def put_share(ptrs, x, F: tl.constexpr):
+    """A share of a sum, to its place; that of the pieces comes on top of it."""
+    if F.PIECES:
+        x += tl.load(ptrs)
+    tl.store(ptrs, x)
+
+
+@triton.jit
+def columns_ptrs(base, line, part, F: tl.constexpr):
+    """Where a program's columns of line `line` of (lines, PAD_M, columns) lie."""
+    rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
+    cols = part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
+    return base + rows[:, None] * (F.BLOCKS_D * F.BLOCK_D) + cols[None, :]
+
+
+@triton.jit
+def store_sums(partial, group, pair, part, sums, problem, F: tl.constexpr):
     """This program's share of the parameter gradients, a place of its own."""
+    dcore, dlk, dhalf, ddecay = sums
     line = tl.cast(pair, tl.int64) * problem.groups + group
     offs_m = tl.arange(0, F.PAD_M)
-    offs_d = part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
-    rows = line * problem.parts * F.BLOCK_D + offs_d
-    tl.store(partial.dlk + rows[:, None] * F.PAD_M + offs_m[None, :], dlk)
-    if part == 0:
-        marks = line * F.PAD_M + offs_m
-        tl.store(partial.dcore + marks[:, None] * F.PAD_M + offs_m[None, :], dcore)
-        tl.store(partial.dhalf + marks, dhalf)
-        tl.store(partial.ddecay + marks, ddecay)
+    marks = line * F.PAD_M + offs_m
+    if F.TAKES_CORE:
+        if part == 0:
+            put_share(partial.dcore + marks[:, None] * F.PAD_M + offs_m[None, :], dcore, F)
+    if F.TAKES_QUERIES:
+        put_share(columns_ptrs(partial.dlk, line, part, F), dlk, F)
+        if part == 0:
+            put_share(partial.dhalf + marks, dhalf, F)
+            put_share(partial.ddecay + marks, ddecay, F)

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
 from . import configs
-from .backward_rows import centre_of, store_partials, take_rows
-from .forward import read_weights
+from .backward_keys import store_key_sums, take_keys
+from .backward_rows import centre_of, new_sums, store_sums, take_rows
+from .chunks import key_scores
 from .gradients import (
     new_key_partials,
     new_reverse,
@@ -31,20 +32,20 @@ from .primitives import (
     head_of,
     incoming_state,
     kept_tokens,
-    key_scores,
-    load_landmarks,
     load_rows,
     locate,
     mm,
     mm_acc,
     operand,
-    parameters,
     reciprocal,
     span_of,
     state_ptrs,
     store_rows,
+    tokens_of,
+    vector_ptrs,
     zeros,
 )
+from .reading import landmark_keys, landmark_queries, read_weights, split_core, turned_reading
 from .states import start_states
 
 
@@ -54,30 +55,17 @@ def read_kernel(q_ptr, out_ptr, q_strides, marks, ends, table, problem, F: tl.co
     b, h = pair // problem.heads, pair % problem.heads
     start, stop, row = span_of(slot, b, problem, table, F)
     v0 = part * F.BLOCK_V
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    q_ptr += b64 * q_strides[0] + h64 * F.GROUP * q_strides[1]
-    out_ptr += (b64 * problem.heads + h64) * F.GROUP * problem.tokens * F.DIM_V + v0
-    _, lk_ptr, _, lk, core, _, half2 = parameters(marks, b, h, q_ptr.dtype.element_ty, F)
+    queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
+    out_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM_V + v0
+    lk = landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     line = tl.cast(row, tl.int64) * problem.heads + h
     ref, tot, acc = incoming_state(ends.L, ends.R, line, v0, F)
-    R = operand(tl.trans(acc * reciprocal(tot)[None, :]), F)
+    R = operand(acc * reciprocal(tot)[:, None], F)
     norm = (ref + tl.log2(tot))[None, :] + zeros(F.CHUNK, F.PAD_M)
     for t0 in range(start, stop, F.CHUNK):
         there = t0 + tl.arange(0, F.CHUNK) < stop
         for g in range(F.GROUP):
-            features, W, factor = read_weights(
-                head_of(q_ptr, g, q_strides),
-                t0,
-                q_strides[2],
-                there,
-                lk,
-                lk_ptr,
-                marks,
-                core,
-                norm,
-                half2,
-                F,
-            )
+            features, W, factor = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
             store_rows(out_ptr + tl.cast(g, tl.int64) * problem.tokens * F.DIM_V, t0, F.DIM_V,
                        there, F.DIM_V - v0, mm(W, R, F), F.CHUNK, F.BLOCK_V,
                        F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
@@ -89,51 +77,40 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, q_strides, dout_strides, marks
     """dQ, the gradients of core and landmark keys, and what each slot gives to the states."""
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    d0 = part * F.BLOCK_D
-    q_ptr += b64 * q_strides[0] + h64 * F.GROUP * q_strides[1]
-    dout_ptr += b64 * dout_strides[0] + h64 * F.GROUP * dout_strides[1]
+    queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
+    douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
-    dq_ptr += (b64 * problem.heads + h64) * F.GROUP * head_size + d0
-    _, lk_ptr, _, lk, core, _, half2 = parameters(marks, b, h, q_ptr.dtype.element_ty, F)
-    own_lk = load_landmarks(lk_ptr, marks.lk_strides[2], part, tl.float32, F)
-    dcore = zeros(F.PAD_M, F.PAD_M)
-    dlk = zeros(F.BLOCK_D, F.PAD_M)
-    dhalf = full(F.PAD_M, 0.0)
-    ddecay = full(F.PAD_M, 0.0)
+    dq_ptr += tl.cast(pair, tl.int64) * F.GROUP * head_size
+    lk = split_core(landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F), F)
+    sums = new_sums(F)
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
         start, stop, row = span_of(slot, b, problem, table, F)
         line = tl.cast(row, tl.int64) * problem.heads + h
         ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, F)
-        R = acc * reciprocal(tot)[None, :]
-        norm = (ref + tl.log2(tot))[None, :] + zeros(F.CHUNK, F.PAD_M)
-        G = zeros(F.BLOCK_V, F.PAD_M)
+        R = operand(acc * reciprocal(tot)[:, None], F)
+        norm = (ref + tl.log2(tot))[:, None] + zeros(F.PAD_M, F.CHUNK)
+        G = zeros(F.PAD_M, F.BLOCK_V)
         pull = full(F.PAD_M, 0.0)
         for t0 in range(start, stop, F.CHUNK):
             there = t0 + tl.arange(0, F.CHUNK) < stop
             for g in range(F.GROUP):
-                head_ptr = head_of(q_ptr, g, q_strides)
-                features, W, factor = read_weights(head_ptr, t0, q_strides[2], there, lk, lk_ptr,
-                                                   marks, core, norm, half2, F)  # fmt: skip
-                dout = load_rows(head_of(dout_ptr, g, dout_strides), t0, dout_strides[2], there,
-                                 F.DIM_V, F.CHUNK, F.BLOCK_V, F.DIM_V != F.BLOCK_V)  # fmt: skip
-                dW = mm(dout, R, F)
+                head, dhead = head_of(queries, g), head_of(douts, g)
+                reading = turned_reading(head, t0, there, lk, norm, marks, F)
+                dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V,
+                                 F.DIM_V != F.BLOCK_V)  # fmt: skip
+                W = reading[1]
+                dW = mm(R, tl.trans(dout), F)
                 centre = centre_of(W, dW, F)
-                G = mm_acc(tl.trans(dout), W, G, F)
-                pull += tl.sum(W * centre, 0)
-                dcore, dlk, dhalf, ddecay = take_rows(
-                    head_ptr, dq_ptr + g * head_size, t0, q_strides[2], there, marks, lk, own_lk,
-                    lk_ptr, core, half2, d0, features, W, factor, dW, centre, dcore, dlk, dhalf,
-                    ddecay, F,
-                )  # fmt: skip
+                G = mm_acc(W, dout, G, F)
+                pull += tl.sum(W * centre, 1)
+                sums = take_rows(head, dq_ptr + g * head_size, t0, F.CHUNK, there, part, lk,
+                                 reading, dW, centre, sums, marks, F)  # fmt: skip
         slot_line = tl.cast(pair, tl.int64) * problem.slots + slot
-        pull_ptrs, G_ptrs = state_ptrs(own.pull, own.G, slot_line, 0, F)
-        ratio_ptrs, _ = state_ptrs(own.ratio, own.G, slot_line, 0, F)
-        tl.store(pull_ptrs, pull)
-        tl.store(G_ptrs, G)
-        tl.store(ratio_ptrs, full(F.PAD_M, 1.0))
-    store_partials(partial, group, pair, part, dcore, dlk, dhalf, ddecay, problem, F)
+        tl.store(vector_ptrs(own.pull, slot_line, F), pull)
+        tl.store(state_ptrs(own.G, slot_line, 0, F), G)
+        tl.store(vector_ptrs(own.ratio, slot_line, F), full(F.PAD_M, 1.0))
+    store_sums(partial, group, pair, part, sums, problem, F)
 
 
 @triton.jit(do_not_specialize=["problem"])
@@ -142,48 +119,35 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
     """ds_lj = e^{s_lj - L_l} (G_l . v_j - g_l), dK, dV and the gradient of landmark queries."""
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
-    NARROW_D: tl.constexpr = F.DIM % F.BLOCK_D != 0
-    d0 = part * F.BLOCK_D
-    k_ptr += b64 * k_strides[0] + h64 * k_strides[1]
-    v_ptr += b64 * v_strides[0] + h64 * v_strides[1]
-    dk_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM + d0
+    keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
+    dk_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM
     dv_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM_V
     if F.KEEP:
-        keep_ptr += b64 * problem.tokens
-    lq_ptr, _, lq, _, _, decay2, _ = parameters(marks, b, h, k_ptr.dtype.element_ty, F)
-    own_lq = load_landmarks(lq_ptr, marks.lq_strides[2], part, tl.float32, F)
-    dlq = zeros(F.BLOCK_D, F.PAD_M)
+        keep_ptr += tl.cast(b, tl.int64) * problem.tokens
+    lq = landmark_queries(marks, b, h, k_ptr.dtype.element_ty, F)
+    dlq = zeros(F.PAD_M, F.BLOCK_D)
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
         start, stop, row = span_of(slot, b, problem, table, F)
         line = tl.cast(row, tl.int64) * problem.heads + h
-        ref, tot, _ = incoming_state(ends.L, ends.R, line, 0, F)
-        pull_ptrs, G_ptrs = state_ptrs(reverse.pull, reverse.G, line, 0, F)
-        pull, G = tl.load(pull_ptrs), tl.load(G_ptrs)
+        ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, F)
+        pull = tl.load(vector_ptrs(reverse.pull, line, F))
+        G = tl.load(state_ptrs(reverse.G, line, 0, F))
         share = reciprocal(tot)
         for t0 in range(start, stop, F.CHUNK):
             there = t0 + tl.arange(0, F.CHUNK) < stop
             keep = kept_tokens(keep_ptr, t0, stop, F)
-            s = key_scores(k_ptr, t0, k_strides[2], keep, lq, marks, lq_ptr, decay2, F)
-            v = load_rows(v_ptr, t0, v_strides[2], keep, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
-            E = tl.exp2(s - ref[None, :]) * share[None, :]
-            ds = E * (mm(v, G, F) - pull[None, :])
-            dv = mm(E, tl.trans(G), F)
-            dk = mm(ds, tl.trans(own_lq), F) * marks.scale
-            store_rows(dk_ptr, t0, F.DIM, there, F.DIM - d0, dk, F.CHUNK, F.BLOCK_D, NARROW_D)
+            s, k = key_scores(keys, t0, keep, lq, 0.0, marks, F)
+            v = load_rows(values[0], t0, values[1], keep, F.DIM_V, F.CHUNK, F.BLOCK_V,
+                          F.DIM_V != F.BLOCK_V)  # fmt: skip
+            E = tl.exp2(s - ref[:, None]) * share[:, None]
+            ds = operand(E * (mm(G, tl.trans(v), F) - pull[:, None]), F)
+            dv = mm(tl.trans(operand(E, F)), G, F)
             if part == 0:
-                store_rows(dv_ptr, t0, F.DIM_V, there, F.DIM_V, dv, F.CHUNK, F.BLOCK_V, NARROW_V)
-            k = load_rows(k_ptr + d0, t0, k_strides[2], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D,
-                          NARROW_D)  # fmt: skip
-            dlq = mm_acc(tl.trans(operand(k, F)), ds, dlq, F)
-    line = tl.cast(pair, tl.int64) * problem.groups + group
-    offs_m = tl.arange(0, F.PAD_M)
-    rows = line * problem.parts * F.BLOCK_D + part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
-    tl.store(partial.dlq + rows[:, None] * F.PAD_M + offs_m[None, :], dlq)
-    if part == 0:
-        tl.store(partial.ddecay + line * F.PAD_M + offs_m, full(F.PAD_M, 0.0))
+                store_rows(dv_ptr, t0, F.DIM_V, there, F.DIM_V, dv, F.CHUNK, F.BLOCK_V,
+                           F.DIM_V != F.BLOCK_V)  # fmt: skip
+            dlq = take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F)
+    store_key_sums(partial, group, pair, part, (dlq, full(F.PAD_M, 0.0)), problem, F)
 
 
 def reading(call: args.Call, config: configs.Config) -> tuple[args.Features, args.Slots]:
@@ -247,7 +211,7 @@ def bidirectional_sweep(
         marks = slice(F.MARKS)
         empty = call.L0 == -torch.inf
         kept = torch.exp(call.L0 - ends.L).masked_fill(empty, 0.0)
-        dR0 = G[:, : F.DIM_V, marks].mT.reshape(call.R0.shape)
+        dR0 = G[:, marks, : F.DIM_V].reshape(call.R0.shape)
         held = call.R0.masked_fill(empty.unsqueeze(-1), 0.0)
         grads["L0"] = kept * ((dR0 * held).sum(-1) - pull[:, marks].reshape(empty.shape))
         grads["R0"] = kept.unsqueeze(-1) * dR0

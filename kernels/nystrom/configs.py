@@ -8,8 +8,7 @@ import torch
 
 from ..block_sparse.configs import processors
 
-PASSES = ("states", "forward", "decode", "rows", "keys", "read")
-MAX_LANDMARKS = 128  # on a GPU
+PASSES = ("states", "forward", "pieces", "decode", "rows", "keys", "read")
 DECODE_TOKENS = 16  # a call of at most so many tokens is one program a head: one chunk
 
 
@@ -22,6 +21,7 @@ class Config:
     block_d: int
     num_warps: int
     num_stages: int
+    shares: int = 1  # launches that a pass of the backward is cut into
 
 
 def choose(
@@ -29,31 +29,26 @@ def choose(
 ) -> Config:
     """The config of a pass of `PASSES`.
 
-    `width`, `head_dim` and `v_dim` are padded to powers of two >= 16. Half a chunk, and columns of
-    queries in parts, are what keeps wide float32 operands and wide backwards in shared memory.
+    `width`, `head_dim` and `v_dim` are padded to powers of two >= 16. A tile has a landmark a row,
+    64 of them to four warps, and registers to a thread in proportion to its columns: so the short
+    chunks, and the launches that a backward is cut into.
     """
-    backward = pass_ in ("rows", "keys")
+    backward, bfloat16 = pass_ in ("rows", "keys"), dtype == torch.bfloat16
     wide = max(width, head_dim, v_dim) > 64
     block_d = min(head_dim, 64 if backward or width > 128 or dtype == torch.float32 else 128)
-    block_v = min(v_dim, 64 if width > 128 or pass_ == "decode" else 128)
-    chunk = 64
-    if dtype != torch.bfloat16 or width > 128:
-        chunk = 16 if backward and (wide or dtype == torch.float32) else 32
-    elif backward and wide:
-        chunk = 32
-    if tokens <= DECODE_TOKENS and pass_ != "read":
+    block_v = min(v_dim, 64 if width > 128 or backward or pass_ == "decode" else 128)
+    if backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
-    return Config(chunk, block_v, block_d, num_warps=8 if wide else 4, num_stages=1)
-
-
-def why_not(device: torch.device, marks: int) -> str | None:
-    """Why no config fits this many landmarks; the interpreter has no limit."""
-    if device.type == "cuda" and marks > MAX_LANDMARKS:
-        return (
-            f"landmarks: expected at most {MAX_LANDMARKS} of them with the Triton kernels on a GPU "
-            f"(their core must fit in shared memory), got {marks}"
-        )
-    return None
+    elif pass_ == "pieces":
+        chunk = 16 if wide else 32
+    elif pass_ == "forward" and (wide or not bfloat16):
+        chunk = 32 if bfloat16 else 16
+    else:
+        chunk = 64 if bfloat16 and width <= 128 else 32
+    shares = 1
+    if backward:
+        shares = 3 if pass_ == "rows" and width > 64 else 2
+    return Config(chunk, block_v, block_d, 8 if width > 64 else 4, 1, shares)
 
 
 FORWARD_SPAN = 512  # tokens between states that are stored
@@ -72,3 +67,14 @@ PROGRAMS = 1024  # of a backward kernel: each leaves a share of the parameter gr
 
 def slots_of_a_program(slots: int) -> int:
     return max(1, slots // PROGRAMS)
+
+
+ROWS = "TAKES_STATES", "TAKES_CORE", "TAKES_QUERIES"
+KEYS = "TAKES_KEYS", "TAKES_VALUES"
+
+
+def shares(pass_: str, count: int) -> tuple[dict[str, bool], ...]:
+    """What each of `count` launches of a backward pass is for, as fields of `Features`."""
+    names = ROWS if pass_ == "rows" else KEYS
+    cuts = {1: (names,), 2: (names[:-1], names[-1:]), 3: tuple((x,) for x in names)}[count]
+    return tuple({name: name in own for name in names} for own in cuts)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ..block_sparse.arguments import on_device
 from . import arguments as args
-from .primitives import full, locate, state_ptrs
+from .primitives import full, locate, state_ptrs, vector_ptrs
 
 
 class Reverse(NamedTuple):
     """Reverse states, a line a slot: what a slot adds by itself, then the state at its end."""
 
     pull: Tensor  # (lines, PAD_M)
-    G: Tensor  # (lines, PAD_V, PAD_M)
+    G: Tensor  # (lines, PAD_M, PAD_V)
     ratio: Tensor  # (lines, PAD_M): e^{L at the slot's start - L at its end}
 
 
@@ -27,7 +27,7 @@ class RowPartials(NamedTuple):
     """Shares of the parameter gradients, a line a program."""
 
     dcore: Tensor  # (pairs, groups, PAD_M, PAD_M)
-    dlk: Tensor  # (pairs, groups, PAD_D, PAD_M)
+    dlk: Tensor  # (pairs, groups, PAD_M, PAD_D)
     dhalf: Tensor  # (pairs, groups, PAD_M)
     ddecay: Tensor  # (pairs, groups, PAD_M)
 
@@ -51,19 +51,20 @@ def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, problem, F: tl.constexp
     v0 = part * F.BLOCK_V
     line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.slots
     end_line = tl.cast(row, tl.int64) * problem.heads + h
-    end_pull_ptrs, end_G_ptrs = state_ptrs(pull_ptr, G_ptr, end_line, v0, F)
+    end_pull_ptrs = vector_ptrs(pull_ptr, end_line, F)
+    end_G_ptrs = state_ptrs(G_ptr, end_line, v0, F)
     G = tl.load(end_G_ptrs)
     pull = full(F.PAD_M, 0.0)
     if part == 0:
         pull = tl.load(end_pull_ptrs)
     for n in range(count):
         line = line0 + first + count - 1 - n
-        pull_ptrs, G_ptrs = state_ptrs(own.pull, own.G, line, v0, F)
-        ratio_ptrs, _ = state_ptrs(own.ratio, own.G, line, v0, F)
-        own_G, ratio = tl.load(G_ptrs), tl.load(ratio_ptrs)
+        G_ptrs = state_ptrs(own.G, line, v0, F)
+        own_G, ratio = tl.load(G_ptrs), tl.load(vector_ptrs(own.ratio, line, F))
         tl.store(G_ptrs, G)
-        G = G * ratio[None, :] + own_G
+        G = G * ratio[:, None] + own_G
         if part == 0:  # the other parts would race for it
+            pull_ptrs = vector_ptrs(own.pull, line, F)
             own_pull = tl.load(pull_ptrs)
             tl.store(pull_ptrs, pull)
             pull = pull * ratio + own_pull
@@ -75,10 +76,10 @@ def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, problem, F: tl.constexp
 def outgoing(call: args.Call, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Tensor]:
     """The reverse state (pull, G) after the last token, from the gradients of L and R there."""
     lines, marks = ends.L.shape[0] * ends.L.shape[1], slice(F.MARKS)
-    pull, G = ends.L.new_zeros(lines, F.PAD_M), ends.L.new_zeros(lines, F.PAD_V, F.PAD_M)
+    pull, G = ends.L.new_zeros(lines, F.PAD_M), ends.L.new_zeros(lines, F.PAD_M, F.PAD_V)
     if dR is not None:
         dR = dR.float()
-        G[:, : F.DIM_V, marks] = dR.flatten(0, 1).mT
+        G[:, marks, : F.DIM_V] = dR.flatten(0, 1)
         pull[:, marks] = (dR * ends.R).sum(-1).flatten(0, 1)
     if dL is not None:
         pull[:, marks] -= dL.float().flatten(0, 1)
@@ -99,19 +100,19 @@ def reverse_scan(
 
 def new_reverse(like: Tensor, lines: int, F: args.Features) -> Reverse:
     vectors = torch.empty(2, lines, F.PAD_M, dtype=torch.float32, device=like.device)
-    return Reverse(vectors[0], vectors.new_empty(lines, F.PAD_V, F.PAD_M), vectors[1])
+    return Reverse(vectors[0], vectors.new_empty(lines, F.PAD_M, F.PAD_V), vectors[1])
 
 
 def new_row_partials(like: Tensor, pairs: int, groups: int, F: args.Features) -> RowPartials:
     vectors = torch.empty(2, pairs, groups, F.PAD_M, dtype=torch.float32, device=like.device)
     dcore = vectors.new_empty(pairs, groups, F.PAD_M, F.PAD_M)
-    dlk = vectors.new_empty(pairs, groups, F.BLOCKS_D * F.BLOCK_D, F.PAD_M)
+    dlk = vectors.new_empty(pairs, groups, F.PAD_M, F.BLOCKS_D * F.BLOCK_D)
     return RowPartials(dcore, dlk, vectors[0], vectors[1])
 
 
 def new_key_partials(like: Tensor, pairs: int, groups: int, F: args.Features) -> KeyPartials:
     ddecay = torch.empty(pairs, groups, F.PAD_M, dtype=torch.float32, device=like.device)
-    return KeyPartials(ddecay.new_empty(pairs, groups, F.BLOCKS_D * F.BLOCK_D, F.PAD_M), ddecay)
+    return KeyPartials(ddecay.new_empty(pairs, groups, F.PAD_M, F.BLOCKS_D * F.BLOCK_D), ddecay)
 
 
 def parameter_gradients(
@@ -124,7 +125,7 @@ def parameter_gradients(
         return x.sum(1).view(batch, heads, *x.shape[2:])
 
     marks, dim = slice(F.MARKS), slice(F.DIM)
-    dlq, dlk = (total(x)[..., dim, marks].mT * call.marks.scale for x in (keys.dlq, rows.dlk))
+    dlq, dlk = (total(x)[..., marks, dim] * call.marks.scale for x in (keys.dlq, rows.dlk))
     if call.mass:  # s_ll / 2
         pull = total(rows.dhalf)[..., marks].unsqueeze(-1) * (0.5 * call.marks.scale)
         lq, lk = call.marks.lq.float(), call.marks.lk.float()

@@ -9,15 +9,11 @@ import triton.language as tl
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
 from .primitives import (
-    LOG2E,
     full,
     incoming_state,
     kept_tokens,
-    landmark_products,
-    load_landmarks,
     load_rows,
     load_state,
-    load_vector,
     locate,
     mm_acc,
     operand,
@@ -26,6 +22,7 @@ from .primitives import (
     store_state,
     zeros,
 )
+from .reading import landmark_dots, landmark_queries, load_decay
 
 
 @triton.jit(do_not_specialize=["problem"])
@@ -47,35 +44,32 @@ def states_kernel(
     start, stop, _ = span_of(slot, b, problem, table, F)
     v0 = part * F.BLOCK_V
     b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    k_ptr += b64 * k_strides[0] + h64 * k_strides[1]
+    keys = (k_ptr + b64 * k_strides[0] + h64 * k_strides[1], k_strides[2])
     v_ptr += b64 * v_strides[0] + h64 * v_strides[1] + v0
     if F.KEEP:
         keep_ptr += b64 * problem.tokens
-    lq_ptr = marks.lq + b64 * marks.lq_strides[0] + h64 * marks.lq_strides[1]
-    lq = load_landmarks(lq_ptr, marks.lq_strides[2], 0, k_ptr.dtype.element_ty, F)
-    decay2 = 0.0
-    if F.DECAY:
-        decay2 = load_vector(marks.decay + h * F.MARKS, F) * LOG2E
+    lq = landmark_queries(marks, b, h, k_ptr.dtype.element_ty, F)
+    decay2 = load_decay(marks, h, F)
 
     top = full(F.PAD_M, float("-inf"))
     tot = full(F.PAD_M, 0.0)
-    acc = zeros(F.BLOCK_V, F.PAD_M)
-    for t0 in range(start, stop, F.CHUNK):
+    acc = zeros(F.PAD_M, F.BLOCK_V)
+    for t0 in tl.range(start, stop, F.CHUNK):
         keep = kept_tokens(keep_ptr, t0, stop, F)
-        s = landmark_products(k_ptr, t0, k_strides[2], keep, lq, lq_ptr, marks.lq_strides[2], F)
-        s = s * marks.scale2
+        dots, k = landmark_dots(keys, t0, keep, lq, F)
+        s = dots * marks.scale2
         if F.DECAY:
             age = (stop - 1 - t0 - tl.arange(0, F.CHUNK)).to(tl.float32)
-            s -= age[:, None] * decay2[None, :]
-        s = tl.where(keep[:, None], s, float("-inf"))
-        higher = tl.maximum(top, tl.ceil(tl.max(s, 0)))
+            s -= decay2[:, None] * age[None, :]
+        s = tl.where(keep[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.ceil(tl.max(s, 1)))
         pivot = tl.where(higher == float("-inf"), 0.0, higher)
-        P = operand(tl.exp2(s - pivot[None, :]), F)
+        P = operand(tl.exp2(s - pivot[:, None]), F)
         alpha = tl.exp2(top - pivot)
         v = load_rows(v_ptr, t0, v_strides[2], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                       F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-        acc = mm_acc(tl.trans(v), P, acc * alpha[None, :], F)
-        tot = tot * alpha + tl.sum(P.to(tl.float32), 0)
+        acc = mm_acc(P, v, acc * alpha[:, None], F)
+        tot = tot * alpha + tl.sum(P.to(tl.float32), 1)
         top = higher
     ref = tl.where(top == float("-inf"), 0.0, top)
     line = tl.cast(pair, tl.int64) * problem.slots + slot
@@ -96,9 +90,7 @@ def scan_kernel(own, saved, ends, marks, table, sequences, problem, F: tl.conste
         first = tl.load(sequences + 2 * row)
         count = tl.load(sequences + 2 * row + 1)
     v0 = part * F.BLOCK_V
-    decay2 = 0.0
-    if F.DECAY:
-        decay2 = load_vector(marks.decay + h * F.MARKS, F) * LOG2E
+    decay2 = load_decay(marks, h, F)
     line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.slots
     end_line = tl.cast(row, tl.int64) * problem.heads + h
     ref, tot, acc = incoming_state(ends.L0, ends.R0, end_line, v0, F)
@@ -112,7 +104,7 @@ def scan_kernel(own, saved, ends, marks, table, sequences, problem, F: tl.conste
             ref -= whole
             shrink = tl.exp2(whole - fall)
             tot *= shrink
-            acc *= shrink[None, :]
+            acc *= shrink[:, None]
         # both states at the higher of the two references, then `tot` back to [1, 2)
         top = tl.maximum(tl.where(tot == 0.0, float("-inf"), ref),
                          tl.where(own_tot == 0.0, float("-inf"), own_ref))  # fmt: skip
@@ -124,7 +116,7 @@ def scan_kernel(own, saved, ends, marks, table, sequences, problem, F: tl.conste
         shrink = tl.exp2(-bits)
         ref = top + bits
         tot *= shrink
-        acc = acc * (past * shrink)[None, :] + own_acc * (new * shrink)[None, :]
+        acc = acc * (past * shrink)[:, None] + own_acc * (new * shrink)[:, None]
     store_end_state(ends.L, ends.R, end_line, v0, ref, tot, acc, F)
 
 

@@ -55,7 +55,7 @@ def added(far: Far, left: Totals, right: Totals) -> Totals:
 def running(far: Far, totals: Totals) -> Totals:
     """Inclusive running totals over the chunks."""
     if far.merge == "slots":
-        return tuple(x.cumsum(2) for x in totals)
+        return tuple(_RunningSums.apply(x) for x in totals)
     return _RunningStates.apply(*totals)
 
 
@@ -143,6 +143,17 @@ class _MassRead(torch.autograd.Function):
             dnumerator, dmass, *ctx.saved_tensors, *ctx.options
         )
         return *grads, None, None
+
+
+class _RunningSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.ops.flashmark.hybrid_running_sums(x, False)
+
+    @staticmethod
+    @first_order("hybrid_attention")
+    def backward(ctx, dtotal):
+        return (torch.ops.flashmark.hybrid_running_sums(dtotal, True),)
 
 
 class _RunningStates(torch.autograd.Function):

@@ -85,7 +85,7 @@ class Resumed:
         return torch.cat([held, keep], 1).gather(1, self._near) & self._there
 
     def keys(self, x: Tensor) -> Tensor:
-        return taken(x, self._split).unflatten(2, (self.chunks, -1))
+        return taken(x, self._split).unflatten(2, (self.chunks, self.own.shape[2]))
 
     queries = keys
 
@@ -108,7 +108,7 @@ def taken(x: Tensor, index: Tensor) -> Tensor:
     batch, heads, length, width = x.shape
     line = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * length
     flat = (line + index.unsqueeze(1)).flatten()
-    return x.reshape(-1, width).index_select(0, flat).view(batch, heads, -1, width)
+    return x.reshape(-1, width).index_select(0, flat).view(batch, heads, index.shape[1], width)
 
 
 class Packing:

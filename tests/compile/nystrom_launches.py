@@ -22,10 +22,12 @@ class Launch:
     dim: int
     feature: str = "plain"  # or "mass", "decay", "grouped", "packed"
     dtype: torch.dtype = HALF
+    v_dim: int = 0  # as `dim` where 0
 
     def __str__(self) -> str:
         dtype = {HALF: "bf16", SINGLE: "fp32"}.get(self.dtype, "fp16")
-        return f"{self.pass_}-{dtype}-M{self.marks}-D{self.dim}-{self.feature}"
+        widths = f"M{self.marks}-D{self.dim}" + (f"-Dv{self.v_dim}" if self.v_dim else "")
+        return f"{self.pass_}-{dtype}-{widths}-{self.feature}"
 
     def run(self) -> None:
         """Call the launchers on CPU tensors."""
@@ -33,21 +35,23 @@ class Launch:
         group = 2 if self.feature == "grouped" else 1
         query = torch.zeros(1, HEADS * group, tokens, self.dim, dtype=self.dtype)
         key = torch.zeros(1, HEADS, tokens, self.dim, dtype=self.dtype)
+        value = torch.zeros(1, HEADS, tokens, self.v_dim or self.dim, dtype=self.dtype)
         landmarks = torch.zeros(HEADS, self.marks, self.dim)
         core = torch.zeros(HEADS, self.marks, self.marks)
         decay = torch.zeros(HEADS, self.marks) if self.feature == "decay" else None
         bounds = torch.tensor([0, 100, tokens], dtype=torch.int32)
         L0 = torch.zeros(1, HEADS, self.marks) if self.pass_ == "decode" else None
-        R0 = None if L0 is None else torch.zeros(*L0.shape, self.dim)
+        R0 = None if L0 is None else torch.zeros(*L0.shape, value.shape[3])
         tensors = (
-            query, key, key, landmarks, landmarks, core, decay, None,
+            query, key, value, landmarks, landmarks, core, decay, None,
             bounds if self.feature == "packed" else None, L0, R0, 0.125,
             "mass" if self.feature == "mass" else "landmark", self.pass_ != "bidirectional",
         )  # fmt: skip
         if self.pass_ in ("forward", "decode", "bidirectional"):
             nystrom.forward(*tensors)
         if self.pass_ in ("backward", "bidirectional"):
-            nystrom.backward(query, None, None, *tensors)
+            out = torch.zeros(*query.shape[:3], value.shape[3], dtype=self.dtype)
+            nystrom.backward(out, None, None, *tensors)
 
 
 WIDTHS = (32, 64, 128)
@@ -61,4 +65,8 @@ def all_launches() -> list[Launch]:
         *(Launch(p, 64, 64, f) for p in ("forward", "backward")
           for f in ("mass", "decay", "grouped", "packed")),
         *(Launch(p, 64, 64) for p in ("decode", "bidirectional")),
+        *(Launch(p, 64, 64, dtype=t) for p in ("forward", "backward")
+          for t in (torch.float16, SINGLE)),
+        *(Launch(p, 64, d, v_dim=v) for p in ("forward", "backward")
+          for d, v in ((64, 128), (128, 64))),
     ]  # fmt: skip

@@ -1,24 +1,26 @@
-"""Print registers, spills, shared memory and matrix instructions of the block-sparse kernels, as a
-table.
+"""Print registers, spills, shared memory and matrix instructions of the kernels, as a table.
 
-python tests/compile/report.py [sm_90 sm_80 sm_100 gfx942 ...]
+python tests/compile/report.py [nystrom] [sm_90 sm_80 sm_100 gfx942 ...]
 """
 
 from __future__ import annotations
 
 import sys
 
-from block_sparse_launches import all_launches
+import block_sparse_launches
+import nystrom_launches
 from compiler import compiling_for, inspect, parse_target
 
 COLUMNS = ("registers", "spilled", "shared", "warps", "hgmma", "hmma")
 
 
 def main(targets: list[str]) -> None:
+    family = nystrom_launches if "nystrom" in targets else block_sparse_launches
+    targets = [target for target in targets if target != "nystrom"]
     for target in targets or ["sm_90"]:
         print(f"\n| {target} | kernel | " + " | ".join(COLUMNS) + " |")
         print("|---" * (len(COLUMNS) + 2) + "|")
-        for launch in all_launches():
+        for launch in family.all_launches():
             with compiling_for(parse_target(target)) as launches:
                 launch.run()
             for name, kernel in launches:

@@ -13,15 +13,15 @@ from nystrom_backend import DEVICE, op
 
 import flashmark
 import helpers
-from flashmark.kernels.nystrom import configs, primitives
+from flashmark.kernels.nystrom import chunks, configs
 from nystrom_cases import COVERING, Case
 
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
     for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
-        monkeypatch.setattr(configs, name, 128)
-    monkeypatch.setattr(configs, "SERIAL_TOKENS", 100)
+        monkeypatch.setattr(configs, name, 64)
+    monkeypatch.setattr(configs, "SERIAL_TOKENS", 50)
     monkeypatch.setattr(configs, "PROGRAMS", 2)
 
 
@@ -30,7 +30,15 @@ def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
     assert report.ok, f"\n{report}"
 
 
-SMALL = [c for c in COVERING if c.n < 1000 and c.decay < 2.0]
+def is_small(case: Case) -> bool:
+    """What interprets in a second or two; longer and wider ones repeat what these show."""
+    return case.n < 300 and case.marks < 200 or case.packed and case.group == 1
+
+
+SMALL = [case for case in COVERING if is_small(case)] + [
+    Case(90, 200, group=2, dim=32, v_dim=8),
+    Case(140, 13, group=4, decay=3.0),
+]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -58,8 +66,8 @@ def test_half_precision_is_as_good_as_plain_pytorch(case, dtype):
 STEEP = [
     Case(70, 8, spread=30.0),
     Case(130, 4, spread=300.0, group=2, state=True),
-    Case(140, 8, spread=2000.0, padding=(3, 3)),
     Case(140, 8, spread=300.0, decay=0.1),
+    Case(140, 8, spread=2000.0, decay=0.1, padding=(3, 3)),
     Case(80, 8, spread=100.0, normalize="mass"),
     Case(60, 8, spread=2000.0, is_causal=False, state=True),
 ]
@@ -73,20 +81,16 @@ def test_scores_up_to_ten_thousand(case):
 
 @pytest.mark.parametrize("decay", [3.0, 8.0])
 def test_decay_of_many_nats_a_token(decay):
-    """Times of a chunk as scores: 2 eps of them is allowed, as of any score."""
-    case = Case(90, 8, group=2, decay=decay)
-    report = flashmark.check(op, **case.arguments(), return_state=True)
-    slack = 2 * torch.finfo(torch.float32).eps * float(case.arguments()["decay"].max()) * 64
-    over = [row for row in report.rows if not row.error <= row.budget + 4 * slack]
-    assert not over, f"\n{report}"
+    """Pieces keep the times of a chunk small: no slack for them."""
+    check(Case(60, 8, group=2, decay=decay))
 
 
 WIDE = [
     Case(20, 4, dim=1, v_dim=1, given_core=True),
     Case(20, 256, dim=256, v_dim=256),
-    Case(70, 5, dim=200, v_dim=150, group=2, state=True, decay=0.1),
+    Case(40, 5, dim=200, v_dim=150, group=2, state=True, decay=0.1),
     Case(20, 130, dim=17, v_dim=33, normalize="mass"),
-    Case(200, 5, dim=16, v_dim=140),
+    Case(70, 5, dim=16, v_dim=140),
     Case(40, 5, dim=200, v_dim=150, is_causal=False, kv_len=30, state=True),
 ]
 
@@ -97,11 +101,11 @@ def test_widths_from_1_to_256(case):
 
 
 def test_a_rise_inside_a_chunk_and_back():
-    """Chunks that need the exact path alternate with chunks that do not, within one head only."""
-    arguments = Case(200, 4, kv_heads=2, batch=2).arguments()
+    """Slots that are cut into pieces alternate with slots that are not, within one head only."""
+    arguments = Case(100, 4, kv_heads=2, batch=2).arguments()
     key = arguments["key"].detach().clone()
-    key[0, 1, 100:103] *= 200.0
-    key[1, 0, 199] *= 1000.0
+    key[0, 1, 50:53] *= 200.0
+    key[1, 0, 99] *= 1000.0
     report = flashmark.check(op, **(arguments | {"key": key.requires_grad_()}), return_state=True)
     assert report.ok, f"\n{report}"
 
@@ -109,14 +113,14 @@ def test_a_rise_inside_a_chunk_and_back():
 @pytest.mark.parametrize(
     "case",
     [
-        Case(150, 8, group=2, state=True),
-        Case(150, 5, decay=0.1, padding=(70, 3)),
-        Case(70, 8, normalize="mass", decay=0.05),
+        Case(80, 8, group=2, state=True),
+        Case(80, 5, decay=0.1, padding=(40, 3)),
+        Case(40, 8, normalize="mass", decay=0.05),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rise", [2.0, -1000.0], ids=["some-rows", "all-rows"])
-def test_the_exact_path_agrees_with_the_fast_one(monkeypatch, case, rise):
+@pytest.mark.parametrize("rise", [2.0, -1.0], ids=["a-few-pieces", "many-pieces"])
+def test_pieces_agree_with_whole_chunks(monkeypatch, case, rise):
     if DEVICE.type != "cpu":
         pytest.skip("a compiled kernel keeps its threshold")
 
@@ -129,9 +133,9 @@ def test_the_exact_path_agrees_with_the_fast_one(monkeypatch, case, rise):
         return out.detach(), *state, *torch.autograd.grad(loss, leaves)
 
     fast = run()
-    monkeypatch.setattr(primitives, "RISE", tl.constexpr(rise))
+    monkeypatch.setattr(chunks, "RISE", tl.constexpr(rise))
     exact = run()
-    assert not torch.equal(fast[0], exact[0]), "the exact path was not taken"
+    assert not torch.equal(fast[0], exact[0]), "no chunk was cut"
     for actual, wanted in zip(exact, fast, strict=True):
         helpers.assert_close(actual, wanted, 2e-5)
 
@@ -145,7 +149,7 @@ def test_scale(scale):
 
 def test_gradients_repeat_to_the_bit():
     def gradients():
-        arguments = Case(300, 8, group=2, batch=2, decay=0.05, state=True).arguments()
+        arguments = Case(140, 8, group=2, batch=2, decay=0.05, state=True).arguments()
         out = op(**arguments)
         leaves = [arguments[x] for x in ("query", "key", "value", "landmarks", "decay")]
         return torch.autograd.grad(out.square().sum(), [*leaves, *arguments["state"]])
@@ -180,7 +184,7 @@ def test_hidden_keys_and_values_may_hold_anything():
 
 
 def test_a_constant_value_comes_back():
-    arguments = Case(150, 13, group=2).arguments()
+    arguments = Case(100, 13, group=2).arguments()
     value = torch.full_like(arguments["value"], 3.0)
     out = op(**(arguments | {"value": value}))
     helpers.assert_close(out, torch.full_like(out, 3.0), 1e-5)

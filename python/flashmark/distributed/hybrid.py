@@ -95,7 +95,7 @@ def context_parallel_hybrid_attention(
     runs = _backends("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
     far = Far(merge, lq, lk, core, width, runs[1])
     pieces = pieces_of(plan, group, key, bounds=True)
-    bounds = [] if pieces.bounds is None else pieces.bounds.tolist()
+    bounds = pieces.limits or torch.as_tensor(pieces.bounds).tolist()
     _check_bounds(bounds, window)
     check_exchange(exchange, pieces, dist.get_world_size(group))
     tokens = _Keys(key, value, key.new_ones(*key.shape[:3], 1))
@@ -188,7 +188,7 @@ def _check_bounds(bounds: list[int], window: int) -> None:
 def _windows_before(tokens: _Keys, pieces: Pieces, window: int, group) -> list[_Keys]:
     """The keys of the window before each of this rank's pieces; none take part before the first."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    holder = (pieces.order // pieces.slots).tolist()
+    holder = [place // pieces.slots for place in pieces.places]
     local = {number: place for number, place in pieces.mine if holder[number] == rank}
     wanted = [number for number in local if number > 0]
     steps = torch.arange(window)

@@ -19,23 +19,30 @@ class Pieces(NamedTuple):
 
     mine: list[tuple[int, slice]]  # this rank's: number in the sequence, and local tokens
     slots: int  # most pieces that a rank has
-    order: Tensor  # the place of each piece among (rank, slot)
+    places: list[int]  # of each piece among (rank, slot)
+    order: Tensor  # the same on the device
     bounds: Tensor | None  # where each begins, and the whole ends; None where nobody asked
+    limits: list[int] | None = None  # the same on the host, where a plan knows them
 
 
 def pieces_of(
     plan: ContextPlan | None, group: dist.ProcessGroup, key: Tensor, *, bounds: bool
 ) -> Pieces:
-    """Those of a plan; without one, the ranks' tokens follow each other."""
+    """Those of a plan, remembered; without one, the ranks' tokens follow each other."""
     rank, ranks, device = dist.get_rank(group), dist.get_world_size(group), key.device
-    if plan is None:
-        ends = None
-        if bounds:
-            lengths = torch.empty(ranks, dtype=torch.long, device=device)
-            gather(lengths, lengths.new_full((1,), key.shape[2]), group)
-            ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return Pieces([(rank, slice(0, key.shape[2]))], 1, torch.arange(ranks, device=device), ends)
-    held = [plan.segments(r) for r in range(ranks)]
+    if plan is not None:
+        return plan.remember("pieces", rank, device, lambda: _pieces_of_plan(plan, rank, device))
+    ends = None
+    if bounds:
+        lengths = torch.empty(ranks, dtype=torch.long, device=device)
+        gather(lengths, lengths.new_full((1,), key.shape[2]), group)
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    order = torch.arange(ranks, device=device)
+    return Pieces([(rank, slice(0, key.shape[2]))], 1, list(range(ranks)), order, ends)
+
+
+def _pieces_of_plan(plan: ContextPlan, rank: int, device: torch.device) -> Pieces:
+    held = [plan.segments(r) for r in range(plan.ranks)]
     slots = max(1, *map(len, held))
     known = sorted(
         (start, stop, r, slot)
@@ -48,9 +55,10 @@ def pieces_of(
             mine.append((number, slice(first, first + stop - start)))
             first += stop - start
     mine = mine or [(0, slice(0, 0))]  # a rank without tokens takes part in the collectives
-    order = torch.tensor([r * slots + slot for *_, r, slot in known], dtype=torch.long)
-    ends = torch.tensor([0, *(stop for _, stop, *_ in known)])
-    return Pieces(mine, slots, order.to(device), ends.to(device))
+    places = [r * slots + slot for *_, r, slot in known]
+    limits = [0, *(stop for _, stop, *_ in known)]
+    tensors = (torch.tensor(x, dtype=torch.long, device=device) for x in (places, limits))
+    return Pieces(mine, slots, places, *tensors, limits)
 
 
 EXCHANGES = ("all-gather", "scan")
@@ -59,7 +67,7 @@ EXCHANGES = ("all-gather", "scan")
 def check_exchange(exchange: str, pieces: Pieces, ranks: int) -> None:
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: expected 'all-gather' or 'scan', got {exchange!r}")
-    if exchange == "scan" and (pieces.slots, pieces.order.tolist()) != (1, list(range(ranks))):
+    if exchange == "scan" and (pieces.slots, pieces.places) != (1, list(range(ranks))):
         raise ValueError(
             "exchange: expected 'all-gather' where a rank holds several pieces, or none, got 'scan'"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +68,11 @@ class ContextPlan:
 
     def positions(self, rank: int) -> Tensor:
         """Positions in the whole sequence of the tokens that a rank holds, int64, ascending."""
-        return _tokens((self.owner == rank).nonzero().flatten(), self.block, self.length)
+
+        def compute() -> Tensor:
+            return _tokens((self.owner == rank).nonzero().flatten(), self.block, self.length)
+
+        return self.remember("positions", rank, torch.device("cpu"), compute)
 
     def segments(self, rank: int) -> list[tuple[int, int]]:
         """The same as ranges of positions (start, stop) that do not touch."""
@@ -158,19 +163,24 @@ class ContextPlan:
 
     def exchange(self, rank: int, device: torch.device | str = "cpu") -> Exchange:
         """The exchange as a rank sees it; remembered."""
-        return self._remember("exchange", rank, device, self._exchange)
+        device = torch.device(device)
+        if device.type != "cpu":
+            host = self.exchange(rank)
+            return self.remember("exchange", rank, device, lambda: host.to(device))
+        return self.remember("exchange", rank, device, lambda: self._exchange(rank))
 
     def local_mask(self, rank: int, device: torch.device | str = "cpu") -> BlockMask:
         """The mask of a rank's queries over its gathered keys; remembered."""
-        return self._remember("mask", rank, device, self._local_mask)
-
-    def _remember(self, what: str, rank: int, device, compute):
         device = torch.device(device)
+        if device.type != "cpu":
+            host = self.local_mask(rank)
+            return self.remember("mask", rank, device, lambda: host.to(device))
+        return self.remember("mask", rank, device, lambda: self._local_mask(rank))
+
+    def remember(self, what: str, rank: int, device: torch.device, compute: Callable[[], Any]):
+        """The result of `compute`, computed once."""
         if (what, rank, device) not in self._local:
-            host = (what, rank, torch.device("cpu"))
-            if host not in self._local:
-                self._local[host] = compute(rank)
-            self._local[what, rank, device] = self._local[host].to(device)
+            self._local[what, rank, device] = compute()
         return self._local[what, rank, device]
 
     def _local_mask(self, rank: int) -> BlockMask:

@@ -1,9 +1,10 @@
-"""Running totals of Nyström states over chunks.
+"""Running totals over chunks, of sums and of Nyström states.
 
+    running_sums(x, reverse) -> sum_{d<=c} x_d, or sum_{d>=c} x_d
     forward(l, r) -> (L, R): L_c = logsumexp_{d<=c} l_d, R_c = sum_{d<=c} exp(l_d - L_c) r_d
     backward(dL, dR, l, r, L, R) -> (dl, dr)
 
-l (B, H, C, M), r (B, H, C, M, Dv). With A_c = sum_{d>=c} exp(L_c - L_d) dR_d and
+x (B, H, C, ...), l (B, H, C, M), r (B, H, C, M, Dv). With A_c = sum_{d>=c} exp(L_c - L_d) dR_d and
 b_c = sum_{d>=c} exp(L_c - L_d) (dL_d + dR_d . (R_c - R_d)), differences that cancel exactly where a
 state stays as it is: dr_c = exp(l_c - L_c) A_c, dl_c = exp(l_c - L_c) (A_c . (r_c - R_c) + b_c).
 """
@@ -14,6 +15,16 @@ import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")
+
+
+def running_sums(x: Tensor, reverse: bool) -> Tensor:
+    if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        return x.flip(2).cumsum(2).flip(2) if reverse else x.cumsum(2)
+    total, last = x.clone(), x.shape[2] - 1
+    for c in range(1, x.shape[2]):
+        here, past = (last - c, last - c + 1) if reverse else (c, c - 1)
+        total[:, :, here] += total[:, :, past]
+    return total
 
 
 def forward(l: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741, the letters of the formula

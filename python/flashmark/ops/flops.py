@@ -6,20 +6,31 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _registered: set[str] = set()
 
 
 def register_if_counting() -> None:
-    """Register the formulas once flop_counter is in use: importing it would import Triton."""
-    counter = sys.modules.get("torch.utils.flop_counter")
-    if counter is None:
+    """Register the formulas once flop_counter is in use: importing it would import Triton.
+
+    A counter copies the registry when it is made, so those that count already are told as well.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
         return
     for name, formula in FORMULAS.items():
         if name not in _registered:
             operator = getattr(torch.ops.flashmark, name)
-            counter.register_flop_formula(operator, get_raw=True)(formula)
+            module.register_flop_formula(operator, get_raw=True)(formula)
             _registered.add(name)
+    if torch._C._len_torch_dispatch_stack():
+        for mode in _get_current_dispatch_mode_stack():
+            counter = getattr(mode, "counter", None)
+            if isinstance(counter, module.FlopCounterMode):
+                for name in FORMULAS:
+                    operator = getattr(torch.ops.flashmark, name)
+                    counter.flop_registry.setdefault(operator, module.flop_registry[operator])
 
 
 def _pairs(query: Tensor, key: Tensor, mask: list[Tensor], layout: list[int], kind: str) -> int:

@@ -1,6 +1,6 @@
 """The far field of hybrid attention: `flashmark::hybrid_sums_*`, what slots hold;
-`flashmark::hybrid_scan_*`, running totals of landmark states; `flashmark::hybrid_mass_*`, how
-queries read those with merge="mass".
+`flashmark::hybrid_running_sums` and `flashmark::hybrid_scan_*`, totals over chunks;
+`flashmark::hybrid_mass_*`, how queries read those with merge="mass".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib
 
 import torch
 
+from flashmark.ops.flops import FORMULAS
 from flashmark.ops.library import register
 
 _MODULES = {
@@ -89,6 +90,14 @@ def _mass_backward_fake(dnumerator, dmass, query, landmarks, core, L, R, *_):
     return tuple(x.new_empty(x.shape) for x in (query, landmarks, core, L, R))
 
 
+def _running(x, reverse):
+    return importlib.import_module("flashmark.eager.hybrid_scan").running_sums(x, reverse)
+
+
+def _running_fake(x, reverse):
+    return x.new_empty(x.shape)
+
+
 def _scan_fake(l, r):  # noqa: E741, the letters of the formula
     return l.new_empty(l.shape), r.new_empty(r.shape)
 
@@ -108,6 +117,7 @@ register(
     _mass_backward,
     _mass_backward_fake,
 )
+register("hybrid_running_sums(Tensor x, bool reverse) -> Tensor", _running, _running_fake)
 register(
     "hybrid_scan_forward(Tensor l, Tensor r) -> (Tensor L, Tensor R)",
     _scan,
@@ -119,3 +129,39 @@ register(
     _scan_backward,
     _scan_backward_fake,
 )
+
+
+def _sums_flops(key, value, landmarks, *args, **kwargs) -> int:
+    """s; K and V."""
+    return 2 * _pairs(key, landmarks) * (2 * key.shape[4] + value.shape[4])
+
+
+def _sums_backward_flops(dn, dK, dV, key, value, landmarks, *args, **kwargs) -> int:
+    """s, dK . k, a dK, ds x and ds^T k; dV . v and a dV."""
+    return 2 * _pairs(key, landmarks) * (5 * key.shape[4] + 2 * value.shape[4])
+
+
+def _mass_flops(query, landmarks, core, L, R, *args, **kwargs) -> int:
+    """The reading, F core, U R."""
+    widths = query.shape[4] + landmarks.shape[-2] + R.shape[4]
+    return 2 * _pairs(query, landmarks) * widths
+
+
+def _mass_backward_flops(dn, dm, query, landmarks, core, L, R, *args, **kwargs) -> int:
+    """The reading, dq and dx; F core, dF and dcore; dU and dR."""
+    widths = 3 * query.shape[4] + 3 * landmarks.shape[-2] + 2 * R.shape[4]
+    return 2 * _pairs(query, landmarks) * widths
+
+
+def _pairs(x, landmarks) -> int:
+    """(token, landmark) pairs of tokens (B, H, C, w, D)."""
+    batch, heads, chunks, width, _ = x.shape
+    return batch * heads * chunks * width * landmarks.shape[-2]
+
+
+FORMULAS |= {
+    "hybrid_sums_forward": _sums_flops,
+    "hybrid_sums_backward": _sums_backward_flops,
+    "hybrid_mass_forward": _mass_flops,
+    "hybrid_mass_backward": _mass_backward_flops,
+}

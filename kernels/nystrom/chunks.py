@@ -1,0 +1,124 @@
+"""Scores of a chunk of keys, and the normalisers and the state that follow from them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import kept_tokens, load_rows, lower, mm, mm_acc, operand
+from .reading import landmark_dots
+
+RISE = tl.constexpr(90.0)  # largest exponent above the reference; the products add up to 2^97
+
+
+@triton.jit
+def times_steps(x, F: tl.constexpr):
+    """x_lj times j = 1, 2, .., the chunk's own time; x is [PAD_M, CHUNK] or [PAD_M, 1]."""
+    return x * (tl.arange(0, F.CHUNK) + 1).to(tl.float32)[None, :]
+
+
+@triton.jit
+def key_scores(keys, t0, keep, lq, decay2, marks, F: tl.constexpr):
+    """(scores in the chunk's own time, [PAD_M, CHUNK], -inf where hidden; the keys)."""
+    dots, k = landmark_dots(keys, t0, keep, lq, F)
+    s = dots * marks.scale2
+    if F.DECAY:
+        s += times_steps(decay2[:, None], F)
+    return tl.where(keep[None, :], s, float("-inf")), k
+
+
+@triton.jit
+def token(s, j, F: tl.constexpr):
+    """Column j of [PAD_M, CHUNK]."""
+    return tl.sum(tl.where((tl.arange(0, F.CHUNK) == j)[None, :], s, 0.0), 1)
+
+
+@triton.jit
+def raised(s, ref, tot, acc, F: tl.constexpr):
+    """(ref, tot, acc, factor of the latter two): ref not below the score of a piece's first token.
+
+    All rows of the piece see that token, so that none loses anything.
+    """
+    top = tl.where(tot == 0.0, ref, tl.maximum(ref, tl.ceil(token(s, 0, F))))
+    share = tl.exp2(ref - top)
+    return top, tot * share, acc * share[:, None], share
+
+
+@triton.jit
+def exponentials(s, keep, ref, tot, F: tl.constexpr):
+    """(ref, P = 2^(s - ref), first token that rises more than RISE above it, CHUNK if none).
+
+    Where nothing is held, the reference is the first kept key's score: never one that a later
+    token can change. P is 0 where it would rise further, but for the first token of a piece; rows
+    from there on are not computed by it. After a NaN the rest is NaN, in pieces of any length.
+    """
+    offs = tl.arange(0, F.CHUNK)
+    head = tl.min(tl.where(keep, offs, F.CHUNK), 0)
+    ref = tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5), ref)
+    x = s - ref[:, None]
+    calm = x <= RISE  # false for NaN
+    if F.PIECES:
+        calm = calm | (offs == 0)[None, :] | (tot != tot)[:, None]
+    first = tl.min(tl.min(tl.where(calm | ~keep[None, :], F.CHUNK, offs[None, :]), 1), 0)
+    return ref, tl.where(calm, tl.exp2(x), 0.0), first
+
+
+@triton.jit
+def running_sums(P, tot, F: tl.constexpr):
+    """tot + sum over j <= i of P_j, [PAD_M, CHUNK].
+
+    A product rounds P as the products of the numerator do: weights then still sum to 1.
+    """
+    if F.SCAN:
+        sums = tl.cumsum(P, 1)
+    else:
+        sums = mm(P, tl.trans(lower(0, F).to(tl.float32)), F)
+    return sums + tot[:, None]
+
+
+@triton.jit
+def norms(ref, cum, decay2, F: tl.constexpr):
+    """log2 of Z for the rows of a chunk, [PAD_M, CHUNK]; of no use but to the mass."""
+    norm = 0.0
+    if F.MASS:
+        norm = ref[:, None] + tl.log2(cum)
+        if F.DECAY:
+            norm -= times_steps(decay2[:, None], F)
+    return norm
+
+
+@triton.jit
+def end_of_chunk(P, v, ref, tot, acc, decay2, length, F: tl.constexpr):
+    """(ref, tot, acc, ratio) at the chunk's end, where e^{s - L} = P ratio / tot.
+
+    `P` comes as an operand, rounded, so that weights sum to 1.
+    """
+    acc = mm_acc(P, v, acc, F)
+    tot += tl.sum(P.to(tl.float32), 1)
+    bits = tl.where(tot > 0.0, tl.floor(tl.log2(tot)), 0.0)
+    ref += bits
+    ratio = tl.exp2(-bits)
+    if F.DECAY:
+        fall = decay2 * length
+        whole = tl.floor(fall + 0.5)
+        ref -= whole
+        ratio *= tl.exp2(whole - fall)
+    return ref, tot * ratio, acc * ratio[:, None], ratio
+
+
+@triton.jit
+def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, F: tl.constexpr):
+    """(keep, v, P, first token that rises too far, state, factor that a piece's state moved by).
+
+    P = e^{s-ref}, [PAD_M, CHUNK], as an operand.
+    """
+    ref, tot, acc = state
+    keep = kept_tokens(keep_ptr, t0, stop, F)
+    s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
+    v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
+                  F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+    share = 1.0
+    if F.PIECES:
+        ref, tot, acc, share = raised(s, ref, tot, acc, F)
+    ref, P, first = exponentials(s, keep, ref, tot, F)
+    return keep, v, operand(P, F), first, ref, tot, acc, share

@@ -1,0 +1,180 @@
+"""How queries read the landmarks, and how landmarks are loaded."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LOG2E,
+    landmark_features,
+    landmark_products,
+    load_core,
+    load_rows,
+    load_vector,
+    mm,
+    mm_core,
+    operand,
+    turned_features,
+    zeros,
+)
+
+
+@triton.jit
+def load_marks(base, stride, block, dtype: tl.constexpr, F: tl.constexpr):
+    """Columns block * BLOCK_D .. of the landmarks, [PAD_M, BLOCK_D]."""
+    offs_d = block * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
+    offs_m = tl.arange(0, F.PAD_M)
+    inside = (offs_m < F.MARKS)[:, None] & (offs_d < F.DIM)[None, :]
+    ptrs = base + offs_m[:, None] * stride + offs_d[None, :]
+    return tl.load(ptrs, mask=inside, other=0.0).to(dtype)
+
+
+@triton.jit
+def landmark_queries(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
+    """(pointer, stride, tile) of sample b and key head h: what keys are scored by."""
+    ptr = marks.lq + tl.cast(b, tl.int64) * marks.lq_strides[0] + h * marks.lq_strides[1]
+    return ptr, marks.lq_strides[2], load_marks(ptr, marks.lq_strides[2], 0, dtype, F)
+
+
+@triton.jit
+def landmark_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
+    """(pointer, stride, tile, core, half2): what queries read."""
+    ptr = marks.lk + tl.cast(b, tl.int64) * marks.lk_strides[0] + h * marks.lk_strides[1]
+    core = marks.core + tl.cast(b, tl.int64) * marks.core_strides[0] + h * marks.core_strides[1]
+    half2 = 0.0
+    if F.MASS:
+        half2 = load_vector(marks.half2 + b * marks.half_batch + h * F.MARKS, F)
+    tile = load_marks(ptr, marks.lk_strides[2], 0, dtype, F)
+    return ptr, marks.lk_strides[2], tile, load_core(core, marks.core_strides[2], F), half2
+
+
+@triton.jit
+def load_decay(marks, h, F: tl.constexpr):
+    """Decay a token in log2 units, [PAD_M]."""
+    decay2 = 0.0
+    if F.DECAY:
+        decay2 = load_vector(marks.decay + h * F.MARKS, F) * LOG2E
+    return decay2
+
+
+@triton.jit
+def split_core(lk, F: tl.constexpr):
+    """Landmark keys with the core as `core_mm` takes it: (an operand, what is lost in it)."""
+    high, low = operand(lk[3], F), 0.0
+    if F.SPLIT:
+        high, low = split(lk[3])
+    return lk[0], lk[1], lk[2], (high, low), lk[4]
+
+
+@triton.jit
+def split(x):
+    """(high, low): two bfloat16 that add up to x, to 16 bits."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def core_mm(core, b, TURNED: tl.constexpr, F: tl.constexpr):
+    """core b, or core^T b, alike."""
+    high, low = core
+    if TURNED:
+        high = tl.trans(high)
+    if F.SPLIT:
+        if TURNED:
+            low = tl.trans(low)
+        b_high, b_low = split(b)
+        product = tl.dot(high, b_low, tl.dot(low, b_high))
+        product = tl.dot(high, b_high, product)
+    else:
+        product = mm(high, b, F)
+    return product
+
+
+@triton.jit
+def landmark_dots(x, t0, keep, y, F: tl.constexpr):
+    """(landmark . x with a landmark a row, [PAD_M, CHUNK]; the tokens if they fit one block)."""
+    if F.BLOCKS_D == 1:
+        rows = load_rows(x[0], t0, x[1], keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D)
+        dots = tl.dot(y[2], tl.trans(rows), input_precision=F.PRECISION)
+    else:
+        dots = zeros(F.PAD_M, F.CHUNK)
+        BLOCKS: tl.constexpr = F.BLOCKS_D
+        for n in tl.static_range(BLOCKS):
+            rows = load_rows(x[0] + n * F.BLOCK_D, t0, x[1], keep, F.DIM - n * F.BLOCK_D, F.CHUNK,
+                             F.BLOCK_D, True)  # fmt: skip
+            tile = load_marks(y[0], y[1], n, rows.dtype, F)
+            dots = tl.dot(tile, tl.trans(rows), dots, input_precision=F.PRECISION)
+    return dots, rows
+
+
+@triton.jit
+def own_columns(marks, part, F: tl.constexpr):
+    """Columns of landmarks that a program has, [PAD_M, BLOCK_D]."""
+    if F.BLOCKS_D == 1:
+        tile = marks[2]
+    else:
+        tile = load_marks(marks[0], marks[1], part, marks[2].dtype, F)
+    return tile
+
+
+@triton.jit
+def own_tokens(rows, x, t0, keep, part, F: tl.constexpr):
+    """Columns of a chunk's tokens that a program has; `rows` from `landmark_dots`."""
+    if F.BLOCKS_D > 1:
+        d0 = part * F.BLOCK_D
+        rows = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D,
+                         F.DIM % F.BLOCK_D != 0)  # fmt: skip
+    return rows
+
+
+@triton.jit
+def weights(features, core, norm, half2, F: tl.constexpr):
+    """(W, factor): weights on R, W = (features core) * factor. `norm` is log2 of Z for the rows."""
+    W = mm_core(features, core, F)
+    factor = zeros(F.CHUNK, F.PAD_M) + 1.0
+    if F.MASS:
+        held = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[None, :], norm - half2[None, :],
+                        float("-inf"))  # fmt: skip
+        top = tl.max(held, 1)
+        unseen = top == float("-inf")
+        held = tl.exp2(held - tl.where(unseen, 0.0, top)[:, None])
+        mass = tl.where(unseen, 1.0, tl.sum(W * held, 1))
+        factor = held / mass[:, None]
+        W = W * factor
+    return W, factor
+
+
+@triton.jit
+def turned_weights(features, core, norm, half2, F: tl.constexpr):
+    """`weights` with a landmark a row."""
+    W = core_mm(core, features, True, F)
+    factor = 1.0
+    if F.MASS:
+        held = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[:, None], norm - half2[:, None],
+                        float("-inf"))  # fmt: skip
+        top = tl.max(held, 0)
+        unseen = top == float("-inf")
+        held = tl.exp2(held - tl.where(unseen, 0.0, top)[None, :])
+        mass = tl.where(unseen, 1.0, tl.sum(W * held, 0))
+        factor = held / mass[None, :]
+        W = W * factor
+    return W, factor
+
+
+@triton.jit
+def read_weights(queries, t0, there, lk, norm, marks, F: tl.constexpr):
+    """(features, W, factor) of a chunk of queries of one head."""
+    dots = landmark_products(queries[0], t0, queries[1], there, tl.trans(lk[2]), lk[0], lk[1], F)
+    features = landmark_features(dots, lk[4], marks, F)
+    W, factor = weights(features, lk[3], norm, lk[4], F)
+    return features, W, factor
+
+
+@triton.jit
+def turned_reading(queries, t0, there, lk, norm, marks, F: tl.constexpr):
+    """`read_weights` with a landmark a row."""
+    dots, q = landmark_dots(queries, t0, there, lk, F)
+    features = turned_features(dots, lk[4], marks, F)
+    W, factor = turned_weights(features, lk[3], norm, lk[4], F)
+    return features, W, factor, q
