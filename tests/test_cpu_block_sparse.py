@@ -80,10 +80,10 @@ class Case:
         }
         return {"out": out.detach(), "lse": lse.detach(), **found}
 
-    def check(self) -> None:
+    def check(self, gradient: float = GRADIENT) -> None:
         expected, actual = self.define(), self.run()
         for name, value in expected.items():
-            tolerance = GRADIENT if name.startswith("d ") else FORWARD
+            tolerance = gradient if name.startswith("d ") else FORWARD
             helpers.assert_close(actual[name], value, tolerance, name)
 
 
@@ -167,7 +167,8 @@ def test_every_feature(feature, mask):
 )
 def test_dense_bias_of_every_broadcast_shape(shape):
     tensors = inputs(kv_len=200, kv_heads=2, bias=shape)
-    Case(tensors, WINDOW, softcap=2.0).check()
+    one_sum = max(shape) == 1  # of all terms, which cancel: to within their rounding
+    Case(tensors, WINDOW, softcap=2.0).check(gradient=4 * GRADIENT if one_sum else GRADIENT)
 
 
 @pytest.mark.parametrize("q_len", [1, 5, 40, 90])

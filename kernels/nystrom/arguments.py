@@ -216,9 +216,9 @@ def problem_of(
     )
 
 
-def new_states(call: Call, lines: int, F: Features) -> Saved:
+def new_states(call: Call, lines: int, F: Features, dtype=torch.float32) -> Saved:
     vectors = torch.empty(2, lines, F.PAD_M, dtype=torch.float32, device=call.query.device)
-    acc = vectors.new_empty(lines, F.PAD_M, F.PAD_V)
+    acc = torch.empty(lines, F.PAD_M, F.PAD_V, dtype=dtype, device=call.query.device)
     return Saved(vectors[0], vectors[1], acc)
 
 

@@ -32,14 +32,6 @@ def incoming_gradients(call: args.Call, pull: Tensor, G: Tensor, F) -> tuple[Ten
     return dL0.masked_fill(empty, 0.0), dR0
 
 
-def new_scratch(call: args.Call, programs: int, F: args.Features) -> args.Saved:
-    """States at the chunks of one slot, for each program."""
-    lines = programs * triton.cdiv(configs.BACKWARD_SPAN, F.CHUNK)
-    saved = args.new_states(call, lines, F)
-    dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
-    return saved._replace(acc=saved.acc.to(dtype))
-
-
 def causal_sweep(call: args.Call, dout: Tensor, dL, dR, wide: bool) -> dict[str, Tensor | None]:
     """All gradients of a call whose values fit one block; token gradients in float32 if `wide`."""
     query, key, value = call.query, call.key, call.value
@@ -48,7 +40,10 @@ def causal_sweep(call: args.Call, dout: Tensor, dL, dR, wide: bool) -> dict[str,
     saved, ends = start_states(call, slots)
     configs_of = {pass_: args.choose_config(pass_, call) for pass_ in ("rows", "keys")}
     F = args.features(call, configs_of["rows"])
-    units = configs.slots_of_a_program(pairs * slots.count)
+    chunks = triton.cdiv(configs.BACKWARD_SPAN, F.CHUNK)
+    dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
+    bytes_of_a_slot = F.BLOCKS_D * chunks * F.PAD_M * F.PAD_V * dtype.itemsize
+    units = configs.slots_of_a_program(pairs * slots.count, bytes_of_a_slot)
     problem = args.problem_of(call, slots, F.BLOCKS_D, units)
     grads = args.new_token_gradients(call, wide)
     reverse = new_reverse(query, pairs * slots.count, F)
@@ -56,7 +51,8 @@ def causal_sweep(call: args.Call, dout: Tensor, dL, dR, wide: bool) -> dict[str,
     keys = new_key_partials(query, pairs, problem.groups, F)
     rises = args.new_rises(call, slots)
     pull, G = outgoing(call, ends, dL, dR, F)
-    scratch = new_scratch(call, pairs * problem.groups * problem.parts, F)
+    programs = pairs * problem.groups * problem.parts
+    scratch = args.new_states(call, programs * chunks, F, dtype)
     inputs = (query, key, value, dout)
     inputs += tuple(strides(x) for x in inputs)
 

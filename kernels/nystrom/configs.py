@@ -62,11 +62,14 @@ def fills_device(device: torch.device, pairs: int, tokens: int) -> bool:
     return tokens <= SERIAL_TOKENS or pairs >= 2 * processors(device)
 
 
-PROGRAMS = 1024  # of a backward kernel: each leaves a share of the parameter gradients
+PROGRAMS = 1024  # of a backward kernel, or twice that: each leaves a share of the gradients
+SCRATCH = 1 << 27  # bytes that they may keep states in, or twice that
 
 
-def slots_of_a_program(slots: int) -> int:
-    return max(1, slots // PROGRAMS)
+def slots_of_a_program(slots: int, scratch: int = 0) -> int:
+    """Slots that a program walks one after another; `scratch` is what it keeps, in bytes."""
+    programs = min(PROGRAMS, max(1, SCRATCH // scratch)) if scratch else PROGRAMS
+    return max(1, slots // programs)
 
 
 ROWS = "TAKES_STATES", "TAKES_CORE", "TAKES_QUERIES"
