@@ -128,6 +128,6 @@ VARIANTS = {
     "hybrid mass": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="mass")),
     "hybrid gate": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="gate")),
     LEAKY: Variant(
-        lambda h, d, w, m: Function(family.leaky_segment_attention, num_landmarks=4 * m)
+        lambda h, d, w, m: Function(family.leaky_segment_attention, num_landmarks=2 * m)
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ CASES = [
     Case(80, 5, 70, "slots", padding=(3, 0)),
 ]
 POISON = [float("nan"), float("inf"), -float("inf"), 1e4]
-AT = (0, 7, 16, 39, 78)
+AT = (0, 16, 39)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -40,16 +41,15 @@ def in_three_calls(op, arguments: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("run", [whole, in_three_calls])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("poison", POISON, ids=["nan", "inf", "-inf", "1e4"])
-def test_poisoned_future_queries_and_keys_change_no_bit(op, case, poison, run):
+def test_poisoned_future_queries_and_keys_change_no_bit(op, case, run):
     arguments = detached(case.arguments())
     clean = run(op, arguments)
-    for i in AT:
+    for i, poison in itertools.product(AT, POISON):
         poisoned = {x: arguments[x].clone() for x in ("query", "key")}
         for x in poisoned.values():
             x[:, :, i + 1 :] = poison
         out = run(op, arguments | poisoned)
-        helpers.assert_identical(out[:, :, : i + 1], clean[:, :, : i + 1], f"after {i}")
+        helpers.assert_identical(out[:, :, : i + 1], clean[:, :, : i + 1], f"{poison} after {i}")
 
 
 @pytest.mark.parametrize("run", [whole, in_three_calls])

@@ -58,21 +58,21 @@ def test_opcheck(merge):
 
 @pytest.mark.parametrize("merge", MERGES)
 def test_gradcheck(merge):
-    arguments = Case(11, 3, 3, merge, dim=3, v_dim=2, padding=(1, 2)).arguments(torch.float64)
+    arguments = Case(9, 2, 3, merge, dim=3, v_dim=2, padding=(1, 1)).arguments(torch.float64)
     names = [name for name, x in arguments.items() if torch.is_tensor(x) and x.requires_grad]
 
     def call(*tensors):
         given = dict(zip(names, tensors, strict=True))
         out, state = hybrid_attention(**(arguments | given), return_state=True, backend="eager")
         far = [x.masked_fill(x == -torch.inf, 0.0) for x in state.far]
-        return out, state.key[:, :, :5], state.value[:, :, :5], *far
+        return out, state.key[:, :, :3], state.value[:, :, :3], *far
 
     inputs = [arguments[name] for name in names]
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
 @pytest.mark.plain_empty
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("merge", ["slots", "mass"])
 def test_compiled_as_one_graph_equals_eager(merge):
     op = hybrid_attention
     arguments = Case(60, 16, 5, merge, group=2, padding=(3, 0)).arguments()

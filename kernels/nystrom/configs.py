@@ -35,8 +35,16 @@ def choose(
     """
     backward, bfloat16 = pass_ in ("rows", "keys"), dtype == torch.bfloat16
     wide = max(width, head_dim, v_dim) > 64
-    block_d = min(head_dim, 64 if backward or width > 128 or dtype == torch.float32 else 128)
-    block_v = min(v_dim, 64 if width > 128 or backward or pass_ == "decode" else 128)
+    block_d = block_v = 128
+    if backward:  # wide tiles spill at 64 columns
+        block_d = block_v = 32 if wide else 64
+    elif width > 128:
+        block_d = block_v = 64
+    elif dtype == torch.float32:
+        block_d = 64
+    if pass_ == "decode":
+        block_v = min(block_v, 64)
+    block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
     if backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
     elif pass_ == "pieces":

@@ -20,7 +20,7 @@ SUITE = [
 SCANS = ("scan_kernel", "reverse_scan_kernel")  # sums only
 CUT = ("output_kernel", "rows_kernel", "keys_kernel")  # launched for chunks, then for pieces
 # bytes to a thread, on the newer Triton; the pieces run where a chunk is cut, and seldom
-SPILLED_BY_KEYS, SPILLED_BY_PIECES = 96, 640
+SPILLED_BY_KEYS, SPILLED_WHEN_WIDE, SPILLED_BY_PIECES = 96, 128, 896
 
 
 def roles(reports: list[Report], decode: bool) -> list[tuple[Report, bool]]:
@@ -34,10 +34,12 @@ def roles(reports: list[Report], decode: bool) -> list[tuple[Report, bool]]:
     return marked
 
 
-def spill_allowed(report: Report, pieces: bool) -> int:
+def spill_allowed(report: Report, pieces: bool, wide: bool) -> int:
     if pieces:
         return SPILLED_BY_PIECES
     slack = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
+    if wide and report.kernel in CUT:
+        return slack + SPILLED_WHEN_WIDE
     return slack + (SPILLED_BY_KEYS if report.kernel == "keys_kernel" else 0)
 
 
@@ -49,13 +51,13 @@ def test_kernel(target, launch):
         launch.run()
     reports = [inspect(*each) for each in launches]
     assert reports
-    narrow = max(launch.marks, launch.dim, launch.v_dim) <= 64 and launch.feature == "plain"
+    wide = max(launch.marks, launch.dim, launch.v_dim) > 64
     for report, pieces in roles(reports, launch.pass_ == "decode"):
         assert arch not in (90, 100) or report.shared <= SHARED_MEMORY[arch], report
         if arch != 90 or launch.dtype != HALF:
             continue
-        if narrow or launch.pass_ == "forward" and launch.feature == "plain":
-            assert report.spilled <= spill_allowed(report, pieces), report
+        if launch.feature == "plain":
+            assert report.spilled <= spill_allowed(report, pieces, wide), report
         if report.kernel not in SCANS:
             assert report.hgmma + report.hmma > 0, report
             assert launch.marks < 64 or launch.pass_ == "decode" or report.hgmma > 0, report

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.language as tl
-from nystrom_backend import DEVICE, op
+from nystrom_backend import DEVICE, op, shorten
 
 import flashmark
 import helpers
@@ -19,8 +19,7 @@ from nystrom_cases import COVERING, Case
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
-    for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
-        monkeypatch.setattr(configs, name, 64)
+    shorten(monkeypatch, 64)
     monkeypatch.setattr(configs, "SERIAL_TOKENS", 50)
     monkeypatch.setattr(configs, "PROGRAMS", 2)
 

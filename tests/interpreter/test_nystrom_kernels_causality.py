@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nystrom_backend import op
+from nystrom_backend import op, shorten
 
 import helpers
 from flashmark.kernels.nystrom import configs
@@ -25,8 +25,7 @@ POISON = [float("nan"), float("inf"), -float("inf"), 1e4]
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
-    monkeypatch.setattr(configs, "FORWARD_SPAN", 32)
-    monkeypatch.setattr(configs, "BACKWARD_SPAN", 32)
+    shorten(monkeypatch, 32)
 
 
 @pytest.fixture(params=["one-pass", "three-launches"])
