@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ def segment_means(
 
 
 def _segment_sums(x: Tensor, segments: int) -> Tensor:
-    size, longer = divmod(x.shape[2], segments)
+    length = x.shape[2]
+    size, longer = length // segments, length % segments  # divmod knows no symbolic lengths
     cut = (segments - longer) * size
     sums = x[:, :, :cut].unflatten(2, (segments - longer, size)).sum(3)
     if not longer:
@@ -88,6 +90,7 @@ class SegmentMasks(NamedTuple):
 
 def segment_masks(size: int) -> SegmentMasks:
     """Always the same objects, because masks keep what they were compiled to."""
+    size = operator.index(size)  # a symbol under torch.compile
     _build_masks(size)
     return _masks[size]
 
