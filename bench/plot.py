@@ -92,8 +92,8 @@ def _draw_curves(rows: pd.DataFrame):
         ax.spines[["top", "right"]].set_visible(False)
     first = rows.iloc[0]
     figure.suptitle(
-        f"Attention, B{first.batch} H{first.heads} D{first.dim}, {first.dtype}; {first.machine}, "
-        f"torch {first.torch}, {first.date}",
+        f"Attention, B{first.batch} H{first.heads} D{first.dim}, {first['dtype']}; "
+        f"{first.machine}, torch {first.torch}, {first.date}",
         fontsize=9,
     )
     return figure
