@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import traceback
 from collections.abc import Callable, Iterator
 
 import torch
 
 import flashmark
-from bench.compare import Job, Row, Settings
+from bench.compare import Job, Row, Settings, errors_of, reported, verdict
+from bench.peers import dtype_name
 from flashmark import masks
 
 LENGTHS = (1, 127, 1000)
@@ -23,7 +23,7 @@ def accuracy(settings: Settings) -> Iterator[Job]:
     for dtype in settings.dtypes or DTYPES:
         for n in lengths:
             for name, case in CASES.items():
-                title = f"accuracy of {name}, N={n}, {str(dtype).removeprefix('torch.')}"
+                title = f"accuracy of {name}, N={n}, {dtype_name(dtype)}"
                 run = functools.partial(_run, name, case, n, dtype, settings)
                 yield Job(title, 1, run)
 
@@ -35,7 +35,7 @@ def _run(name: str, case: Callable, n: int, dtype: torch.dtype, settings: Settin
         "case": name,
         "n": n,
         "dim": case.dim,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "direction": "forward+backward",
         "contender": f"flashmark {backend}",
     }
@@ -43,23 +43,12 @@ def _run(name: str, case: Callable, n: int, dtype: torch.dtype, settings: Settin
     make = functools.partial(torch.randn, generator=generator, device=settings.device)
     query = make(2, 4, n, case.dim).to(dtype)
     key, value = (make(2, 2, n, case.dim).to(dtype) for _ in range(2))
-    try:
+    with reported(row):
         report = flashmark.check(
             case.operator, query, key, value, *case.more(generator), backend=backend,
             **case.options,
         )  # fmt: skip
-    except flashmark.BackendUnavailable as error:
-        row |= {"status": "skipped", "reason": str(error)}
-    except Exception as error:  # a kernel that breaks must not take the others along
-        traceback.print_exc()
-        row |= {"status": "wrong", "reason": f"{type(error).__name__}: {error}"[:200]}
-    else:
-        worst = max(report.rows, key=lambda x: x.error / x.budget)
-        row |= {"error": worst.error, "error_allowed": worst.budget, "error_of": worst.name}
-        row |= {"status": "ok"} if report else {
-            "status": "wrong",
-            "reason": f"error of {worst.name} {worst.error:.1e}, allowed {worst.budget:.1e}",
-        }  # fmt: skip
+        row |= {"status": "ok"} | verdict(errors_of(report))
     step()
     return [row]
 

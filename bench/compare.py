@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+import flashmark
 from bench.peers import Unavailable
 from bench.timing import Run, interleaved, peak_memory
 
@@ -46,6 +48,18 @@ class Job:
     run: Callable[[Callable[[], object]], list[Row]]
 
 
+@contextlib.contextmanager
+def reported(row: Row) -> Iterator[None]:
+    """What cannot run, or breaks, says so in its row and takes no other along."""
+    try:
+        yield
+    except (Unavailable, flashmark.BackendUnavailable) as reason:
+        row |= {"status": "skipped", "reason": str(reason)}
+    except Exception as error:
+        traceback.print_exc()
+        row |= {"status": "wrong", "reason": f"{type(error).__name__}: {error}"[:200]}
+
+
 def compare(
     title: str,
     common: Row,
@@ -71,18 +85,13 @@ def compare(
 
         for name, prepare in contenders.items():
             rows[name] = row = common | {"contender": name, "status": "ok"}
-            try:
+            with reported(row):
                 work, columns = prepare()
                 row |= columns
                 if row["status"] == "ok":
-                    runs[name] = work
                     work()
                     row["peak_bytes"] = peak_memory(work, device)
-            except Unavailable as reason:
-                row |= {"status": "skipped", "reason": str(reason)}
-            except Exception as error:  # one that breaks must not take the others along
-                traceback.print_exc()
-                row |= {"status": "wrong", "reason": f"{type(error).__name__}: {error}"[:200]}
+                    runs[name] = work
             each()
         timed = interleaved(runs, device, rounds=rounds, budget=budget, each=each) if runs else {}
         for name, spread in timed.items():
@@ -109,6 +118,11 @@ def forward_and_backward(
         return torch.autograd.grad(op(*inputs), inputs, dout)
 
     return both if backward else forward
+
+
+def errors_of(report: flashmark.Report) -> dict[str, tuple[float, float]]:
+    """(error, allowed) of each result that `flashmark.check` compared."""
+    return {row.name: (row.error, row.budget) for row in report.rows}
 
 
 def verdict(errors: dict[str, tuple[float, float]]) -> Row:

@@ -18,7 +18,7 @@ from bench.masks import attention_contender
 from bench.nystrom import float64, nystrom_contender, nystrom_inputs
 from bench.oracle import Oracle
 from bench.patterns import PATTERNS
-from bench.peers import Attention, Contender, Unavailable, Work, first_line, ours, sdpa
+from bench.peers import Attention, Contender, Unavailable, Work, dtype_name, first_line, ours, sdpa
 
 LENGTHS = tuple(1024 * 2**power for power in range(7))
 HEADS, DIM = 8, 64
@@ -65,10 +65,8 @@ def _job(
     )
     ready = {name: _in_time(name, run, n, measured) for name, run in ready.items()}
 
-    dtype_name = str(dtype).removeprefix("torch.")
-    common = {"suite": "curves", "case": "attention", "batch": 1, "heads": HEADS, "n": n}
-    common |= {"dim": DIM, "dtype": dtype_name, "direction": work["causal"].direction}
-    title = f"N={n}, {dtype_name}, {work['causal'].direction}"
+    common = work["causal"].columns("curves", "attention")
+    title = f"N={n}, {dtype_name(dtype)}, {work['causal'].direction}"
     job = compare(title, common, ready, settings.device, settings.rounds, budget=BUDGET)
 
     def run(step: Callable[[], object]) -> list[Row]:

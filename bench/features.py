@@ -10,11 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashmark
-from bench.compare import Job, Prepare, Settings, compare, forward_and_backward, verdict
+from bench.compare import (
+    Job,
+    Prepare,
+    Settings,
+    compare,
+    errors_of,
+    forward_and_backward,
+    verdict,
+)
 from bench.masks import attention_job
 from bench.oracle import relative_error
 from bench.patterns import causal, random_tiles
-from bench.peers import Unavailable, Work, ours, sdpa
+from bench.peers import Work, ours, sdpa
 
 KEPT = (1.0, 0.5, 0.25, 0.1)  # of the tiles under the diagonal
 
@@ -41,7 +49,7 @@ def bias(settings: Settings) -> Iterator[Job]:
         for dim in (64, 128) if settings.on_gpu else (64,):
             heads = 2048 // dim if settings.on_gpu else 8
             work = Work(causal(n, settings.device), 1, heads, n, dim, dtype, settings.device, True)
-            common = _columns("bias", "causal", work)
+            common = work.columns("bias", "causal")
             ready = {
                 f"flashmark {name}": functools.partial(_biased, work, settings, name == "bias")
                 for name in ("plain", "bias")
@@ -70,11 +78,7 @@ def _biased(work: Work, settings: Settings, with_bias: bool):
         flashmark.check, flashmark.block_sparse_attention, *small[:3], flashmark.masks.causal(),
         backend=backend,
     )  # fmt: skip
-    try:
-        report = check(bias=small[3]) if with_bias else check()
-    except flashmark.BackendUnavailable as error:
-        raise Unavailable(str(error)) from error
-    columns = verdict({row.name: (row.error, row.budget) for row in report.rows})
+    columns = verdict(errors_of(check(bias=small[3]) if with_bias else check()))
     dout = torch.randn_like(inputs[0])
     return forward_and_backward(attention, inputs, dout, True), columns
 
@@ -88,7 +92,7 @@ def decode(settings: Settings) -> Iterator[Job]:
         make = functools.partial(torch.randn, device=work.device)
         query = make(batch, heads, 1, dim).to(dtype)
         key, value = (make(batch, kv_heads, n, dim).to(dtype) for _ in range(2))
-        common = _columns("decode", "one token", work)
+        common = work.columns("decode", "one token")
         ready = {
             f"flashmark {_backend(settings)}": _cached(query, key, value, _backend(settings)),
             sdpa().name: _sliced(query, key, value),
@@ -108,11 +112,7 @@ def _cached(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Prepare:
                 backend=backend,
             )  # fmt: skip
 
-        try:
-            out = run()
-        except flashmark.BackendUnavailable as error:
-            raise Unavailable(str(error)) from error
-        return run, _against_float64(out, query, key, value)
+        return run, _against_float64(run(), query, key, value)
 
     return prepare
 
@@ -134,19 +134,6 @@ def _against_float64(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> 
     )
     allowed = 1e-5 if query.dtype == torch.float32 else 2 * relative_error(plain, exact) + 2e-3
     return verdict({"out": (relative_error(out, exact), allowed)})
-
-
-def _columns(suite: str, case: str, work: Work) -> dict:
-    return {
-        "suite": suite,
-        "case": case,
-        "batch": work.batch,
-        "heads": work.heads,
-        "n": work.n,
-        "dim": work.dim,
-        "dtype": str(work.dtype).removeprefix("torch."),
-        "direction": work.direction,
-    }
 
 
 def _dtype(settings: Settings) -> torch.dtype:

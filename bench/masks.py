@@ -42,21 +42,10 @@ def tuned(settings: Settings) -> Iterator[Job]:
 
 
 def attention_job(work: Work, fighters: list[Contender], rounds: int, suite: str = "masks") -> Job:
-    dtype = str(work.dtype).removeprefix("torch.")
-    common = {
-        "suite": suite,
-        "case": work.pattern.name,
-        "batch": work.batch,
-        "heads": work.heads,
-        "n": work.n,
-        "dim": work.dim,
-        "dtype": dtype,
-        "direction": work.direction,
-    }
-    title = f"{work.pattern.name}, N={work.n}, D={work.dim}, {dtype}, {work.direction}"
+    case = work.pattern.name
     oracle = functools.cache(lambda: Oracle(work))
     ready = {fighter.name: attention_contender(fighter, work, oracle) for fighter in fighters}
-    return compare(title, common, ready, work.device, rounds)
+    return compare(work.title(case), work.columns(suite, case), ready, work.device, rounds)
 
 
 def attention_contender(fighter: Contender, work: Work, oracle: Callable[[], Oracle]) -> Prepare:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 import flashmark
-from bench.compare import Job, Prepare, Settings, compare, forward_and_backward, verdict
+from bench.compare import (
+    Job,
+    Prepare,
+    Settings,
+    compare,
+    errors_of,
+    forward_and_backward,
+    verdict,
+)
 from bench.landmark_peers import PEERS
 from bench.masks import attention_contender
 from bench.oracle import Oracle, relative_error
@@ -40,17 +48,7 @@ def nystrom(settings: Settings) -> Iterator[Job]:
 
 
 def _job(work: Work, settings: Settings) -> Job:
-    dtype = str(work.dtype).removeprefix("torch.")
-    common = {
-        "suite": "nystrom",
-        "case": f"Nyström M={work.landmarks}",
-        "batch": work.batch,
-        "heads": work.heads,
-        "n": work.n,
-        "dim": work.dim,
-        "dtype": dtype,
-        "direction": work.direction,
-    }
+    case = f"Nyström M={work.landmarks}"
     truth = functools.cache(lambda: float64(work))
     ready = {
         f"flashmark {name}": nystrom_contender(name, work, truth)
@@ -63,8 +61,8 @@ def _job(work: Work, settings: Settings) -> Job:
     if settings.on_gpu:
         for name, (make, same) in PEERS.items():
             ready[name] = _peer(make, work, truth if same else None)
-    title = f"Nyström M={work.landmarks}, N={work.n}, D={work.dim}, {dtype}, {work.direction}"
-    return compare(title, common, ready, work.device, settings.rounds)
+    columns = work.columns("nystrom", case)
+    return compare(work.title(case), columns, ready, work.device, settings.rounds)
 
 
 def _quadratic(peer: Contender, work: Work, oracle: Callable[[], Oracle]) -> Prepare:
@@ -85,10 +83,7 @@ def nystrom_contender(backend: str, work: Work, truth: Callable[[], dict[str, Te
     op = functools.partial(flashmark.nystrom_attention, backend=backend)
 
     def prepare():
-        try:
-            errors = _errors_of_a_small_one(work, backend)
-        except flashmark.BackendUnavailable as error:
-            raise Unavailable(str(error)) from error
+        errors = _errors_of_a_small_one(work, backend)
         inputs, dout = nystrom_inputs(work)
         budgets = {name: allowed for name, (_, allowed) in errors.items()}
         if work.n <= MOST_IN_FLOAT64:
@@ -127,7 +122,7 @@ def _errors_of_a_small_one(work: Work, backend: str) -> dict[str, tuple[float, f
     inputs, _ = nystrom_inputs(work)
     small = [x[:, :2, :600] for x in inputs[:3]]
     report = flashmark.check(flashmark.nystrom_attention, *small, inputs[3][:2], backend=backend)
-    return {row.name: (row.error, row.budget) for row in report.rows}
+    return errors_of(report)
 
 
 def nystrom_inputs(work: Work) -> tuple[tuple[Tensor, ...], Tensor]:

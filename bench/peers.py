@@ -46,6 +46,22 @@ class Work:
     def direction(self) -> str:
         return "forward+backward" if self.backward else "forward"
 
+    def columns(self, suite: str, case: str) -> dict[str, object]:
+        """What tells this work from others in the CSV."""
+        return {
+            "suite": suite,
+            "case": case,
+            "batch": self.batch,
+            "heads": self.heads,
+            "n": self.n,
+            "dim": self.dim,
+            "dtype": dtype_name(self.dtype),
+            "direction": self.direction,
+        }
+
+    def title(self, case: str) -> str:
+        return f"{case}, N={self.n}, D={self.dim}, {dtype_name(self.dtype)}, {self.direction}"
+
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator(self.device).manual_seed(0)
         shape = (self.batch, self.heads, self.n, self.dim)
@@ -74,10 +90,7 @@ def ours(backend: str) -> Contender:
             block_size=work.block_size,
         )  # fmt: skip
         probe = torch.empty(1, 1, 1, work.dim, dtype=work.dtype, device=work.device)
-        try:
-            flashmark.block_sparse_attention(probe, probe, probe, backend=backend)
-        except flashmark.BackendUnavailable as error:
-            raise Unavailable(str(error)) from error
+        flashmark.block_sparse_attention(probe, probe, probe, backend=backend)  # or it says why not
         return lambda q, k, v: flashmark.block_sparse_attention(q, k, v, mask, backend=backend)
 
     return Contender(f"flashmark {backend}", prepare)
@@ -147,6 +160,10 @@ def contenders(device: torch.device) -> list[Contender]:
         kinds = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
         return [ours("triton"), *(sdpa(getattr(SDPBackend, kind)) for kind in kinds), flex()]
     return [ours("eager"), ours("cpu"), sdpa(), flex()]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.accuracy import CASES, accuracy
-from bench.compare import Job, Settings
+from bench.compare import Job, Settings, compare
 from bench.gpu import read_verdicts, without_red
 from bench.report import print_report
 from bench.runner import run_jobs
@@ -69,3 +69,17 @@ def test_accuracy_suite_runs_every_case_on_the_cpu(name):
     job = next(job for job in accuracy(settings) if f"of {name}," in job.title)
     (found,) = job.run(lambda: None)
     assert found["status"] == "ok" and found["error"] <= found["error_allowed"]
+
+
+def test_a_contender_that_breaks_is_wrong_untimed_and_takes_no_other_along():
+    def breaks():
+        def run():
+            raise RuntimeError("illegal memory access")
+
+        return run, {}
+
+    ready = {"broken": breaks, "sound": lambda: (lambda: torch.zeros(1), {})}
+    rows = compare("two", {"case": "two"}, ready, CPU, rounds=1).run(lambda: None)
+    broken, sound = rows
+    assert broken["status"] == "wrong" and "illegal memory access" in broken["reason"]
+    assert "p50_ms" not in broken and "p50_ms" in sound
