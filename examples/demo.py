@@ -179,15 +179,9 @@ def validation_bits(model: Decoder, validation: Tensor, batches: int = 12) -> fl
 
 @torch.no_grad()
 def blind_to_the_future(model: Decoder, text: Tensor) -> bool:
-    """Replace every byte from a place on: the logits before that place must keep their bits."""
-    text = text[None, :CONTEXT]
-    expected = model(text)
-    for cut in (1, 50, 128, 200, CONTEXT - 1):
-        changed = text.clone()
-        changed[:, cut:] = 255 - changed[:, cut:]
-        if not torch.equal(model(changed)[:, :cut], expected[:, :cut]):
-            return False
-    return True
+    """Exchange every byte from a place on: the logits before that place must keep their bits."""
+    places = [cut - 1 for cut in (1, 50, 128, 200, CONTEXT - 1)]
+    return flashmark.check_causality(model, positions=places, text=text[None, :CONTEXT]).ok
 
 
 def check_on_trained_inputs(model: Decoder, text: Tensor) -> flashmark.Report | None:
