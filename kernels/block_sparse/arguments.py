@@ -91,6 +91,8 @@ class Features:
     LENGTHS: bool
     CLIP: bool  # FULL tiles may reach beyond a sample's keys
     PRECISION: str
+    SLACK: int = 0  # how far, in log2, a maximum may grow before the output is rescaled
+    WORDS: bool = False  # the bits of a tile come as words, which FULL tiles have too
     BIAS_GRADIENT: bool = False
     ATOMIC: bool = False  # dQ, and dK and dV of a group of heads, through float32 atomics
     GROUPED: bool = False  # one program walks all query heads of a group
@@ -184,7 +186,13 @@ def over_queries(
     call: Call, mask, query: Tensor, config: configs.Config
 ) -> tuple[Problem, Features]:
     """A call as seen by a kernel that holds a tile of queries and walks keys."""
-    features = dataclasses.replace(call.features, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+    features = dataclasses.replace(
+        call.features,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        WORDS=config.form != "pointers",
+        SLACK=configs.SLACK if config.lazy else 0,
+    )
     (batch, heads), problem = query.shape[:2], call.problem
     if features.OFFSET:  # tiles are aligned with the mask's rows, queries may start inside one
         tiles = triton.cdiv(problem.q_len + config.block_m - 1, config.block_m)

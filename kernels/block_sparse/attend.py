@@ -1,5 +1,5 @@
-"""One step of softmax attention over a tile of keys, which the forward and the decode kernels
-share.
+"""One step of softmax attention over a tile of keys, and what follows the last one: shared by the
+forward and the decode kernels.
 """
 
 from __future__ import annotations
@@ -7,12 +7,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .line import shown
 from .primitives import (
+    LN2,
+    LOG2E,
     dropout_keep,
     load_tile,
     log2_factor,
     logits,
     online_softmax,
+    store_tile,
     visible,
 )
 
@@ -47,10 +51,44 @@ def attend(
     BOUND: tl.constexpr = MASKED or F.CLIP
     k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, BOUND)
     v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, BOUND)
+    return attend_tile(
+        acc, l_i, m_i, q, k, v, start_n, bits_ptr, bits,
+        r2, offset, end_n, pair, base, problem, modifiers, MASKED, F,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_tile(
+    acc,
+    l_i,
+    m_i,
+    q,
+    k,
+    v,
+    start_n,
+    bits_ptr,
+    bits,
+    r2,
+    offset,
+    end_n,
+    pair,
+    base,
+    problem,
+    modifiers,
+    MASKED: tl.constexpr,
+    F: tl.constexpr,
+):
+    """`attend` with the keys [BLOCK_N, PAD] and values [BLOCK_N, PAD_V] at hand.
+
+    With F.WORDS, `bits` are the words of the tile.
+    """
+    BOUND: tl.constexpr = MASKED or F.CLIP
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[None, :]
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     s, _ = logits(qk, base, r2, n2, offset, problem, modifiers, F)
-    if BOUND:
+    if F.WORDS:
+        s = tl.where(shown(bits, start_n, r2, n2, end_n, problem, F), s, float("-inf"))
+    elif BOUND:
         seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
         s = tl.where(seen, s, float("-inf"))
     safe: tl.constexpr = BOUND or F.BIAS != "none"
@@ -70,3 +108,26 @@ def add_sink(m_i, l_i, sink):
     pivot = tl.where(m_i_new == float("-inf"), 0.0, m_i_new)
     alpha = tl.exp2(m_i - pivot)
     return m_i_new, l_i * alpha + tl.exp2(sink - pivot), alpha
+
+
+@triton.jit
+def normalise(acc, l_i, m_i, h, modifiers):
+    """(output, lse) of a tile of queries that has seen all its keys."""
+    if modifiers.sinks is not None:
+        sink = tl.load(modifiers.sinks + h).to(tl.float32) * LOG2E
+        m_i, l_i, alpha = add_sink(m_i, l_i, sink)
+        acc = acc * alpha[:, None]
+    acc = acc * (modifiers.keep_scale / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
+    lse = (m_i + tl.log2(l_i)) * LN2  # no key and no sink: log2(0) = -inf
+    return acc, lse
+
+
+@triton.jit
+def store_rows(out_ptr, lse_ptr, acc, lse, start_i, pair, problem, F: tl.constexpr):
+    """Store a tile of outputs and its lse, both contiguous over (batch, head, query)."""
+    pair64 = tl.cast(pair, tl.int64)
+    out_ptr += pair64 * problem.q_len * F.DIM_V
+    store_tile(out_ptr, start_i, F.DIM_V, problem.q_len, acc, F.BLOCK_M, F.DIM_V, F.PAD_V)
+    offs_i = start_i + tl.arange(0, F.BLOCK_M)
+    inside = (offs_i >= 0) & (offs_i < problem.q_len)
+    tl.store(lse_ptr + pair64 * problem.q_len + offs_i, lse, mask=inside)

@@ -6,6 +6,7 @@ registers nor outgrow shared memory. tests/compile holds every choice to that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
@@ -14,15 +15,27 @@ import torch
 KEY_PASSES = ("backward_kv", "backward_grouped", "backward_fused")
 PASSES = ("forward", "backward_q", *KEY_PASSES, "decode")
 
+# how a forward kernel reads its operands; all but the first are of Hopper alone
+FORMS = ("pointers", "descriptors", "gluon")
+
+# log2 of how far a lazy form lets a maximum grow, and its probabilities with it
+SLACK = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile of queries, tile of keys, and how a program is run."""
+    """Tile of queries, tile of keys, how a program is run, and which form of the kernel it is."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    form: str = "pointers"  # one of FORMS
+    lazy: bool = False  # "gluon" alone: the output is rescaled only when a maximum outgrows SLACK
+
+    def __post_init__(self) -> None:
+        if self.lazy and self.form != "gluon":
+            raise ValueError(f"lazy: expected the form 'gluon', got {self.form!r}")
 
 
 # By (width of the head, whether extras are on).
@@ -91,6 +104,29 @@ _TF32 = {
     "decode": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 1)},
 }
 
+# The forward kernel's other forms by (form, width of the head): compiled, not run on a GPU, so
+# `choose` does not choose them. A call takes one with `using(forward=hopper(...))`.
+HOPPER = {
+    ("descriptors", 64): Config(128, 128, 4, 3, "descriptors"),
+    ("descriptors", 128): Config(128, 128, 4, 2, "descriptors"),
+    ("gluon", 64): Config(128, 128, 4, 3, "gluon"),
+    ("gluon", 128): Config(128, 128, 4, 2, "gluon"),
+}
+
+_IN_USE: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def using(**passes: Config):
+    """Run passes, by name, with these configs whatever the operands: for tests and measurements."""
+    before = dict(_IN_USE)
+    _IN_USE.update(passes)
+    try:
+        yield
+    finally:
+        _IN_USE.clear()
+        _IN_USE.update(before)
+
 
 def choose(
     arch: int | str,
@@ -108,6 +144,13 @@ def choose(
     bias, dropout or a softcap take registers, `exact` that float32 products stay float32 instead of
     going through the tensor cores as tf32.
     """
+    if pass_ in _IN_USE:
+        config = _IN_USE[pass_]
+        if block is not None and (block[0] % config.block_m or block[1] % config.block_n):
+            raise ValueError(
+                f"{pass_}: expected tiles that divide a block of {block}, got {config}"
+            )
+        return config
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     if arch == "cpu":
         config = Config(
@@ -121,6 +164,17 @@ def choose(
     if block is not None:
         config = _divide(config, block, pass_, width, extras)
     return _fit(config, arch, width, dtype)
+
+
+def hopper(form: str, head_dim: int, block: tuple[int, int] | None = None) -> Config:
+    """The config of a Hopper form, "descriptors" or "gluon", for `head_dim`, the wider of keys and
+    values, and a mask's block as in `choose`.
+    """
+    config = HOPPER[form, 64 if head_dim <= 64 else 128]
+    if block is None:
+        return config
+    block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])
+    return dataclasses.replace(config, block_m=block_m, block_n=block_n)
 
 
 def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extras: bool) -> Config:

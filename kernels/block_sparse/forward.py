@@ -4,28 +4,21 @@ it see.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import arguments as args
+from . import configs
 from .arguments import Problem
-from .attend import add_sink, attend
+from .attend import attend, normalise, store_rows
 from .decode import decode, is_decode
-from .primitives import (
-    LN2,
-    LOG2E,
-    bias_base,
-    load_tile,
-    locate,
-    masked_tile,
-    next_tile,
-    query_tile,
-    sample_bounds,
-    store_tile,
-    walk_keys,
-)
+from .forms import can_use_form
+from .primitives import bias_base, load_tile, masked_tile, next_tile, place, walk_keys
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -55,11 +48,7 @@ def forward_kernel(
     problem = Problem(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
-    slot, pair = locate(problem)
-    b, h = pair // problem.heads, pair % problem.heads
-    offset, end_n = sample_bounds(problem, modifiers, b, F)
-    leading = b * problem.line_batch + h * problem.line_head
-    row0 = query_tile(problem, lists, slot, offset, leading, F) * F.BLOCK_M
+    pair, b, h, offset, end_n, leading, row0 = place(problem, lists, modifiers, F)
     if row0 >= offset + problem.q_len:
         return
 
@@ -100,48 +89,61 @@ def forward_kernel(
             r2, offset, end_n, pair, base, problem, modifiers, True, F,
         )  # fmt: skip
 
-    if modifiers.sinks is not None:
-        sink = tl.load(modifiers.sinks + h).to(tl.float32) * LOG2E
-        m_i, l_i, alpha = add_sink(m_i, l_i, sink)
-        acc = acc * alpha[:, None]
-    acc = acc * (modifiers.keep_scale / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
-    lse = (m_i + tl.log2(l_i)) * LN2  # no key and no sink: log2(0) = -inf
+    acc, lse = normalise(acc, l_i, m_i, h, modifiers)
+    store_rows(out_ptr, lse_ptr, acc, lse, start_i, pair, problem, F)
 
-    pair64 = tl.cast(pair, tl.int64)
-    out_ptr += pair64 * problem.q_len * F.DIM_V
-    store_tile(out_ptr, start_i, F.DIM_V, problem.q_len, acc, F.BLOCK_M, F.DIM_V, F.PAD_V)
-    offs_i = start_i + tl.arange(0, F.BLOCK_M)
-    inside = (offs_i >= 0) & (offs_i < problem.q_len)
-    tl.store(lse_ptr + pair64 * problem.q_len + offs_i, lse, mask=inside)
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: args.Call,
+    problem: Problem,
+    features: args.Features,
+    config: configs.Config,
+) -> None:
+    """Run the kernel that reads through pointers."""
+    forward_kernel[(problem.tiles * problem.pairs,)](
+        query,
+        key,
+        value,
+        out,
+        lse,
+        args.strides(query),
+        args.strides(key),
+        args.strides(value),
+        call.rows,
+        call.modifiers,
+        *problem,
+        F=features,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def forward_tiles(
     query: Tensor, key: Tensor, value: Tensor, mask, call: args.Call
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (out, lse)."""
+    config = args.choose_config("forward", query, call)
+    can_use_form(config.form, query, key, value, call, raise_error=True)
+    problem, features = args.over_queries(call, mask, query, config)
     batch, heads, q_len, _ = query.shape
     out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
-    config = args.choose_config("forward", query, call)
-    problem, features = args.over_queries(call, mask, query, config)
     with args.on_device(query):
-        forward_kernel[(problem.tiles * problem.pairs,)](
-            query,
-            key,
-            value,
-            out,
-            lse,
-            args.strides(query),
-            args.strides(key),
-            args.strides(value),
-            call.rows,
-            call.modifiers,
-            *problem,
-            F=features,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        launcher(config.form)(query, key, value, out, lse, call, problem, features, config)
     return out, lse
+
+
+def launcher(form: str) -> Callable[..., None]:
+    """`launch` of a form of the kernel. Gluon is imported by those who ask for it alone."""
+    if form == "pointers":
+        return launch
+    module = importlib.import_module(f"{__package__}.forward_{form}")
+    return module.launch
 
 
 def forward(

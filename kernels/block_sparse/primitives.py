@@ -103,6 +103,19 @@ def query_tile(problem, lists, slot, offset, leading, F: tl.constexpr):
 
 
 @triton.jit
+def place(problem, lists, modifiers, F: tl.constexpr):
+    """What a program that holds a tile of queries works on: (pair, sample, head, mask row of query
+    0, number of keys, first line of the pair, first mask row of the tile).
+    """
+    slot, pair = locate(problem)
+    b, h = pair // problem.heads, pair % problem.heads
+    offset, end_n = sample_bounds(problem, modifiers, b, F)
+    leading = b * problem.line_batch + h * problem.line_head
+    row0 = query_tile(problem, lists, slot, offset, leading, F) * F.BLOCK_M
+    return pair, b, h, offset, end_n, leading, row0
+
+
+@triton.jit
 def load_run(lists, run, exists, BLOCK: tl.constexpr):
     """Start and stop of a run, in elements."""
     start = tl.load(lists.runs + 2 * run, mask=exists, other=0) * BLOCK
@@ -285,13 +298,16 @@ def log2_factor(modifiers, F: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(s, factor, m_i, l_i, SAFE: tl.constexpr):
+def online_softmax(s, factor, m_i, l_i, SAFE: tl.constexpr, SLACK: tl.constexpr = 0):
     """One step of the running softmax over columns: (p, rescale of what was summed so far, m_i,
     l_i).
 
-    SAFE when a whole row of the tile can be -inf.
+    SAFE when a whole row of the tile can be -inf. m_i, which only has to be near the maximum, stays
+    until that is more than SLACK above it, and p stays below 2^SLACK.
     """
     m_i_new = tl.maximum(m_i, tl.max(s, 1) * factor)
+    if SLACK > 0:
+        m_i_new = tl.where(m_i_new > m_i + SLACK, m_i_new, m_i)
     pivot = m_i_new
     if SAFE:
         pivot = tl.where(m_i_new == float("-inf"), 0.0, m_i_new)

@@ -6,10 +6,13 @@ python tests/compile/report.py [nystrom] [sm_90 sm_80 sm_100 gfx942 ...]
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import block_sparse_launches
 import nystrom_launches
-from compiler import compiling_for, inspect, parse_target
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from bench.offline import compiling_for, inspect, parse_target  # noqa: E402
 
 COLUMNS = ("registers", "spilled", "shared", "warps", "hgmma", "hmma")
 
@@ -23,7 +26,7 @@ def main(targets: list[str]) -> None:
         for launch in family.all_launches():
             with compiling_for(parse_target(target)) as launches:
                 launch.run()
-            for name, kernel in launches:
+            for name, kernel in {kernel.hash: (name, kernel) for name, kernel in launches}.values():
                 if name not in ("delta_kernel", "merge_kernel"):
                     report = inspect(name, kernel)
                     facts = (getattr(report, column) for column in COLUMNS)

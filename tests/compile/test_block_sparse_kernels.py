@@ -8,8 +8,8 @@ import pytest
 import torch
 import triton
 from block_sparse_launches import HALF, all_launches
-from compiler import SHARED_MEMORY, compiling_for, inspect, parse_target
 
+from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
 from flashmark import masks
 from flashmark.kernels.block_sparse import backward, configs, forward
 

@@ -8,8 +8,8 @@ import os
 
 import pytest
 import torch
-from compiler import SHARED_MEMORY, compiling_for, inspect, parse_target
 
+from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
 from flashmark.kernels import hybrid
 from flashmark.kernels.hybrid import mass
 

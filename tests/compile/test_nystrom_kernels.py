@@ -6,8 +6,9 @@ import os
 
 import pytest
 import triton
-from compiler import SHARED_MEMORY, Report, compiling_for, inspect, parse_target
 from nystrom_launches import HALF, Launch, all_launches
+
+from bench.offline import SHARED_MEMORY, Report, compiling_for, inspect, parse_target
 
 TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 SUITE = [

@@ -11,6 +11,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,11 +37,12 @@ SHARED_MEMORY = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of one kernel. The last four are None where there is no NVIDIA machine code."""
+    """What became of one kernel. From `threads` on None where there is no NVIDIA machine code."""
 
     kernel: str
-    warps: int
+    warps: int  # as the config has it; those that specialise come on top
     shared: int
+    threads: int | None = None  # of a program, all its warps
     registers: int | None = None
     spilled: int | None = None  # bytes of stack to one thread
     hgmma: int | None = None
@@ -81,16 +83,25 @@ class _Absent:
         return True
 
 
+_INSPECTED: dict[str, Report] = {}
+
+
 @contextlib.contextmanager
-def compiling_for(arch: int | str):
-    """Yields a list to which every launch adds (kernel name, compiled kernel)."""
+def compiling_for(arch: int | str, wanted: Callable[[str, tuple], bool] = lambda name, args: True):
+    """Yields a list to which every launch adds (kernel name, compiled kernel).
+
+    A launch that is not `wanted`, by its kernel's name and its arguments, does nothing.
+    """
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     launches = []
     run, device_arch, processors = JITFunction.run, configs.device_arch, configs.processors
 
     def compile_only(self, *args, grid, warmup, **options):
-        launches.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+        name = self.fn.__name__
+        if wanted(name, (*args, *options.values())):
+            launches.append((name, run(self, *args, grid=grid, warmup=True, **options)))
 
+    active = driver._active
     driver.set_active(_Absent(target))
     JITFunction.run = compile_only
     configs.device_arch = lambda device: arch
@@ -98,11 +109,18 @@ def compiling_for(arch: int | str):
     try:
         yield launches
     finally:
+        driver._active = active
         JITFunction.run, configs.device_arch, configs.processors = run, device_arch, processors
 
 
 def inspect(name: str, compiled) -> Report:
-    """Registers, spills and matrix instructions, from the machine code."""
+    """Registers, spills and matrix instructions, from the machine code, read once a kernel."""
+    if compiled.hash not in _INSPECTED:
+        _INSPECTED[compiled.hash] = _inspect(name, compiled)
+    return _INSPECTED[compiled.hash]
+
+
+def _inspect(name: str, compiled) -> Report:
     facts = {
         "kernel": name,
         "warps": compiled.metadata.num_warps,
@@ -116,8 +134,9 @@ def inspect(name: str, compiled) -> Report:
         usage = _tool("cuobjdump", "-res-usage", binary.name)
         code = _tool("nvdisasm", "-c", binary.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    threads = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", compiled.asm["ptx"])[1])
     counts = {op.lower(): len(re.findall(rf"\b{op}\b", code)) for op in ("HGMMA", "HMMA")}
-    return Report(**facts, registers=registers, spilled=stack, **counts)
+    return Report(**facts, threads=threads, registers=registers, spilled=stack, **counts)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -1,0 +1,79 @@
+"""Which calls the Hopper forms of the forward kernel take: the launcher's question and the user's
+message.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import configs
+from .arguments import Call
+
+ALIGNMENT = 16  # bytes, of what a tensor descriptor points to and of its strides
+MAX_DIM = 128
+
+
+def can_use_form(
+    form: str, query: Tensor, key: Tensor, value: Tensor, call: Call, *, raise_error: bool = False
+) -> bool:
+    """Whether a form of the forward kernel, one of `configs.FORMS`, can compute a call.
+
+    With `raise_error`, what stands against it is raised: ValueError where other operands would do,
+    NotImplementedError where the form lacks a feature or the device is not for it.
+    """
+    objection = _objection(form, query, key, value, call)
+    if objection is not None and raise_error:
+        raise objection
+    return objection is None
+
+
+def _objection(
+    form: str, query: Tensor, key: Tensor, value: Tensor, call: Call
+) -> Exception | None:
+    if form not in configs.FORMS:
+        return ValueError(f"form: expected one of {', '.join(configs.FORMS)}, got {form!r}")
+    if form == "pointers":
+        return None
+    arch = configs.device_arch(query.device)
+    if arch != 90 and not (arch == "cpu" and form == "descriptors"):
+        return NotImplementedError(f"form {form!r}: expected compute capability 9.0, got {arch}")
+    lacking = _lacking(form, call)
+    if lacking:
+        return NotImplementedError(f"form {form!r}: expected no {' and no '.join(lacking)}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        complaint = _misfit(tensor)
+        if complaint is not None:
+            return ValueError(f"form {form!r}: {name}: {complaint}")
+    return None
+
+
+def _lacking(form: str, call: Call) -> list[str]:
+    """Names of the features of a call that a form does not have."""
+    features = call.features
+    asked = {
+        "bias": features.BIAS != "none",
+        "dropout": features.DROPOUT,
+        "softcap": features.SOFTCAP,
+        "query_offset": features.OFFSET,
+        "kv_lengths": features.LENGTHS and form == "gluon",
+    }
+    return [name for name, on in asked.items() if on]
+
+
+def _misfit(tensor: Tensor) -> str | None:
+    """What keeps a descriptor from reading a tensor: expected, got."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        return f"expected float16 or bfloat16, got {tensor.dtype}"
+    if tensor.shape[-1] > MAX_DIM:
+        return f"expected a head dimension of at most {MAX_DIM}, got {tensor.shape[-1]}"
+    if tensor.numel() == 0:
+        return f"expected elements, got the shape {tuple(tensor.shape)}"
+    strides = [step * tensor.element_size() for step in tensor.stride()]
+    batch, heads = tensor.shape[:2]
+    jumps = [strides[2], strides[0] if batch > 1 else 0, strides[1] if heads > 1 else 0]
+    if any(jump % ALIGNMENT for jump in jumps):
+        return f"expected strides of whole {ALIGNMENT} bytes, got {strides[:3]} bytes"
+    if tensor.data_ptr() % ALIGNMENT:
+        return f"expected data that starts at a multiple of {ALIGNMENT} bytes"
+    return None

@@ -1,0 +1,385 @@
+"""The forward pass for Hopper in Gluon: one warp loads tiles through TMA, two warpgroups of 64 rows
+each (one, where BLOCK_M is 64) compute, and they meet over rings of STAGES slots. Compiled, not run
+on a GPU.
+
+A slot has two barriers. The loader waits until the slot is empty and starts a copy that completes
+`full`; a warpgroup waits for `full` and, when its product is done, arrives at `empty`, which
+completes when every warpgroup has. Why nobody waits for ever:
+
+* The tiles of a line are counted once, before the warps part: the loader fills, and each warpgroup
+  uses, exactly that many slots of either ring. Tile t is turn t // STAGES of slot t % STAGES. With
+  no tile nobody waits for one. The queries are loaded, and awaited, in any case, so that no copy is
+  in flight when the program ends.
+* The n-th completion of a barrier, from 0, has parity n % 2, and waiting for a parity returns when
+  the last completion had it; before the first, that counts as 1. Turn r waits for completion r of
+  `full`, parity r % 2, and, to be filled, for completion r - 1 of `empty`, parity (r + 1) % 2: at
+  once when r is 0, since slots start empty. No barrier completes twice while one waits: a slot is
+  filled again only when all have emptied it, and emptied again only when it has been filled.
+* The loader copies in the order K of tile 0, V of tile 0, K of tile 1, ... To give back K of tile t
+  a warpgroup needs what comes before V of tile t, to give back V of tile t nothing after K of tile
+  t + 1. The loader asks for those slots again for K and V of tile t + STAGES, which come later: it
+  never waits for what waits for a copy that it has not started. V of the last tile is not given
+  back, and nobody asks for it.
+
+The next product overlaps with the softmax: S of tile t + 1 is in flight during that of tile t.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import arguments as args
+from . import configs
+from .arguments import Problem
+from .attend import normalise
+from .line import any_tile, bit_words, shown
+from .primitives import log2_factor, logits, next_tile, online_softmax, place, walk_keys
+
+REGISTERS = gl.constexpr(240)  # of a thread that computes
+LOADER_REGISTERS = gl.constexpr(24)
+ROWS = gl.constexpr(64)  # of a warpgroup
+
+
+class Rings(NamedTuple):
+    """Shared memory: STAGES slots for K and for V, and the barriers of each slot."""
+
+    k: object
+    v: object
+    k_full: object
+    k_empty: object
+    v_full: object
+    v_empty: object
+
+
+class Line(NamedTuple):
+    """The tiles of a line, as `walk_keys` gives them, and how many there are."""
+
+    n_full: object
+    n_masked: object
+    first: object
+    run: object
+    run_end: object
+    start: object
+    stop: object
+    n_tiles: object
+
+
+class Work(NamedTuple):
+    """What a program works on."""
+
+    lists: object
+    line: object
+    problem: object
+    modifiers: object
+    pair: object
+    b: object
+    h: object
+    row0: object
+    end_n: object
+
+
+@gluon.jit
+def load_tiles(k_desc, v_desc, rings, work, F: gl.constexpr, STAGES: gl.constexpr):
+    """What the loading warp does."""
+    lists, line = work.lists, work.line
+    b, hk = work.b, work.h // work.problem.group
+    run, start, stop = line.run, line.start, line.stop
+    for t in range(line.n_tiles):
+        slot = t % STAGES
+        parity = (t // STAGES) & 1
+        n, _ = any_tile(lists, t, line.n_full, line.n_masked, line.first, start, F)
+        mbarrier.wait(rings.k_empty.index(slot), parity ^ 1)
+        mbarrier.expect(rings.k_full.index(slot), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            k_desc, [b, hk, n, 0], rings.k_full.index(slot), rings.k.index(slot)
+        )
+        mbarrier.wait(rings.v_empty.index(slot), parity ^ 1)
+        mbarrier.expect(rings.v_full.index(slot), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            v_desc, [b, hk, n, 0], rings.v_full.index(slot), rings.v.index(slot)
+        )
+        run, start, stop = next_tile(
+            lists, run, line.run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
+        )
+
+
+@gluon.jit
+def issue_scores(q, rings, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
+    """S = Q K^T of tile t [ROWS, BLOCK_N], in flight."""
+    slot = t % STAGES
+    mbarrier.wait(rings.k_full.index(slot), (t // STAGES) & 1)
+    k = rings.k.index(slot).reshape([F.BLOCK_N, F.PAD])
+    zero = gl.full([ROWS, F.BLOCK_N], 0.0, gl.float32, layout)
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
+    """O + P V of tile t [ROWS, PAD_V], in flight."""
+    slot = t % STAGES
+    mbarrier.wait(rings.v_full.index(slot), (t // STAGES) & 1)
+    v = rings.v.index(slot).reshape([F.BLOCK_N, F.PAD_V])
+    return warpgroup_mma(p, v, acc, is_async=True)
+
+
+@gluon.jit
+def softmax(s, m_i, l_i, t, r2, work, MASKED: gl.constexpr, F: gl.constexpr):
+    """`online_softmax` of the scores of tile t."""
+    line = work.line
+    n, bits = any_tile(work.lists, t, line.n_full, line.n_masked, line.first, line.start, F)
+    n2 = (n + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
+    s, _ = logits(s, None, r2, n2, 0, work.problem, work.modifiers, F)
+    if MASKED:
+        words = bit_words(work.lists.bits, bits, n, r2, F)
+        seen = shown(words, n, r2, n2, work.end_n, work.problem, F)
+        s = gl.where(seen, s, float("-inf"))
+    return online_softmax(s, log2_factor(work.modifiers, F), m_i, l_i, MASKED, F.SLACK)
+
+
+@gluon.jit
+def add_tile(
+    s,
+    acc,
+    l_i,
+    m_i,
+    t,
+    q,
+    rings,
+    r2,
+    work,
+    MASKED: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Take the scores of tile t into the running sums; O + P V is in flight, and P must live."""
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, t, r2, work, MASKED, F)
+    if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
+        acc = acc * rows_of(alpha, acc)[:, None]
+    p = operand(weights, acc, q.dtype)
+    return issue_output(p, acc, rings, t, F, STAGES), p, l_i, m_i
+
+
+@gluon.jit
+def add_tiles(
+    s,
+    acc,
+    l_i,
+    m_i,
+    t0,
+    t1,
+    q,
+    rings,
+    r2,
+    work,
+    MASKED: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Tiles t0 .. t1, none of them the last, each while the scores of the next are computed."""
+    layout: gl.constexpr = s.type.layout
+    for t in range(t0, t1):
+        following = issue_scores(q, rings, t + 1, layout, F, STAGES)
+        acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, t, q, rings, r2, work, MASKED, F, STAGES)
+        s, acc, p = warpgroup_mma_wait(0, [following, acc, p])
+        mbarrier.arrive(rings.k_empty.index((t + 1) % STAGES), count=1)
+        mbarrier.arrive(rings.v_empty.index(t % STAGES), count=1)
+    return s, acc, l_i, m_i
+
+
+@gluon.jit
+def rows_of(vector, acc):
+    """A vector over the rows of S as one over the rows of O."""
+    return gl.convert_layout(vector, gl.SliceLayout(1, acc.type.layout))
+
+
+@gluon.jit
+def operand(weights, acc, dtype: gl.constexpr):
+    """P as the left operand of P V, in registers."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, k_width=2)
+    return gl.convert_layout(weights.to(dtype), layout)
+
+
+@gluon.jit
+def compute(
+    w: gl.constexpr,
+    q_tiles,
+    q_full,
+    rings,
+    work,
+    out_ptr,
+    lse_ptr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """What a warpgroup does: rows ROWS * w .. ROWS * (w + 1) of the tile of queries."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
+    acc = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, o_layout)
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    line, problem = work.line, work.problem
+    first_row = work.row0 + w * ROWS
+    r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)))[:, None]
+    q = q_tiles.index(w).reshape([ROWS, F.PAD])
+    mbarrier.wait(q_full.index(w), 0)
+    if line.n_tiles > 0:
+        s = issue_scores(q, rings, 0, s_layout, F, STAGES)
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(rings.k_empty.index(0), count=1)
+        last = line.n_tiles - 1
+        full = gl.minimum(line.n_full, last)
+        s, acc, l_i, m_i = add_tiles(
+            s, acc, l_i, m_i, 0, full, q, rings, r2, work, False, F, STAGES
+        )
+        s, acc, l_i, m_i = add_tiles(
+            s, acc, l_i, m_i, full, last, q, rings, r2, work, True, F, STAGES
+        )
+        acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, last, q, rings, r2, work, True, F, STAGES)
+        acc, p = warpgroup_mma_wait(0, [acc, p])
+
+    acc, lse = normalise(acc, rows_of(l_i, acc), rows_of(m_i, acc), work.h, work.modifiers)
+    i = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
+    d = gl.arange(0, F.PAD_V, gl.SliceLayout(0, o_layout))
+    row = gl.cast(work.pair, gl.int64) * problem.q_len + i
+    inside = i < problem.q_len
+    gl.store(
+        out_ptr + row[:, None] * F.DIM_V + d[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (d < F.DIM_V)[None, :],
+    )
+    gl.store(lse_ptr + row, lse, mask=inside)
+
+
+@gluon.jit
+def ring(desc, STAGES: gl.constexpr, USERS: gl.constexpr):
+    """Slots for the blocks of a descriptor, and their barriers: (slots, full, empty)."""
+    slots = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=USERS)
+    return slots, full, empty
+
+
+@gluon.jit(do_not_specialize=Problem._fields)
+def forward_gluon_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    lists,
+    modifiers,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    problem = Problem(
+        pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
+    )
+    pair, b, h, _, end_n, leading, row0 = place(problem, lists, modifiers, F)
+    if row0 >= problem.q_len:
+        return
+    n_full, n_masked, first, run, run_end, start, stop = walk_keys(
+        problem, lists, leading + row0 // F.BLOCK_Q, row0, end_n, F
+    )
+    n_tiles = n_full + n_masked
+    line = Line(n_full, n_masked, first, run, run_end, start, stop, n_tiles)
+    work = Work(lists, line, problem, modifiers, pair, b, h, row0, end_n)
+
+    WARPGROUPS: gl.constexpr = F.BLOCK_M // ROWS
+    q_tiles, q_full, _ = ring(q_desc, WARPGROUPS, 1)
+    k_slots, k_full, k_empty = ring(k_desc, STAGES, WARPGROUPS)
+    v_slots, v_full, v_empty = ring(v_desc, STAGES, WARPGROUPS)
+    rings = Rings(k_slots, v_slots, k_full, k_empty, v_full, v_empty)
+    fence_async_shared()
+    for w in gl.static_range(WARPGROUPS):
+        mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            q_desc, [b, h, row0 + w * ROWS, 0], q_full.index(w), q_tiles.index(w)
+        )
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (compute, (0, q_tiles, q_full, rings, work, out_ptr, lse_ptr, F, STAGES)),
+                (compute, (1, q_tiles, q_full, rings, work, out_ptr, lse_ptr, F, STAGES)),
+                (load_tiles, (k_desc, v_desc, rings, work, F, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (compute, (0, q_tiles, q_full, rings, work, out_ptr, lse_ptr, F, STAGES)),
+                (load_tiles, (k_desc, v_desc, rings, work, F, STAGES)),
+            ],
+            [1],
+            [LOADER_REGISTERS],
+        )
+
+
+def describe(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A (B, H, N, D) tensor, read as tiles (1, 1, rows, width); 0 beyond N and D."""
+    block = [1, 1, rows, width]
+    dtype = {"torch.float16": gl.float16, "torch.bfloat16": gl.bfloat16}[str(tensor.dtype)]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    # a stride that is never taken can be anything, except in a descriptor
+    steps = [
+        step if size > 1 else tensor.stride(2)
+        for size, step in zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
+    ]
+    strides = [*steps, tensor.stride(2), 1]
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: args.Call,
+    problem: Problem,
+    features: args.Features,
+    config: configs.Config,
+) -> None:
+    """Run the kernel; num_warps of `config` is that of a warpgroup, 4."""
+    if config.block_m not in (ROWS.value, 2 * ROWS.value) or config.num_warps != 4:
+        raise ValueError(f"form 'gluon': expected 64 or 128 rows and 4 warps, got {config}")
+    forward_gluon_kernel[(problem.tiles * problem.pairs,)](
+        describe(query, ROWS.value, features.PAD),
+        describe(key, config.block_n, features.PAD),
+        describe(value, config.block_n, features.PAD_V),
+        out,
+        lse,
+        call.rows,
+        call.modifiers,
+        *problem,
+        F=features,
+        STAGES=config.num_stages,
+        num_warps=4,
+        maxnreg=None if config.block_m == 128 else 128,  # two programs of one warpgroup to an SM
+    )

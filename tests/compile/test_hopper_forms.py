@@ -1,0 +1,121 @@
+"""The Hopper forms of the block-sparse forward kernel compile, fit, do not spill, load through TMA
+and, where they should, specialise warps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from bench.offline import SHARED_MEMORY, compiling_for, inspect
+from flashmark import masks
+from flashmark.kernels.block_sparse import configs, forward
+
+FORMS = ("descriptors", "gluon")
+KINDS = {"sparse": masks.sliding_window(300), "causal": masks.causal(), "dense": None}
+LENGTH, HEADS, KV_HEADS = 1024, 4, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A forward of grouped heads with the config that ships for it."""
+
+    form: str
+    dim: int
+    kind: str
+    block: int = 128
+    v_dim: int = 0  # 0: dim
+    dtype: torch.dtype = torch.bfloat16
+    sinks: bool = False
+    lazy: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"D{self.dim}" + (f"-DV{self.v_dim}" if self.v_dim else "")
+        extras = "".join(f"-{name}" for name in ("sinks", "lazy") if getattr(self, name))
+        return f"{self.form}-{shape}-{self.kind}{self.block}-{dtype}{extras}"
+
+    @property
+    def config(self) -> configs.Config:
+        block = (self.block, self.block) if self.kind == "sparse" else None
+        config = configs.hopper(self.form, max(self.dim, self.v_dim), block)
+        return dataclasses.replace(config, lazy=self.lazy)
+
+    def run(self) -> None:
+        query = torch.zeros(1, HEADS, LENGTH, self.dim, dtype=self.dtype)
+        key = torch.zeros(1, KV_HEADS, LENGTH, self.dim, dtype=self.dtype)
+        value = torch.zeros(1, KV_HEADS, LENGTH, self.v_dim or self.dim, dtype=self.dtype)
+        sinks = torch.zeros(HEADS) if self.sinks else None
+        shape = (1, 1, LENGTH, LENGTH)
+        mask = masks.compile_mask(KINDS[self.kind], *shape, device="cpu", block_size=self.block)
+        with configs.using(forward=self.config):
+            forward(query, key, value, mask, None, sinks, None, None, None, 0.125, 0.0, 0.0)
+
+
+LAUNCHES = [
+    *(Launch(f, d, "sparse") for f, d in itertools.product(FORMS, (64, 128))),
+    *(Launch(f, d, k) for f, (d, k) in itertools.product(FORMS, ((64, "causal"), (128, "dense")))),
+    *(Launch(f, 128, "sparse", 64) for f in FORMS),
+    *(Launch(f, 72, "sparse", 128, 40, torch.float16, True) for f in FORMS),
+    Launch("gluon", 128, "sparse", lazy=True),
+]
+
+
+def machine_code(kernel) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(kernel.asm["cubin"])
+        binary.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        command = [tool, "-c", binary.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_form(launch):
+    with compiling_for(90) as launches:
+        launch.run()
+    ((name, kernel),) = launches
+    assert name == f"forward_{launch.form}_kernel"
+    report = inspect(name, kernel)
+    assert report.spilled == 0, report
+    assert report.shared <= SHARED_MEMORY[90], report
+    assert report.hgmma > 0 and report.hmma == 0, report
+    code = machine_code(kernel)
+    assert "UTMALDG" in code
+    specialised = launch.form == "gluon" or launch.config.block_m == 128
+    assert ("USETMAXREG" in code) == specialised
+    assert (report.threads > 32 * launch.config.num_warps) == specialised
+
+
+def test_warpgroups_share_the_rows():
+    """Each product is computed once: the compiler neither repeats it in every warpgroup, nor
+    unrolls the loop.
+    """
+    launch = Launch("descriptors", 128, "sparse")
+    with compiling_for(90) as launches:
+        launch.run()
+    config, (name, kernel) = launch.config, launches[0]
+    instructions = config.block_m // 64 * (launch.dim // 16 + config.block_n // 16)
+    assert inspect(name, kernel).hgmma == instructions
+
+
+def test_the_default_is_the_pointer_form():
+    for dim, block, extras in itertools.product((64, 128), (None, (128, 128)), (False, True)):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert configs.choose(90, dtype, dim, block, "forward", extras).form == "pointers"
+
+
+def test_gluon_is_imported_by_those_who_ask_for_it():
+    code = (
+        "import sys; sys.modules['triton.experimental.gluon'] = None\n"
+        "import flashmark.kernels.block_sparse"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,308 @@
+"""Runs the Gluon form of the forward kernel without a GPU: its own source, over stand-ins for what
+Gluon adds to Triton, whose other half Triton's interpreter does.
+
+Warps are threads of which one runs at a time, and which one comes next is drawn at every barrier. A
+copy lands at some time after it was started; a product reads its operands when it is waited for. So
+a slot that is given back too early, or read too early, shows as NaN or as a wrong result, and a
+barrier that nobody completes is an error. Registers, layouts and memory fences are not modelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from types import SimpleNamespace
+
+import pytest
+import triton
+import triton.language as tl
+
+from flashmark.kernels.block_sparse import configs
+from flashmark.kernels.block_sparse.arguments import Problem
+
+
+class Crew:
+    """Warps that take turns, and the copies under way."""
+
+    def __init__(self, seed: int):
+        self.draw = random.Random(seed)
+        self.waiting = {}  # thread -> what it waits for
+        self.copies = []
+        self.turns = {}
+        self.failure = None
+
+    def run(self, tasks) -> None:
+        done = threading.Event()
+        threads = [threading.Thread(target=self._live, args=(task, done)) for task in tasks]
+        for thread in threads:
+            self.turns[thread] = threading.Event()
+            self.waiting[thread] = lambda: True
+            thread.start()
+        self._next(done)
+        done.wait()
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def pause(self, ready=lambda: True) -> None:
+        """Let others go on, until `ready`."""
+        me = threading.current_thread()
+        if me not in self.turns:  # before the warps part
+            while not ready():
+                self._land()
+            return
+        self.waiting[me] = ready
+        self._next(self.done)
+        self.turns[me].wait()
+        self.turns[me].clear()
+        if self.failure is not None:
+            raise self.failure
+
+    def _live(self, task, done: threading.Event) -> None:
+        me = threading.current_thread()
+        self.turns[me].wait()
+        self.turns[me].clear()
+        try:
+            if self.failure is None:
+                function, arguments = task
+                function(*arguments)
+        except Exception as failure:
+            self.failure = self.failure or failure
+        del self.waiting[me]
+        self._next(done)
+
+    def _next(self, done: threading.Event) -> None:
+        self.done = done
+        if not self.waiting:
+            return done.set()
+        while self.copies and self.draw.random() < 0.3:
+            self._land()
+        able = [t for t, ready in self.waiting.items() if self.failure is not None or ready()]
+        while not able and self.copies:
+            self._land()
+            able = [t for t, ready in self.waiting.items() if ready()]
+        if not able:
+            self.failure = RuntimeError("deadlock: every warp waits for a barrier")
+            able = list(self.waiting)
+        self.turns[self.draw.choice(able)].set()
+
+    def _land(self) -> None:
+        self.copies.pop(self.draw.randrange(len(self.copies)))()
+
+
+class Barrier:
+    """An mbarrier: completes when `count` have arrived and all bytes have."""
+
+    def __init__(self):
+        self.completions = self.arrived = self.bytes = 0
+
+    def settle(self) -> None:
+        if self.arrived == self.count and self.bytes == 0:
+            self.completions, self.arrived = self.completions + 1, 0
+
+    def arrive(self, count: int = 1) -> None:
+        self.arrived += count
+        assert self.arrived <= self.count, "more arrivals than a barrier counts"
+        self.settle()
+
+
+class Slot:
+    """A tile in shared memory, seen as it lies or transposed."""
+
+    def __init__(self, dtype, shape):
+        self.dtype = dtype
+        self.tile = tl.full(shape[-2:], float("nan"), tl.float32).to(dtype)
+
+    def reshape(self, shape):
+        assert list(shape) == list(self.tile.shape)
+        return View(self, False)
+
+
+class View:
+    def __init__(self, slot: Slot, turned: bool):
+        self.slot, self.turned, self.dtype = slot, turned, slot.dtype
+
+    def permute(self, order):
+        assert order == (1, 0)
+        return View(self.slot, not self.turned)
+
+    def read(self):
+        return tl.trans(self.slot.tile) if self.turned else self.slot.tile
+
+
+class Product:
+    """A matrix product in flight."""
+
+    def __init__(self, a, b, acc, use_acc: bool):
+        self.a, self.b, self.acc, self.type = a, b, acc if use_acc else None, acc.type
+
+    def result(self):
+        a = self.a.read() if isinstance(self.a, View) else self.a
+        product = tl.dot(a, self.b.read())
+        return product if self.acc is None else self.acc + product
+
+
+class Descriptor:
+    """What a kernel makes of a host's TensorDescriptor."""
+
+    def __init__(self, host, ptr):
+        self.shape, self.strides, self.block_shape = host.shape, host.strides, host.block_shape
+        self.layout, self.ptr, self.dtype = host.layout, ptr, ptr.dtype.element_ty
+        rows, width = self.block_shape[2:]
+        self.block_type = SimpleNamespace(nbytes=rows * width * self.dtype.primitive_bitwidth // 8)
+
+    def load(self, b, h, start, column):
+        rows, width = self.block_shape[2:]
+        offs, offs_d = start + tl.arange(0, rows), column + tl.arange(0, width)
+        head = self.ptr + int(b) * self.strides[0] + int(h) * self.strides[1]
+        inside = (offs >= 0) & (offs < self.shape[2])
+        return tl.load(
+            head + offs[:, None] * self.strides[2] + offs_d[None, :],
+            mask=inside[:, None] & (offs_d < self.shape[3])[None, :],
+            other=0.0,
+        )
+
+
+class Gluon:
+    """`gl`: its own names, and those that it takes from Triton."""
+
+    def __init__(self, crew: Crew):
+        self.crew = crew
+
+    def __getattr__(self, name):
+        return getattr(tl, name)
+
+    def arange(self, start, end, layout):
+        return tl.arange(start, end)
+
+    def full(self, shape, value, dtype, layout):
+        return tl.full(shape, value, dtype)
+
+    def convert_layout(self, tensor, layout):
+        return tensor
+
+    def static_range(self, *bounds):
+        return range(*bounds)
+
+    def allocate_shared_memory(self, dtype, shape, layout):
+        make = Barrier if layout == "barrier" else lambda: Slot(dtype, shape)
+        slots = [make() for _ in range(shape[0])]
+        return SimpleNamespace(index=lambda i: slots[int(i)])
+
+    def warp_specialize(self, tasks, warps, registers):
+        assert len(warps) == len(registers) == len(tasks) - 1
+        self.crew.run(tasks)
+
+    def SliceLayout(self, *_):  # noqa: N802
+        return None
+
+    DotOperandLayout = NVMMADistributedLayout = lambda self, *_, **__: None
+
+
+def stand_ins(crew: Crew) -> dict:
+    """By the name that the module of the kernel knows them under."""
+
+    def wait(barrier, parity):
+        crew.pause(lambda: barrier.completions % 2 != int(parity))
+
+    def arrive(barrier, count):
+        barrier.arrive(count)
+        crew.pause()
+
+    def expect(barrier, nbytes):
+        barrier.bytes += nbytes
+        barrier.arrive()
+
+    def copy(desc, coordinates, barrier, slot):
+        def land():
+            slot.tile = desc.load(*coordinates)
+            barrier.bytes -= desc.block_type.nbytes
+            barrier.settle()
+
+        crew.copies.append(land)
+
+    def finish(outstanding, values):
+        crew.pause()
+        return _one_or_all([v.result() if isinstance(v, Product) else v for v in values])
+
+    return {
+        "gl": Gluon(crew),
+        "ROWS": 64,
+        "mbarrier": SimpleNamespace(
+            MBarrierLayout=lambda: "barrier",
+            init=lambda barrier, count: setattr(barrier, "count", count),
+            wait=wait,
+            arrive=arrive,
+            expect=expect,
+        ),
+        "tma": SimpleNamespace(async_copy_global_to_shared=copy),
+        "fence_async_shared": lambda: None,
+        "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product(a, b, acc, use_acc),
+        "warpgroup_mma_wait": finish,
+    }
+
+
+def _one_or_all(values: list):
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@triton.jit
+def program(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    lists,
+    modifiers,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    run: tl.constexpr,
+):
+    problem = (pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section)
+    run((q_ptr, k_ptr, v_ptr), out_ptr, lse_ptr, lists, modifiers, problem)
+
+
+@contextlib.contextmanager
+def emulated(seed: int = 0):
+    """The Gluon form runs on CPU tensors."""
+    from triton.experimental.gluon._runtime import GluonJITFunction
+
+    from flashmark.kernels.block_sparse import forward_gluon as module
+
+    kernel = module.forward_gluon_kernel.fn
+    functions = {n: f.fn for n, f in vars(module).items() if isinstance(f, GluonJITFunction)}
+    seeds = random.Random(seed)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(q, k, v, out, lse, lists, modifiers, *problem, F, STAGES, **options):
+                def run(ptrs, out_ptr, lse_ptr, lists, modifiers, problem):
+                    crew = Crew(seeds.random())
+                    descs = [Descriptor(*pair) for pair in zip((q, k, v), ptrs, strict=True)]
+                    with pytest.MonkeyPatch.context() as patch:
+                        for name, stand_in in (functions | stand_ins(crew)).items():
+                            patch.setattr(module, name, stand_in)
+                        patch.setattr(tl.block_type, "layout", None, raising=False)
+                        kernel(*descs, out_ptr, lse_ptr, lists, modifiers, *problem, F, STAGES)
+                        assert not crew.copies, "a copy is under way when the program ends"
+
+                bases = (q.base, k.base, v.base)
+                program[grid](*bases, out, lse, lists, modifiers, *Problem(*problem), run=run)
+
+            return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "forward_gluon_kernel", Kernel())
+        patch.setattr(configs, "device_arch", lambda device: 90)
+        yield

@@ -1,0 +1,249 @@
+"""The Hopper forms of the block-sparse forward kernel: against the definition, against the pointer
+form, and what they refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import gluon_emulation
+import pytest
+import torch
+from attention_cases import Call, Case
+
+from flashmark import masks
+from flashmark.kernels.block_sparse import configs, forms
+from flashmark.kernels.block_sparse.arguments import describe
+from helpers import assert_close, relative_error
+
+HALF = torch.float16
+
+
+@pytest.fixture(params=["descriptors", "gluon"])
+def form(request, device):
+    if device.type == "cpu":
+        with gluon_emulation.emulated() if request.param == "gluon" else contextlib.nullcontext():
+            yield request.param
+    elif configs.device_arch(device) == 90:
+        yield request.param
+    else:
+        pytest.skip("the Hopper forms need compute capability 9.0")
+
+
+def run(form: str, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward pass with the config that ships for the form."""
+    case, mask = call.case, call.mask
+    block = (mask.block_q, mask.block_kv) if mask.kind == "sparse" else None
+    with configs.using(forward=configs.hopper(form, max(case.dim, case.v_dim or 0), block)):
+        return call.forward()
+
+
+def check(form: str, case: Case, device: torch.device) -> None:
+    """Output and lse are as close to the definition as those of the pointer form must be."""
+    case = dataclasses.replace(case, dtype=case.dtype if case.dtype != torch.float32 else HALF)
+    call = Call(case, device)
+    expected = call.reference()
+    budget = call.budget(expected)
+    for name, tensor in zip(("out", "lse"), run(form, call), strict=True):
+        error = relative_error(tensor, expected[name])
+        assert error <= budget[name], f"{name}: error {error:.2e}, allowed {budget[name]:.2e}"
+
+
+def random_bits(*shape: int, density: float = 0.3, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+
+
+MASKS = {
+    "dense": None,
+    "causal": masks.causal(),
+    "window": masks.sliding_window(70),
+    "prefix": masks.prefix(11) | masks.causal(),
+    "documents": masks.causal() & masks.documents(torch.arange(150) // 67),
+    "random-bits": masks.dense(random_bits(150, 150)),
+    "nothing": masks.blocks(torch.zeros(1, 1, 3, 3, dtype=torch.bool), 64),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask(form, name, device):
+    check(form, Case(mask=MASKS[name], kv_heads=1, q_len=150, dim=32, block=64), device)
+
+
+@pytest.mark.parametrize("q_len", [1, 17, 127, 129, 200])
+def test_lengths(form, q_len, device):
+    """Tiles of 128 queries and 128 keys, the last one ragged."""
+    for mask in (masks.causal(), masks.sliding_window(150)):
+        check(form, Case(mask=mask, heads=1, q_len=q_len, block=128), device)
+
+
+@pytest.mark.parametrize("shape", [(70, 200), (200, 70)], ids=str)
+def test_fewer_or_more_keys_than_queries(form, shape, device):
+    for mask in (masks.causal(), masks.sliding_window(50)):
+        q_len, kv_len = shape
+        case = Case(mask=mask, heads=1, q_len=q_len, kv_len=kv_len, block=64)
+        check(form, case, device)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (64, 64), (72, 40), (128, 128), (8, 24)], ids=str)
+def test_head_dimensions(form, dims, device):
+    dim, v_dim = dims
+    mask = masks.sliding_window(90)
+    check(form, Case(mask=mask, heads=1, q_len=70, dim=dim, v_dim=v_dim, block=64), device)
+
+
+def test_bfloat16(form, device):
+    for mask in (masks.causal(), masks.sliding_window(90)):
+        case = Case(mask=mask, heads=1, q_len=100, dim=64, block=64, dtype=torch.bfloat16)
+        check(form, case, device)
+
+
+@pytest.mark.parametrize("block", [128, (128, 64), (64, 128), (64, 32)], ids=str)
+def test_runs_of_full_tiles(form, block, device):
+    """Lines whose full tiles come in several runs, lines that have none, and one that is empty."""
+    tiles = random_bits(1, 1, 2, 5, density=0.6, seed=3)
+    tiles[..., 1, :] = False
+    mask = masks.blocks(tiles, 128) & masks.mask_mod(lambda b, h, i, j: (j < 384) | (i + j < 600))
+    check(form, Case(mask=mask, heads=1, q_len=256, kv_len=640, block=block), device)
+
+
+def test_fully_masked_rows(form, device):
+    visible = random_bits(1, 2, 140, 140)
+    visible[:, 1] = False
+    visible[:, :, 20:100] = False
+    case = Case(mask=masks.dense(visible), q_len=140, block=64)
+    check(form, case, device)
+    out, lse = run(form, Call(dataclasses.replace(case, dtype=HALF), device))
+    assert (out[:, 1] == 0).all() and (lse[:, 1] == float("-inf")).all()
+    assert (out[:, 0, 20:100] == 0).all()
+
+
+def test_per_sample_and_head_masks_with_grouped_heads(form, device):
+    mask = masks.dense(random_bits(2, 4, 70, 70))
+    check(form, Case(mask=mask, batch=2, heads=4, kv_heads=2, q_len=70, block=64), device)
+
+
+def test_sinks_and_a_negative_scale(form, device):
+    mask = masks.causal() & ~masks.prefix(20)
+    check(form, Case(mask=mask, q_len=90, block=64, sinks=True), device)
+    check(form, Case(mask=masks.causal(), q_len=90, sinks=True, scale=-0.3), device)
+
+
+@pytest.mark.parametrize("name", ["causal", "random-bits"])
+def test_lazy_rescaling(form, name, device):
+    """Scores far apart, so that maxima grow by more than the slack, and by less."""
+    if form == "descriptors":
+        with pytest.raises(ValueError, match="lazy: expected the form 'gluon', got 'descriptors'"):
+            configs.Config(128, 64, 4, 2, form, lazy=True)
+        return
+    case = Case(mask=MASKS[name], q_len=150, block=64, dtype=HALF, sinks=True)
+    call = Call(case, device, magnitude=6.0)
+    expected = call.reference()
+    budget = call.budget(expected)
+    lazy = dataclasses.replace(configs.hopper("gluon", 64, (64, 64)), block_n=32, lazy=True)
+    with configs.using(forward=lazy):
+        got = call.forward()
+    for key, tensor in zip(("out", "lse"), got, strict=True):
+        assert relative_error(tensor, expected[key]) <= budget[key], key
+
+
+def test_kv_lengths(form, device):
+    """What lies beyond a sample's keys, NaN here, is not read."""
+    case = Case(batch=3, heads=1, q_len=100, kv_lengths=(0, 45, 100), block=64, dtype=HALF)
+    for mask in (masks.causal(), masks.sliding_window(60)):
+        case = dataclasses.replace(case, mask=mask)
+        if form == "gluon":
+            with pytest.raises(NotImplementedError, match="expected no kv_lengths"):
+                run(form, Call(case, device))
+        else:
+            check(form, case, device)
+
+
+@pytest.mark.parametrize("layout", ["bnhd", "gaps"])
+def test_strides(form, layout, device):
+    case = Case(mask=MASKS["window"], batch=2, heads=2, kv_heads=1, q_len=70, block=64, dim=32)
+    call = Call(dataclasses.replace(case, layout=layout, dtype=HALF), device)
+    if layout == "gaps":
+        with pytest.raises(ValueError, match="strides of whole 16 bytes, got"):
+            run(form, call)
+    else:
+        check(form, call.case, device)
+
+
+@pytest.mark.parametrize("name", ["dense", "causal", "documents"])
+def test_agrees_with_the_pointer_form(form, name, device):
+    call = Call(Case(mask=MASKS[name], heads=1, q_len=150, block=64, dtype=HALF), device)
+    out, lse = call.forward()
+    form_out, form_lse = run(form, call)
+    assert_close(form_out, out, 2e-3)
+    assert_close(form_lse, lse, 1e-5)
+
+
+def test_a_key_or_value_of_the_future_changes_nothing(form, device):
+    call = Call(Case(mask=masks.causal(), heads=1, q_len=150, dtype=HALF), device)
+    out, lse = run(form, call)
+    call.query[..., 101:, :] = float("nan")
+    call.key[..., 101:, :] = float("inf")
+    call.value[..., 101:, :] = 6e4
+    poisoned_out, poisoned_lse = run(form, call)
+    assert torch.equal(poisoned_out[..., :101, :], out[..., :101, :])
+    assert torch.equal(poisoned_lse[..., :101], lse[..., :101])
+
+
+PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
+REFUSED = {
+    "bias": (Case(bias=(2, 139)), NotImplementedError, "expected no bias"),
+    "dropout": (Case(dropout_p=0.1), NotImplementedError, "expected no dropout"),
+    "softcap": (Case(softcap=2.0), NotImplementedError, "expected no softcap"),
+    "query_offset": (
+        Case(query_offset=(3,), q_len=60, rows=70, kv_len=70),
+        NotImplementedError,
+        "expected no query_offset",
+    ),
+    "dtype": (Case(), ValueError, "query: expected float16 or bfloat16, got torch.float32"),
+    "head dimension": (Case(dim=136), ValueError, "head dimension of at most 128, got 136"),
+    "width of a row": (Case(dim=20), ValueError, r"whole 16 bytes, got \[.*\] bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_form_cannot_do_is_refused(form, name, device):
+    case, error, message = REFUSED[name]
+    dtype = torch.float32 if name == "dtype" else HALF
+    case = dataclasses.replace(case, mask=PLAIN.mask, block=64, dtype=dtype)
+    call = Call(case, device)
+    with pytest.raises(error, match=message):
+        run(form, call)
+
+
+def test_the_question_and_the_message_are_one(device, monkeypatch):
+    call = Call(PLAIN, device)
+    tensors = (call.query, call.key, call.value)
+    described = describe(*tensors, call.mask, *[None] * 5, call.scale, 0.0, 0.0)
+    assert forms.can_use_form("pointers", *tensors, described)
+    monkeypatch.setattr(configs, "device_arch", lambda device: 80)
+    assert not forms.can_use_form("gluon", *tensors, described)
+    with pytest.raises(NotImplementedError, match="expected compute capability 9.0, got 80"):
+        forms.can_use_form("gluon", *tensors, described, raise_error=True)
+    with pytest.raises(ValueError, match="form: expected one of pointers, .*, got 'tma'"):
+        forms.can_use_form("tma", *tensors, described, raise_error=True)
+    aside = call.query.new_zeros(call.query.numel() + 1)[1:].view_as(call.query)
+    monkeypatch.setattr(configs, "device_arch", lambda device: 90)
+    with pytest.raises(ValueError, match="query: expected data that starts at a multiple of 16"):
+        forms.can_use_form("gluon", aside, *tensors[1:], described, raise_error=True)
+
+
+def test_the_emulation_reports_a_deadlock():
+    """What shows that the barriers of the Gluon form are in order would show that they are not."""
+    crew = gluon_emulation.Crew(0)
+    mbarrier = gluon_emulation.stand_ins(crew)["mbarrier"]
+    barriers = [gluon_emulation.Barrier() for _ in range(2)]
+    for barrier in barriers:
+        mbarrier.init(barrier, count=2)
+
+    def meet(mine: int, theirs: int) -> None:
+        mbarrier.arrive(barriers[mine], count=1)
+        mbarrier.wait(barriers[theirs], 0)
+
+    with pytest.raises(RuntimeError, match="deadlock"):
+        crew.run([(meet, (0, 1)), (meet, (1, 0))])
