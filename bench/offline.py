@@ -64,7 +64,8 @@ class _Absent:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        """One number a target: by it Triton keeps what it has compiled."""
+        return _NUMBERS.setdefault(self.target, len(_NUMBERS))
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -83,6 +84,7 @@ class _Absent:
         return True
 
 
+_NUMBERS: dict[GPUTarget, int] = {}
 _INSPECTED: dict[str, Report] = {}
 
 

@@ -37,15 +37,20 @@ class Slots(NamedTuple):
 
 
 class Landmarks(NamedTuple):
+    """The parameters. A block of landmarks has rows of `lq`, entries of `decay` and `half2` and
+    columns of `core` of its own; queries read all of `lk` and `read_half2`."""
+
     lq: Tensor
     lk: Tensor
     core: Tensor
     decay: Tensor | None
     half2: Tensor | None  # (B | 1, H, M): s_ll / 2 in log2 units
+    read_half2: Tensor | None
     lq_strides: tuple[int, int, int]
     lk_strides: tuple[int, int, int]
     core_strides: tuple[int, int, int]
-    half_batch: int
+    decay_stride: int
+    half_strides: tuple[int, int]
     scale: float
     scale2: float  # times log2(e)
 
@@ -58,6 +63,14 @@ class Saved(NamedTuple):
     acc: Tensor  # (lines, PAD_M, PAD_V)
 
 
+class Masses(NamedTuple):
+    """What a row is divided by where its landmarks come in blocks, (B, Hq, Nq) each."""
+
+    top: Tensor  # log2 of the unit of `mass`
+    mass: Tensor
+    delta: Tensor | None  # dO . out
+
+
 class Ends(NamedTuple):
     """States as users see them, incoming and outgoing."""
 
@@ -67,11 +80,19 @@ class Ends(NamedTuple):
     R: Tensor
 
 
+class Outputs(NamedTuple):
+    """What a call gives: of a block of landmarks out of several, what is added up and divided."""
+
+    out: Tensor
+    ends: Ends
+    masses: Masses | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Features:
     """What a kernel is compiled for."""
 
-    MARKS: int
+    MARKS: int  # landmarks whose states a program holds
     PAD_M: int
     DIM: int
     BLOCK_D: int
@@ -90,6 +111,11 @@ class Features:
     SPLIT: bool  # the core in two bfloat16
     SCAN: bool  # prefix sums by a scan: products are exact
     PRECISION: str
+    TILES: int = 1  # of the landmarks that queries read
+    STEP: int = 0  # landmarks from one tile to the next
+    READING: tuple[Features, ...] = ()  # features of each tile, where there are several
+    FOCUS: int = 0  # the tile that a launch of the backward has the gradients of
+    OWN: bool = True  # are its landmarks those whose states the program holds?
     ONE_PASS: bool = False
     PIECES: bool = False  # chunks end where a score rises too far
     TAKES_STATES: bool = True  # what a launch of the backward is for: reverse states, the core,
@@ -111,6 +137,9 @@ class Call(NamedTuple):
     L0: Tensor | None
     R0: Tensor | None
     mass: bool
+    block: int = 0  # which landmarks `marks` has: one block out of `blocks`, `step` to a block
+    blocks: int = 1
+    step: int = 0
 
     @property
     def rows(self) -> int:
@@ -124,20 +153,24 @@ def describe(
     scale, normalize,
 ) -> Call:  # fmt: skip
     mass, scale2 = normalize == "mass", scale * LOG2E.value
-    half2 = None
+    half2, half_strides = None, (0, 0)
     if mass:
         half2 = (landmark_queries.float() * landmark_keys.float()).sum(-1) * (0.5 * scale2)
         half2 = half2.view(-1, *half2.shape[-2:])
+        half_strides = (0 if half2.shape[0] == 1 else half2.stride(0), half2.stride(1))
+    decay = None if decay is None else decay.contiguous()
     marks = Landmarks(
         lq=landmark_queries,
         lk=landmark_keys,
         core=core,
-        decay=None if decay is None else decay.contiguous(),
+        decay=decay,
         half2=half2,
+        read_half2=half2,
         lq_strides=_by_sample(landmark_queries),
         lk_strides=_by_sample(landmark_keys),
         core_strides=_by_sample(core),
-        half_batch=0 if half2 is None or half2.shape[0] == 1 else half2.stride(0),
+        decay_stride=0 if decay is None else decay.stride(0),
+        half_strides=half_strides,
         scale=scale,
         scale2=scale2,
     )
@@ -149,11 +182,12 @@ def describe(
 def features(call: Call, config: configs.Config, **extra: bool) -> Features:
     query, value = call.query, call.value
     marks, dim, dim_v = call.marks.lq.shape[-2], query.shape[3], value.shape[3]
+    step, blocks = call.step or marks, call.blocks
     block_d, block_v = min(config.block_d, padded(dim)), min(config.block_v, padded(dim_v))
     precision = dot_precision(query.dtype)
-    return Features(
+    F = Features(
         MARKS=marks,
-        PAD_M=padded(marks),
+        PAD_M=padded(step),
         DIM=dim,
         BLOCK_D=block_d,
         BLOCKS_D=triton.cdiv(dim, block_d),
@@ -168,17 +202,23 @@ def features(call: Call, config: configs.Config, **extra: bool) -> Features:
         PACKED=call.cu_seqlens is not None,
         STATE=call.L0 is not None,
         BFLOAT16=query.dtype == torch.bfloat16,
-        SPLIT=query.dtype == torch.bfloat16 and marks <= 128,
+        SPLIT=query.dtype == torch.bfloat16,
         SCAN=precision == "ieee",
         PRECISION=precision,
         **extra,
     )
+    if blocks == 1:
+        return F
+    last = call.marks.lk.shape[-2] - step * (blocks - 1)
+    tiles = (dataclasses.replace(F, MARKS=x) for x in (*[step] * (blocks - 1), last))
+    return dataclasses.replace(F, TILES=blocks, STEP=step, READING=tuple(tiles))
 
 
 def choose_config(pass_: str, call: Call) -> configs.Config:
-    widths = call.marks.lq.shape[-2], call.query.shape[3], call.value.shape[3]
+    widths = call.step or call.marks.lq.shape[-2], call.query.shape[3], call.value.shape[3]
     tokens = max(call.query.shape[2], call.key.shape[2])
-    return configs.choose(pass_, call.query.dtype, *(padded(x) for x in widths), tokens)
+    arch = configs.device.device_arch(call.query.device)
+    return configs.choose(arch, pass_, call.query.dtype, *(padded(x) for x in widths), tokens)
 
 
 def cut(call: Call, span: int, tokens: int) -> Slots:
@@ -232,6 +272,18 @@ def new_ends(call: Call) -> Ends:
     marks, heads, dim_v = call.marks.lq.shape[-2], call.key.shape[1], call.value.shape[3]
     L = torch.empty(call.rows, heads, marks, dtype=torch.float32, device=call.query.device)
     return Ends(call.L0, call.R0, L, L.new_empty(*L.shape, dim_v))
+
+
+def new_outputs(call: Call) -> tuple[Tensor, Masses | None]:
+    """Room for the outputs; those of a block of landmarks are added up in float32."""
+    query, whole = call.query, call.blocks == 1
+    shape = *query.shape[:3], call.value.shape[3]
+    dtype = query.dtype if whole else torch.float32
+    out = torch.empty(shape, dtype=dtype, device=query.device)
+    if whole or not call.mass:
+        return out, None
+    rows = torch.empty(2, *shape[:3], dtype=torch.float32, device=query.device)
+    return out, Masses(rows[0], rows[1], None)
 
 
 def new_token_gradients(call: Call, wide: bool) -> dict[str, Tensor]:

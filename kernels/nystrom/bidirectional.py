@@ -19,6 +19,7 @@ from . import configs
 from .backward_keys import store_key_sums, take_keys
 from .backward_rows import centre_of, new_sums, store_sums, take_rows
 from .chunks import key_scores
+from .forward import store_masses
 from .gradients import (
     new_key_partials,
     new_reverse,
@@ -45,18 +46,27 @@ from .primitives import (
     vector_ptrs,
     zeros,
 )
-from .reading import landmark_keys, landmark_queries, read_weights, split_core, turned_reading
+from .reading import (
+    focus_of,
+    given_masses,
+    landmark_keys,
+    landmark_queries,
+    read_weights,
+    split_keys,
+    turned_reading,
+)
 from .states import start_states
 
 
 @triton.jit(do_not_specialize=["problem"])
-def read_kernel(q_ptr, out_ptr, q_strides, marks, ends, table, problem, F: tl.constexpr):
+def read_kernel(q_ptr, out_ptr, masses, q_strides, marks, ends, table, problem, F: tl.constexpr):
     part, slot, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     start, stop, row = span_of(slot, b, problem, table, F)
     v0 = part * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
-    out_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM_V + v0
+    head_line = tl.cast(pair, tl.int64) * F.GROUP
+    out_ptr += head_line * problem.tokens * F.DIM_V + v0
     lk = landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     line = tl.cast(row, tl.int64) * problem.heads + h
     ref, tot, acc = incoming_state(ends.L, ends.R, line, v0, F)
@@ -65,14 +75,15 @@ def read_kernel(q_ptr, out_ptr, q_strides, marks, ends, table, problem, F: tl.co
     for t0 in range(start, stop, F.CHUNK):
         there = t0 + tl.arange(0, F.CHUNK) < stop
         for g in range(F.GROUP):
-            features, W, factor = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+            W, top, mass = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
             store_rows(out_ptr + tl.cast(g, tl.int64) * problem.tokens * F.DIM_V, t0, F.DIM_V,
                        there, F.DIM_V - v0, mm(W, R, F), F.CHUNK, F.BLOCK_V,
                        F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+            store_masses(masses, (head_line + g) * problem.tokens + t0, there, top, mass, F)
 
 
 @triton.jit(do_not_specialize=["problem"])
-def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, q_strides, dout_strides, marks, ends, own,
+def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, masses, q_strides, dout_strides, marks, ends, own,
                          partial, table, problem, F: tl.constexpr):  # fmt: skip
     """dQ, the gradients of core and landmark keys, and what each slot gives to the states."""
     part, group, pair = locate(problem)
@@ -80,8 +91,10 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, q_strides, dout_strides, marks
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
     douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
-    dq_ptr += tl.cast(pair, tl.int64) * F.GROUP * head_size
-    lk = split_core(landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F), F)
+    head_line = tl.cast(pair, tl.int64) * F.GROUP
+    dq_ptr += head_line * head_size
+    lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
+    focus = focus_of(lk, q_ptr.dtype.element_ty, F)
     sums = new_sums(F)
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
@@ -90,26 +103,30 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, q_strides, dout_strides, marks
         ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, F)
         R = operand(acc * reciprocal(tot)[:, None], F)
         norm = (ref + tl.log2(tot))[:, None] + zeros(F.PAD_M, F.CHUNK)
-        G = zeros(F.PAD_M, F.BLOCK_V)
-        pull = full(F.PAD_M, 0.0)
+        G, pull = 0.0, 0.0
+        if F.TAKES_STATES:
+            G, pull = zeros(F.PAD_M, F.BLOCK_V), full(F.PAD_M, 0.0)
         for t0 in range(start, stop, F.CHUNK):
             there = t0 + tl.arange(0, F.CHUNK) < stop
             for g in range(F.GROUP):
                 head, dhead = head_of(queries, g), head_of(douts, g)
-                reading = turned_reading(head, t0, there, lk, norm, marks, F)
+                given = given_masses(masses, (head_line + g) * problem.tokens, t0, there, F)
+                reading = turned_reading(head, t0, there, lk, focus, norm, given, marks, F)
                 dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V,
                                  F.DIM_V != F.BLOCK_V)  # fmt: skip
                 W = reading[1]
                 dW = mm(R, tl.trans(dout), F)
-                centre = centre_of(W, dW, F)
-                G = mm_acc(W, dout, G, F)
-                pull += tl.sum(W * centre, 1)
-                sums = take_rows(head, dq_ptr + g * head_size, t0, F.CHUNK, there, part, lk,
+                centre = centre_of(W, dW, given, F)
+                if F.TAKES_STATES:
+                    G = mm_acc(W, dout, G, F)
+                    pull += tl.sum(W * centre, 1)
+                sums = take_rows(head, dq_ptr + g * head_size, t0, F.CHUNK, there, part, focus,
                                  reading, dW, centre, sums, marks, F)  # fmt: skip
-        slot_line = tl.cast(pair, tl.int64) * problem.slots + slot
-        tl.store(vector_ptrs(own.pull, slot_line, F), pull)
-        tl.store(state_ptrs(own.G, slot_line, 0, F), G)
-        tl.store(vector_ptrs(own.ratio, slot_line, F), full(F.PAD_M, 1.0))
+        if F.TAKES_STATES:
+            slot_line = tl.cast(pair, tl.int64) * problem.slots + slot
+            tl.store(vector_ptrs(own.pull, slot_line, F), pull)
+            tl.store(state_ptrs(own.G, slot_line, 0, F), G)
+            tl.store(vector_ptrs(own.ratio, slot_line, F), full(F.PAD_M, 1.0))
     store_sums(partial, group, pair, part, sums, problem, F)
 
 
@@ -125,7 +142,9 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     lq = landmark_queries(marks, b, h, k_ptr.dtype.element_ty, F)
-    dlq = zeros(F.PAD_M, F.BLOCK_D)
+    dlq = 0.0
+    if F.TAKES_KEYS:
+        dlq = zeros(F.PAD_M, F.BLOCK_D)
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
         start, stop, row = span_of(slot, b, problem, table, F)
@@ -141,50 +160,54 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
             v = load_rows(values[0], t0, values[1], keep, F.DIM_V, F.CHUNK, F.BLOCK_V,
                           F.DIM_V != F.BLOCK_V)  # fmt: skip
             E = tl.exp2(s - ref[:, None]) * share[:, None]
-            ds = operand(E * (mm(G, tl.trans(v), F) - pull[:, None]), F)
-            dv = mm(tl.trans(operand(E, F)), G, F)
-            if part == 0:
-                store_rows(dv_ptr, t0, F.DIM_V, there, F.DIM_V, dv, F.CHUNK, F.BLOCK_V,
-                           F.DIM_V != F.BLOCK_V)  # fmt: skip
-            dlq = take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F)
+            if F.TAKES_VALUES:
+                dv = mm(tl.trans(operand(E, F)), G, F)
+                if part == 0:
+                    store_rows(dv_ptr, t0, F.DIM_V, there, F.DIM_V, dv, F.CHUNK, F.BLOCK_V,
+                               F.DIM_V != F.BLOCK_V)  # fmt: skip
+            if F.TAKES_KEYS:
+                ds = operand(E * (mm(G, tl.trans(v), F) - pull[:, None]), F)
+                dlq = take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F)
     store_key_sums(partial, group, pair, part, (dlq, full(F.PAD_M, 0.0)), problem, F)
 
 
-def reading(call: args.Call, config: configs.Config) -> tuple[args.Features, args.Slots]:
+def reading(
+    call: args.Call, config: configs.Config, **extra: bool
+) -> tuple[args.Features, args.Slots]:
     """Features and slots of the kernels that walk queries: their state is that at the end."""
-    F = dataclasses.replace(args.features(call, config), STATE=True)
+    F = dataclasses.replace(args.features(call, config, **extra), STATE=True)
     return F, args.cut(call, configs.READ_SPAN, call.query.shape[2])
 
 
-def bidirectional_forward(call: args.Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, L_end, R_end) of `forward` with is_causal=False."""
+def bidirectional_forward(call: args.Call) -> args.Outputs:
+    """Outputs of a call whose landmarks are one block, or what one block adds to them."""
     query = call.query
     _, ends = start_states(call, args.cut(call, configs.FORWARD_SPAN, call.key.shape[2]))
-    out = torch.empty(*query.shape[:3], call.value.shape[3], dtype=query.dtype, device=query.device)
+    out, masses = args.new_outputs(call)
     config = args.choose_config("read", call)
     F, slots = reading(call, config)
     problem = args.problem_of(call, slots, triton.cdiv(F.DIM_V, F.BLOCK_V), tokens=query.shape[2])
     pairs = call.key.shape[0] * problem.heads
     with on_device(query):
         read_kernel[(pairs * problem.groups * problem.parts,)](
-            query, out, strides(query), call.marks, ends, slots.table, problem, F,
+            query, out, masses, strides(query), call.marks, ends, slots.table, problem, F,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return out, ends.L, ends.R
+    return args.Outputs(out, ends, masses)
 
 
 def bidirectional_sweep(
-    call: args.Call, dout: Tensor, dL, dR, wide: bool
-) -> dict[str, Tensor | None]:
-    """All gradients of a call whose values fit one block; token gradients in float32 if `wide`."""
+    call: args.Call, dout: Tensor, dL, dR, masses: args.Masses | None, wide: bool
+) -> dict[str, Tensor]:
+    """All gradients of one block of landmarks and of values; those of tokens float32 if `wide`."""
     query, key, value = call.query, call.key, call.value
     pairs = key.shape[0] * key.shape[1]
     key_slots = args.cut(call, configs.FORWARD_SPAN, key.shape[2])
     _, ends = start_states(call, key_slots)
-    config = args.choose_config("rows", call)
-    run = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    F, slots = reading(call, config)
+    row_config, key_config = (args.choose_config(pass_, call) for pass_ in ("rows", "keys"))
+    F, slots = reading(call, row_config)
     grads = args.new_token_gradients(call, wide)
+    dq = [grads["query"], *(torch.empty_like(grads["query"]) for _ in F.READING[1:])]
     problem = args.problem_of(
         call, slots, F.BLOCKS_D, configs.slots_of_a_program(pairs * slots.count), query.shape[2]
     )
@@ -192,20 +215,30 @@ def bidirectional_sweep(
         call, key_slots, F.BLOCKS_D, configs.slots_of_a_program(pairs * key_slots.count)
     )
     reverse = new_reverse(query, pairs * slots.count, F)
-    rows = new_row_partials(query, pairs, problem.groups, F)
+    rows = [new_row_partials(query, pairs, problem.groups, F) for _ in dq]
     keys = new_key_partials(query, pairs, key_problem.groups, F)
     pull, G = outgoing(call, ends, dL, dR, F)
+    own_tile = call.block if call.mass else None  # the same kernels serve all blocks otherwise
     with on_device(query):
-        read_backward_kernel[(pairs * problem.groups * problem.parts,)](
-            query, dout, grads["query"], strides(query), strides(dout), call.marks, ends, reverse,
-            rows, slots.table, problem, F, **run,
-        )  # fmt: skip
+        for tile, takes in configs.launches("rows", row_config.shares, F.TILES, own_tile):
+            own = problem if takes["TAKES_QUERIES"] else problem._replace(parts=1)
+            read_backward_kernel[(pairs * own.groups * own.parts,)](
+                query, dout, dq[tile], masses, strides(query), strides(dout), call.marks, ends,
+                reverse, rows[tile], slots.table, own, reading(call, row_config, **takes)[0],
+                num_warps=row_config.num_warps, num_stages=row_config.num_stages,
+            )  # fmt: skip
         reverse_scan(call, reverse, pull, G, slots, problem, F)
         reverse = reverse._replace(pull=pull, G=G)
-        summary_backward_kernel[(pairs * key_problem.groups * key_problem.parts,)](
-            key, value, grads["key"], grads["value"], strides(key), strides(value), call.marks,
-            call.keep, ends, reverse, keys, key_slots.table, key_problem, F, **run,
-        )  # fmt: skip
+        for _, takes in configs.launches("keys", key_config.shares):
+            own = key_problem if takes["TAKES_KEYS"] else key_problem._replace(parts=1)
+            summary_backward_kernel[(pairs * own.groups * own.parts,)](
+                key, value, grads["key"], grads["value"], strides(key), strides(value), call.marks,
+                call.keep, ends, reverse, keys, key_slots.table, own,
+                reading(call, key_config, **takes)[0],
+                num_warps=key_config.num_warps, num_stages=key_config.num_stages,
+            )  # fmt: skip
+    for other in dq[1:]:
+        grads["query"] += other
     grads |= parameter_gradients(call, rows, keys, F)
     if call.L0 is not None:
         marks = slice(F.MARKS)

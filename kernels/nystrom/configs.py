@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
-from ..block_sparse.configs import processors
+from ..block_sparse import configs as device
 
 PASSES = ("states", "forward", "pieces", "decode", "rows", "keys", "read")
 DECODE_TOKENS = 16  # a call of at most so many tokens is one program a head: one chunk
@@ -24,26 +26,54 @@ class Config:
     shares: int = 1  # launches that a pass of the backward is cut into
 
 
+_IN_USE: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def using(**passes: Config):
+    """Run passes, by name, with these configs whatever the operands: for tests and measurements."""
+    before = dict(_IN_USE)
+    _IN_USE.update(passes)
+    try:
+        yield
+    finally:
+        _IN_USE.clear()
+        _IN_USE.update(before)
+
+
+ROOMY = (80, 90, 100, 103, "cpu")  # 163 KiB of shared memory to a program, or more
+
+
 def choose(
-    pass_: str, dtype: torch.dtype, width: int, head_dim: int, v_dim: int, tokens: int
+    arch: int | str,
+    pass_: str,
+    dtype: torch.dtype,
+    width: int,
+    head_dim: int,
+    v_dim: int,
+    tokens: int,
 ) -> Config:
     """The config of a pass of `PASSES`.
 
-    `width`, `head_dim` and `v_dim` are padded to powers of two >= 16. A tile has a landmark a row,
-    64 of them to four warps, and registers to a thread in proportion to its columns: so the short
-    chunks, and the launches that a backward is cut into.
+    `arch` as from `device_arch`; `width`, `head_dim` and `v_dim` are padded to powers of two >= 16.
+    A tile has a landmark a row, 64 of them to four warps, and registers to a thread in proportion
+    to its columns: so the short chunks, and the launches that a backward is cut into. A wide
+    backward spills all the same, up to a few hundred bytes a thread; half the columns would spill
+    little, and do everything twice, for values and again for queries and keys. Exact float32
+    products keep their operands in registers: small tiles, and twice the warps. Small ones too
+    where there is little shared memory.
     """
+    if pass_ in _IN_USE:
+        return _IN_USE[pass_]
+    if dtype == torch.float32 or arch not in ROOMY:
+        shares = {"rows": 3, "keys": 2}.get(pass_, 1)
+        warps = 8 if dtype == torch.float32 else 4
+        return Config(16, min(v_dim, 32), min(head_dim, 32), warps, 1, shares)
     backward, bfloat16 = pass_ in ("rows", "keys"), dtype == torch.bfloat16
     wide = max(width, head_dim, v_dim) > 64
-    block_d = block_v = 128
-    if backward:  # wide tiles spill at 64 columns
-        block_d = block_v = 32 if wide else 64
-    elif width > 128:
-        block_d = block_v = 64
-    elif dtype == torch.float32:
-        block_d = 64
+    block_d = block_v = 64 if backward else 128
     if pass_ == "decode":
-        block_v = min(block_v, 64)
+        block_v = 64
     block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
     if backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
@@ -52,22 +82,29 @@ def choose(
     elif pass_ == "forward" and (wide or not bfloat16):
         chunk = 32 if bfloat16 else 16
     else:
-        chunk = 64 if bfloat16 and width <= 128 else 32
+        chunk = 64 if bfloat16 else 32
     shares = 1
-    if backward:
+    if backward and max(width, head_dim, v_dim) > 32:
         shares = 3 if pass_ == "rows" and width > 64 else 2
     return Config(chunk, block_v, block_d, 8 if width > 64 else 4, 1, shares)
 
 
+def marks_at_once(where: torch.device, dtype: torch.dtype) -> int:
+    """Landmarks whose states a program holds; their core must fit beside them."""
+    few = dtype == torch.float32 or device.device_arch(where) not in ROOMY
+    return FEW_MARKS_AT_ONCE if few else MARKS_AT_ONCE
+
+
+MARKS_AT_ONCE, FEW_MARKS_AT_ONCE = 128, 32
 FORWARD_SPAN = 512  # tokens between states that are stored
 BACKWARD_SPAN = 256  # likewise; the backward walks again from one to each of its chunks
 READ_SPAN = 256  # queries of a program, where all read one state
 SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway
 
 
-def fills_device(device: torch.device, pairs: int, tokens: int) -> bool:
+def fills_device(where: torch.device, pairs: int, tokens: int) -> bool:
     """Can one pass, a program for a sample and key head, keep the device busy?"""
-    return tokens <= SERIAL_TOKENS or pairs >= 2 * processors(device)
+    return tokens <= SERIAL_TOKENS or pairs >= 2 * device.processors(where)
 
 
 PROGRAMS = 1024  # of a backward kernel, or twice that: each leaves a share of the gradients
@@ -84,8 +121,18 @@ ROWS = "TAKES_STATES", "TAKES_CORE", "TAKES_QUERIES"
 KEYS = "TAKES_KEYS", "TAKES_VALUES"
 
 
-def shares(pass_: str, count: int) -> tuple[dict[str, bool], ...]:
-    """What each of `count` launches of a backward pass is for, as fields of `Features`."""
+def launches(
+    pass_: str, shares: int, tiles: int = 1, own: int | None = None
+) -> Iterator[tuple[int, dict[str, bool | int]]]:
+    """(tile of landmarks, fields of `Features`) of each launch of a backward pass.
+
+    The pass is cut into `shares`; gradients of what queries read are taken a tile at a time. `own`
+    is the tile of the landmarks whose states are held, where that makes a difference.
+    """
     names = ROWS if pass_ == "rows" else KEYS
-    cuts = {1: (names,), 2: (names[:-1], names[-1:]), 3: tuple((x,) for x in names)}[count]
-    return tuple({name: name in own for name in names} for own in cuts)
+    cuts = {1: (names,), 2: (names[:-1], names[-1:]), 3: tuple((x,) for x in names)}[shares]
+    for tile in range(tiles if pass_ == "rows" else 1):
+        for cut in cuts:
+            takes = {name: name in cut and (tile == 0 or name != ROWS[0]) for name in names}
+            if any(takes.values()):
+                yield tile, takes | {"FOCUS": tile, "OWN": own in (None, tile)}

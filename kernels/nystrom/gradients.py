@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -116,49 +115,22 @@ def new_key_partials(like: Tensor, pairs: int, groups: int, F: args.Features) ->
 
 
 def parameter_gradients(
-    call: args.Call, rows: RowPartials, keys: KeyPartials, F: args.Features
+    call: args.Call, rows: list[RowPartials], keys: KeyPartials, F: args.Features
 ) -> dict[str, Tensor]:
-    """Shares added up in a fixed order: every run gives the same bits."""
+    """Shares added up in a fixed order: every run gives the same bits. `rows`, a tile an entry."""
     batch, heads = call.key.shape[:2]
 
     def total(x: Tensor) -> Tensor:
         return x.sum(1).view(batch, heads, *x.shape[2:])
 
     marks, dim = slice(F.MARKS), slice(F.DIM)
-    dlq, dlk = (total(x)[..., marks, dim] * call.marks.scale for x in (keys.dlq, rows.dlk))
-    if call.mass:  # s_ll / 2
-        pull = total(rows.dhalf)[..., marks].unsqueeze(-1) * (0.5 * call.marks.scale)
-        lq, lk = call.marks.lq.float(), call.marks.lk.float()
-        dlq, dlk = dlq + pull * lk, dlk + pull * lq
-    core = total(rows.dcore)[..., marks, marks]
-    ddecay = (total(rows.ddecay) + total(keys.ddecay))[..., marks].sum(0)
-    return {"lq": dlq, "lk": dlk, "core": core, "decay": ddecay}
-
-
-def by_columns(sweep: Callable, call: args.Call, dout: Tensor, dL, dR) -> dict[str, Tensor | None]:
-    """Gradients of a call of any width of values.
-
-    Columns of the output depend on the same columns of the values alone, so gradients of blocks of
-    columns add up.
-    """
-    width = args.choose_config("rows", call).block_v
-    columns = call.value.shape[3]
-    if columns <= width:
-        return sweep(call, dout, dL, dR, wide=False)
-    sums, parts = {}, {"value": [], "R0": []}
-    for v0 in range(0, columns, width):
-        block = slice(v0, v0 + width)
-        own = call._replace(value=call.value[..., block])
-        if call.R0 is not None:
-            own = own._replace(R0=call.R0[..., block].contiguous())
-        grads = sweep(
-            own, dout[..., block], dL if v0 == 0 else None,
-            None if dR is None else dR[..., block], wide=True,
-        )  # fmt: skip
-        for name in parts:
-            parts[name].append(grads.pop(name, None))
-        for name, grad in grads.items():
-            sums[name] = grad if name not in sums or grad is None else sums[name] + grad
-    for name, blocks in parts.items():
-        sums[name] = None if blocks[0] is None else torch.cat(blocks, -1)
-    return sums
+    read = [T.MARKS for T in F.READING or (F,)]
+    tiles = [[total(x)[:, :, :n] for x in tile] for tile, n in zip(rows, read, strict=True)]
+    core, dlk, half, _ = (torch.cat(x, 2) for x in zip(*tiles, strict=True))
+    grads = {
+        "lq": total(keys.dlq)[..., marks, dim] * call.marks.scale,
+        "lk": dlk[..., dim] * call.marks.scale,
+        "core": core[..., marks],
+        "decay": (total(rows[call.block].ddecay) + total(keys.ddecay))[..., marks].sum(0),
+    }
+    return grads | ({"half": half} if call.mass else {})

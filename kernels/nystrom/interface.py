@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import arguments as args
+from . import blocks
 from .backward import causal_sweep
 from .bidirectional import bidirectional_forward, bidirectional_sweep
 from .forward import causal_forward
-from .gradients import by_columns
 
 
 def forward(
@@ -20,7 +20,7 @@ def forward(
         query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
         L0, R0, scale, normalize,
     )  # fmt: skip
-    return causal_forward(call) if is_causal else bidirectional_forward(call)
+    return blocks.forward(causal_forward if is_causal else bidirectional_forward, call)
 
 
 def backward(
@@ -33,7 +33,8 @@ def backward(
         L0, R0, scale, normalize,
     )  # fmt: skip
     sweep = causal_sweep if is_causal else bidirectional_sweep
-    grads = by_columns(sweep, call, dout, dL_end, dR_end)
+    run = causal_forward if is_causal else bidirectional_forward
+    grads = blocks.backward(sweep, run, call, dout, dL_end, dR_end)
     inputs = {
         "query": query, "key": key, "value": value, "lq": landmark_queries, "lk": landmark_keys,
         "core": core, "decay": decay, "L0": L0, "R0": R0,

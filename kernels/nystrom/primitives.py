@@ -141,9 +141,10 @@ def load_vector(ptr, F: tl.constexpr):
 
 
 @triton.jit
-def load_core(base, stride, F: tl.constexpr):
+def load_core(base, stride, T: tl.constexpr, F: tl.constexpr):
+    """Rows of the landmarks of T, which are read, and columns of those of F."""
     offs_m = tl.arange(0, F.PAD_M)
-    inside = (offs_m < F.MARKS)[:, None] & (offs_m < F.MARKS)[None, :]
+    inside = (offs_m < T.MARKS)[:, None] & (offs_m < F.MARKS)[None, :]
     ptrs = base + offs_m[:, None] * stride + offs_m[None, :]
     return tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
 
@@ -193,13 +194,31 @@ def kept_tokens(keep_ptr, start, stop, F: tl.constexpr):
 
 
 @triton.jit
-def landmark_features(dots, half2, marks, F: tl.constexpr):
-    """How queries read the landmarks: softmax, or exp(q . k - s_ll / 2) up to a row's factor."""
+def read_scores(dots, half2, marks, F: tl.constexpr):
+    """Scores of queries in log2 units, -inf for the padding, [CHUNK, PAD_M]."""
     f = dots * marks.scale2
     if F.MASS:
         f -= half2[None, :]
     if F.MARKS != F.PAD_M:
         f = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[None, :], f, float("-inf"))
+    return f
+
+
+@triton.jit
+def turned_scores(dots, half2, marks, F: tl.constexpr):
+    """`read_scores` with a landmark a row, [PAD_M, CHUNK]."""
+    f = dots * marks.scale2
+    if F.MASS:
+        f -= half2[:, None]
+    if F.MARKS != F.PAD_M:
+        f = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[:, None], f, float("-inf"))
+    return f
+
+
+@triton.jit
+def landmark_features(dots, half2, marks, F: tl.constexpr):
+    """How queries read the landmarks: softmax, or exp(q . k - s_ll / 2) up to a row's factor."""
+    f = read_scores(dots, half2, marks, F)
     e = tl.exp2(f - tl.max(f, 1)[:, None])
     if not F.MASS:
         e = e * (1.0 / tl.sum(e, 1))[:, None]
@@ -209,11 +228,7 @@ def landmark_features(dots, half2, marks, F: tl.constexpr):
 @triton.jit
 def turned_features(dots, half2, marks, F: tl.constexpr):
     """`landmark_features` with a landmark a row, [PAD_M, CHUNK]."""
-    f = dots * marks.scale2
-    if F.MASS:
-        f -= half2[:, None]
-    if F.MARKS != F.PAD_M:
-        f = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[:, None], f, float("-inf"))
+    f = turned_scores(dots, half2, marks, F)
     e = tl.exp2(f - tl.max(f, 0)[None, :])
     if not F.MASS:
         e = e * (1.0 / tl.sum(e, 0))[None, :]

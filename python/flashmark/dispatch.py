@@ -12,7 +12,7 @@ from torch import Tensor
 from flashmark.tracing import constant_when_traced
 
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
-MOST_TRITON_LANDMARKS = 128  # their core must fit in shared memory
+MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -66,10 +66,9 @@ def _why_not_triton(
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    if landmarks > MOST_TRITON_LANDMARKS:
-        return (
-            f"its kernels take at most {MOST_TRITON_LANDMARKS} landmarks on a GPU, not {landmarks}"
-        )
+    most = MOST_TRITON_LANDMARKS.get(operator, landmarks)
+    if landmarks > most:
+        return f"its kernels take at most {most} landmarks on a GPU, not {landmarks}"
     return None
 
 
@@ -113,7 +112,7 @@ def check_backend_name(backend: str) -> None:
 def choose_backend(operator: str, backend: str, query: Tensor, *, landmarks: int = 0) -> str:
     """The backend that will run. "auto" takes the fastest that can; a named one runs or raises.
 
-    `landmarks` is their number, for operators that have any.
+    `landmarks` is their number, for operators whose kernels have a limit.
 
     Raises:
         ValueError: an unknown name.

@@ -335,11 +335,15 @@ def _unit_strides(lq: Tensor, lk: Tensor, core: Tensor | None):
 def _backends(backend: str, merge: str, query: Tensor, marks: int) -> tuple[str, str]:
     """What runs the near field, and the far one."""
     near = choose_backend("block_sparse", backend, query)
-    if merge != "slots" or near == "reference":
-        return near, choose_backend("nystrom", backend, query, landmarks=marks)
-    if near == "cpu":
-        return near, "eager"
-    return near, choose_backend("hybrid", backend, query, landmarks=marks)
+    if near == "reference":
+        return near, near
+    if merge == "slots":
+        slots = "eager" if near == "cpu" else backend
+        return near, choose_backend("hybrid", slots, query, landmarks=marks)
+    far = choose_backend("nystrom", backend, query)
+    if merge == "mass" and far == "triton":  # states are Nyström's, what reads them is not
+        far = choose_backend("hybrid", backend, query, landmarks=marks)
+    return near, far
 
 
 def _check_window(window) -> int:

@@ -55,18 +55,21 @@ class Launch:
 
 
 WIDTHS = (32, 64, 128)
+FEATURES = ("mass", "decay", "grouped", "packed")
 
 
 def all_launches() -> list[Launch]:
-    """Every width in half precision, and a few of everything else."""
-    square = list(itertools.product(("forward", "backward"), WIDTHS, WIDTHS))
+    """Every width in bfloat16, and a few of everything else."""
+    product, both = itertools.product, ("forward", "backward")
     return [
-        *(Launch(p, m, d) for p, m, d in square),
-        *(Launch(p, 64, 64, f) for p in ("forward", "backward")
-          for f in ("mass", "decay", "grouped", "packed")),
-        *(Launch(p, 64, 64) for p in ("decode", "bidirectional")),
-        *(Launch(p, 64, 64, dtype=t) for p in ("forward", "backward")
-          for t in (torch.float16, SINGLE)),
-        *(Launch(p, 64, d, v_dim=v) for p in ("forward", "backward")
-          for d, v in ((64, 128), (128, 64))),
-    ]  # fmt: skip
+        *(Launch(p, m, d) for p, m, d in product(both, WIDTHS, WIDTHS)),
+        *(Launch(p, 64, 64, f) for p, f in product(both, FEATURES)),
+        *(Launch(p, m, m) for p, m in product(("decode", "bidirectional"), WIDTHS)),
+        *(Launch(p, m, m, dtype=torch.float16) for p, m in product(both, (64, 128))),
+        *(Launch(p, m, m, dtype=SINGLE) for p, m in product(both, (32, 128))),
+        *(Launch(p, 64, 64, dtype=SINGLE) for p in ("decode", "bidirectional")),
+        *(Launch(p, 64, d, v_dim=v) for p in both for d, v in ((64, 128), (128, 64))),
+        *(Launch(p, 64, 256) for p in both),
+        *(Launch(p, 256, 64) for p in (*both, "decode", "bidirectional")),
+        *(Launch(p, 256, 64, "mass") for p in both),
+    ]

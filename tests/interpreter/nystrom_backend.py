@@ -26,16 +26,20 @@ def op(*args, **kwargs):
 
 
 def shorten(monkeypatch, span: int) -> None:
-    """Slots of `span` tokens, and float32 passes in one launch each: half the time to interpret.
+    """Slots of `span` tokens, and float32 passes in few, wide launches: half the time to interpret.
 
-    Half precision keeps the launches that a pass of the backward is cut into on a GPU.
+    Half precision keeps the launches and the columns of a GPU.
     """
     choose = configs.choose
 
-    def chosen(pass_, dtype, *sizes):
-        config = choose(pass_, dtype, *sizes)
-        return dataclasses.replace(config, shares=1) if dtype == torch.float32 else config
+    def chosen(arch, pass_, dtype, width, head_dim, v_dim, tokens):
+        config = choose(arch, pass_, dtype, width, head_dim, v_dim, tokens)
+        if dtype != torch.float32:
+            return config
+        columns = {"block_d": min(head_dim, 128), "block_v": min(v_dim, 128)}
+        return dataclasses.replace(config, shares=1, **columns)
 
     monkeypatch.setattr(configs, "choose", chosen)
+    monkeypatch.setattr(configs, "FEW_MARKS_AT_ONCE", configs.MARKS_AT_ONCE)
     for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
         monkeypatch.setattr(configs, name, span)

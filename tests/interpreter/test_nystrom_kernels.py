@@ -99,6 +99,41 @@ def test_widths_from_1_to_256(case):
     check(case)
 
 
+BLOCKS = [
+    Case(18, 9, group=2, decay=0.1, state=True),
+    Case(66, 6, landmarks="pair", given_core=True, padding=(20, 3)),
+    Case(20, 6, landmarks="batched", batch=2, v_dim=5),
+    Case(20, 5, spread=300.0),
+    Case(9, 7, state=True),
+    Case(18, 7, normalize="mass", group=2, decay=0.1, padding=(3, 0)),
+    Case(18, 6, normalize="mass", state=True, v_dim=140),
+    Case(20, 5, normalize="mass", spread=100.0),
+    Case(30, 7, is_causal=False, kv_len=40, group=2, padding=(5, 9), state=True),
+    Case(30, 6, is_causal=False, normalize="mass", state=True, kv_len=20),
+]
+
+
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_landmarks_that_come_in_blocks(monkeypatch, case):
+    """What more landmarks than fit at once go through, with few: two or three blocks of them."""
+    monkeypatch.setattr(configs, "marks_at_once", lambda where, dtype: 4)
+    check(case)
+
+
+@pytest.mark.parametrize("case", [BLOCKS[2], BLOCKS[5]], ids=str)
+def test_landmarks_that_come_in_blocks_in_half_precision(monkeypatch, case):
+    monkeypatch.setattr(configs, "marks_at_once", lambda where, dtype: 4)
+    check(case, torch.bfloat16)
+
+
+def test_packed_sequences_with_landmarks_in_blocks(monkeypatch):
+    monkeypatch.setattr(configs, "marks_at_once", lambda where, dtype: 4)
+    arguments = Case(30, 6, decay=0.1).arguments()
+    bounds = torch.tensor([0, 1, 18, 18, 30], dtype=torch.int32)
+    report = flashmark.check(op, **arguments, cu_seqlens=bounds, return_state=True)
+    assert report.ok, f"\n{report}"
+
+
 def test_a_rise_inside_a_chunk_and_back():
     """Slots that are cut into pieces alternate with slots that are not, within one head only."""
     arguments = Case(100, 4, kv_heads=2, batch=2).arguments()
