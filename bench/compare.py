@@ -68,10 +68,12 @@ def compare(
     rounds: int,
     *,
     budget: float = math.inf,
+    ahead: bool = False,
 ) -> Job:
     """Only what is checked and green is timed. A column "flops" becomes "tflops".
 
-    No round starts once `budget` seconds are spent on rounds, the first excepted.
+    No round starts once `budget` seconds are spent on rounds, the first excepted. `ahead` as
+    `interleaved`.
     """
     steps = len(contenders) * (1 + rounds)
 
@@ -93,7 +95,9 @@ def compare(
                     row["peak_bytes"] = peak_memory(work, device)
                     runs[name] = work
             each()
-        timed = interleaved(runs, device, rounds=rounds, budget=budget, each=each) if runs else {}
+        timed = {}
+        if runs:
+            timed = interleaved(runs, device, rounds=rounds, budget=budget, each=each, ahead=ahead)
         for name, spread in timed.items():
             rows[name] |= {f"{p}_ms": round(ms, 4) for p, ms in spread._asdict().items()}
             if "flops" in rows[name]:

@@ -94,13 +94,13 @@ def decode(settings: Settings) -> Iterator[Job]:
         key, value = (make(batch, kv_heads, n, dim).to(dtype) for _ in range(2))
         common = work.columns("decode", "one token")
         ready = {
-            f"flashmark {_backend(settings)}": _cached(query, key, value, _backend(settings)),
+            f"flashmark {_backend(settings)}": cached_decode(query, key, value, _backend(settings)),
             sdpa().name: _sliced(query, key, value),
         }
         yield compare(f"decode, N={n}", common, ready, work.device, settings.rounds)
 
 
-def _cached(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Prepare:
+def cached_decode(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Prepare:
     def prepare():
         n = key.shape[2]
         mask = flashmark.compile_mask(flashmark.masks.causal(), 1, 1, n, n, device=key.device)

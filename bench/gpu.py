@@ -29,6 +29,7 @@ from bench.plot import plot
 from bench.report import print_report
 from bench.runner import run_jobs
 from bench.targets import targets
+from bench.tuning import tuning, winners
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {
@@ -41,6 +42,7 @@ SUITES = {
     "mask_build": mask_build,
     "tuned": tuned,
 }
+ALONE = {"tuning": tuning}  # by name only: it takes a call of its own
 OPERATORS = {"nystrom": "nystrom", "hybrid": "hybrid"}  # by file name of a test, or by suite
 
 
@@ -53,21 +55,31 @@ def main() -> int:
     red = {}
     if arguments.tests:
         print(f"tests on {device} ...", flush=True)
-        red = run_tests(device, out, timeout=60 * arguments.minutes / 2)
+        red = run_tests(device, out, arguments.test_minutes or arguments.minutes / 2)
         print("red:", ", ".join(f"{name} ({why})" for name, why in red.items()) or "none")
     settings = Settings(device, arguments.rounds, arguments.quick)
     where = describe(device)
-    jobs = [job for suite in arguments.suites or SUITES for job in SUITES[suite](settings)]
+    suites = [(SUITES | ALONE)[name] for name in arguments.suites or SUITES]
+    jobs = [job for suite in suites for job in suite(settings)]
     rows = run_jobs(jobs, where, until=until, save=out / "gpu.csv")
+    if not rows:
+        print("no time was left for any work")
+        return 1
     frame = pd.DataFrame(without_red(rows, red))
     frame.to_csv(out / "gpu.csv", index=False)
     with open(out / "report.txt", "w") as file, contextlib.redirect_stdout(file):
         print(", ".join(f"{key} {value}" for key, value in where.items()))
         print("red:", red or "none")
         print_report(frame)
-        print("\n" + targets(frame))
+        tuned = frame.suite.str.startswith("tuning")
+        if not tuned.all():
+            print("\n" + targets(frame))
+        if tuned.any():
+            if device.type == "cpu":
+                print("\nOn a CPU no config reaches a kernel: these times only try the script.")
+            print("\n" + winners(frame))
     print((out / "report.txt").read_text())
-    plot(frame, out / "gpu.csv")
+    plot(frame[~tuned], out / "gpu.csv")
     return int(bool(red) or (frame.status == "wrong").any())
 
 
@@ -77,49 +89,66 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("suites", nargs="*", choices=[[], *SUITES], help="default: all, in order")
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        choices=[[], *SUITES, *ALONE],
+        help=f"default: all, in order, but {', '.join(ALONE)}",
+    )
     parser.add_argument("--minutes", type=float, default=9, help="no work starts after them")
     parser.add_argument("--rounds", type=int, default=10, help="samples of each contender")
     parser.add_argument("--quick", action="store_true", help="short lengths: does it run?")
+    parser.add_argument("--test-minutes", type=float, help="of them for tests, default: half")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="time only")
     parser.add_argument("--device", default="cuda", help="cpu tries the script where no GPU is")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     return parser.parse_args()
 
 
-def run_tests(device: torch.device, out: Path, timeout: float) -> dict[str, str]:
-    """The kernels' own tests, on the device. Returns why an operator is red, where it is."""
-    junit = out / "tests.xml"
-    junit.unlink(missing_ok=True)
+def run_tests(device: torch.device, out: Path, minutes: float) -> dict[str, str]:
+    """The kernels' own tests, on the device. Returns why an operator is red, where it is.
+
+    One operator after the other, so that the tests of one that do not finish say nothing of others.
+    """
+    until, red = time.monotonic() + 60 * minutes, {}
+    files: dict[str, list[str]] = {}
+    for path in sorted(ROOT.glob("tests/interpreter/test_*.py")):
+        files.setdefault(operator_of(path.name), []).append(str(path))
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     if device.type == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    command = [
-        sys.executable, "-m", "pytest", "-q", "--tb=short", f"--device={device.type}",
-        f"--junitxml={junit}", "tests/interpreter",
-    ]  # fmt: skip
-    if device.type == "cuda":
-        command += ["-n", "8"]
     with open(out / "tests.log", "w") as log:
-        try:
-            subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            log.write(f"\nstopped after {timeout:.0f} s\n")
-    return read_verdicts(junit)
+        for operator, some in files.items():
+            junit = out / f"tests-{operator}.xml"
+            junit.unlink(missing_ok=True)
+            command = [
+                sys.executable, "-m", "pytest", "-q", "--tb=short", f"--device={device.type}",
+                f"--junitxml={junit}",
+            ]  # fmt: skip
+            if device.type == "cuda":  # compiling takes longest, and that is the processor's
+                command += ["-n", str(min(16, os.cpu_count() or 1))]
+            left = until - time.monotonic()
+            if left > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    subprocess.run(
+                        command + some, cwd=ROOT, env=environment, stdout=log, stderr=log,
+                        timeout=left,
+                    )  # fmt: skip
+            why = read_verdict(junit)
+            if why:
+                red[operator] = why
+    return red
 
 
-def read_verdicts(junit: Path) -> dict[str, str]:
-    """{operator: why it is red} from a JUnit file; every operator is red without one."""
-    operators = {"block_sparse", *OPERATORS.values()}
+def read_verdict(junit: Path) -> str | None:
+    """Why the tests of a JUnit file are red, None if they are not."""
     if not junit.exists():
-        return dict.fromkeys(sorted(operators), "its tests did not finish")
-    failed = dict.fromkeys(operators, 0)
-    for case in ElementTree.parse(junit).iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed[operator_of(case.get("classname", ""))] += 1
-    return {name: f"{count} tests failed" for name, count in sorted(failed.items()) if count}
+        return "its tests did not finish"
+    cases = list(ElementTree.parse(junit).iter("testcase"))
+    bad = [x for x in cases if x.find("failure") is not None or x.find("error") is not None]
+    if not cases:
+        return "none of its tests ran"
+    return f"{len(bad)} tests failed" if bad else None
 
 
 def operator_of(name: str) -> str:

@@ -20,10 +20,11 @@ class Pattern:
     name: str
     mask: masks.Mask
     formula: Formula
+    near: tuple[int, int] | None = None  # (first keys, last keys) that a causal row sees, if so
 
 
 def causal(n: int, device: torch.device) -> Pattern:
-    return Pattern("causal", masks.causal(), lambda b, h, i, j: j <= i)
+    return Pattern("causal", masks.causal(), lambda b, h, i, j: j <= i, (0, n))
 
 
 def window(n: int, device: torch.device, size: int = 512) -> Pattern:
@@ -31,6 +32,7 @@ def window(n: int, device: torch.device, size: int = 512) -> Pattern:
         f"window {size}",
         masks.causal() & masks.sliding_window(size),
         lambda b, h, i, j: (j <= i) & (j > i - size),
+        (0, size),
     )
 
 
@@ -39,6 +41,7 @@ def sink_window(n: int, device: torch.device, size: int = 512, sink: int = 4) ->
         f"sink {sink} + window {size}",
         masks.causal() & (masks.sliding_window(size) | masks.prefix(sink)),
         lambda b, h, i, j: (j <= i) & ((j > i - size) | (j < sink)),
+        (sink, size),
     )
 
 

@@ -146,6 +146,35 @@ def flex(
     return Contender(name, prepare)
 
 
+def flash_sparse() -> Contender:
+    """flash-sparse-attn's dense attention, which has causal rows, windows and first keys."""
+
+    def prepare(work: Work) -> Attention:
+        if work.pattern.near is None:
+            raise Unavailable("it has windows and first keys, no other masks")
+        try:
+            from flash_sparse_attn import flash_dense_attn_func
+        except Exception as error:  # built for another Triton, or without triton_kernels
+            raise Unavailable(first_line(error)) from error
+        sink, size = work.pattern.near
+        options = {"is_causal": True}
+        if size < work.n:  # a line a head: first keys, a band further left, a gap, the window
+            columns = torch.tensor([[sink, 0, 0, size]], dtype=torch.int32, device=work.device)
+            options["window_sizes"] = columns.expand(work.heads, 4).contiguous()
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+            return flash_dense_attn_func(q, k, v, **options).transpose(1, 2)
+
+        try:
+            attention(*work.inputs())
+        except Exception as error:  # its kernels may not compile here
+            raise Unavailable(first_line(error)) from error
+        return attention
+
+    return Contender("flash-sparse-attn", prepare)
+
+
 def tuned_contenders() -> list[Contender]:
     """Ours, and FlexAttention at its best on a GPU."""
     return [
@@ -158,7 +187,8 @@ def tuned_contenders() -> list[Contender]:
 def contenders(device: torch.device) -> list[Contender]:
     if device.type == "cuda":
         kinds = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
-        return [ours("triton"), *(sdpa(getattr(SDPBackend, kind)) for kind in kinds), flex()]
+        others = [*(sdpa(getattr(SDPBackend, kind)) for kind in kinds), flex(), flash_sparse()]
+        return [ours("triton"), *others]
     return [ours("eager"), ours("cpu"), sdpa(), flex()]
 
 

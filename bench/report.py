@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 KEYS = ["suite", "case", "n", "dim", "dtype", "direction"]
-PEERS = ("sdpa", "flex", "create_block_mask", "pytorch")
+PEERS = ("sdpa", "flex", "flash-sparse-attn", "create_block_mask", "pytorch")
 
 
 def print_report(frame: pd.DataFrame) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import math
 import statistics
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 Run = Callable[[], object]
+AHEAD = 2_000_000  # cycles, about a millisecond: more than Python needs for a few launches
 
 
 class Spread(NamedTuple):
@@ -39,14 +41,17 @@ def interleaved(
     sample: float = 0.02,
     budget: float = math.inf,
     each: Callable[[], object] = lambda: None,
+    ahead: bool = False,
 ) -> dict[str, Spread]:
     """Warm every run, then take one sample of each per round, in an order that rotates.
 
     A machine that slows down for a while slows all of them. A run shorter than `sample` seconds is
     repeated inside its sample. No round starts once `budget` seconds are spent, the first excepted.
-    `each` is called after every sample.
+    `each` is called after every sample. `ahead` keeps a GPU busy while a run is launched, so that
+    the time is the kernels' and not Python's.
     """
-    clock = _cuda_clock if device.type == "cuda" else _cpu_clock
+    on_gpu = functools.partial(_cuda_clock, ahead=ahead)
+    clock = on_gpu if device.type == "cuda" else _cpu_clock
     repeats, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
         cold = clock(run, 1)
@@ -70,12 +75,14 @@ def _cpu_clock(run: Run, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _cuda_clock(run: Run, repeats: int) -> float:
+def _cuda_clock(run: Run, repeats: int, ahead: bool) -> float:
     """Seconds a run on the GPU, its L2 cache flushed before each."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in pairs:
         flush.zero_()
+        if ahead:
+            torch.cuda._sleep(AHEAD)
         start.record()
         run()
         end.record()

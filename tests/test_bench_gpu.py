@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
 
+from bench import gpu
 from bench.accuracy import CASES, accuracy
 from bench.compare import Job, Settings, compare
-from bench.gpu import read_verdicts, without_red
+from bench.gpu import without_red
 from bench.report import print_report
 from bench.runner import run_jobs
 from bench.targets import targets
@@ -19,15 +23,53 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.interpreter.test_nystrom_kernels" name="b"><failure/></testcase>
 <testcase classname="tests.interpreter.test_nystrom_kernels" name="c"><error/></testcase>
 </testsuite></testsuites>"""
+GREEN = '<testsuites><testsuite><testcase classname="a" name="a"/></testsuite></testsuites>'
 
 
-def test_failed_tests_make_their_operator_red_and_no_other(tmp_path):
-    (tmp_path / "tests.xml").write_text(JUNIT)
-    assert read_verdicts(tmp_path / "tests.xml") == {"nystrom": "2 tests failed"}
+def pretend(monkeypatch, verdicts: dict[str, str | None]) -> list[list[str]]:
+    """Instead of pytest: write a JUnit file for each operator, or run out of time (None)."""
+    commands = []
+
+    def run(command, timeout, **options):
+        commands.append(command)
+        junit = next(x for x in command if x.startswith("--junitxml=")).partition("=")[2]
+        text = verdicts[gpu.operator_of(Path(command[-1]).name)]
+        if text is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        Path(junit).write_text(text)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    return commands
 
 
-def test_tests_that_did_not_finish_make_every_operator_red(tmp_path):
-    assert {"block_sparse", "nystrom"} <= set(read_verdicts(tmp_path / "absent.xml"))
+def test_failed_tests_make_their_operator_red_and_no_other(monkeypatch, tmp_path):
+    pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": JUNIT, "hybrid": GREEN})
+    assert gpu.run_tests(CPU, tmp_path, minutes=1) == {"nystrom": "2 tests failed"}
+
+
+def test_tests_that_did_not_finish_make_their_operator_red_and_no_other(monkeypatch, tmp_path):
+    (tmp_path / "tests-nystrom.xml").write_text(GREEN)  # of an earlier call
+    pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": None, "hybrid": GREEN})
+    assert set(gpu.run_tests(CPU, tmp_path, minutes=1)) == {"nystrom"}
+
+
+def test_a_run_of_no_tests_is_red(monkeypatch, tmp_path):
+    none = "<testsuites><testsuite></testsuite></testsuites>"
+    pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": GREEN, "hybrid": none})
+    assert gpu.run_tests(CPU, tmp_path, minutes=1) == {"hybrid": "none of its tests ran"}
+
+
+def test_operators_without_time_for_tests_are_red(monkeypatch, tmp_path):
+    commands = pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": GREEN, "hybrid": GREEN})
+    assert set(gpu.run_tests(CPU, tmp_path, minutes=0)) == {"block_sparse", "nystrom", "hybrid"}
+    assert not commands
+
+
+def test_every_test_file_of_the_kernels_belongs_to_an_operator(monkeypatch, tmp_path):
+    commands = pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": GREEN, "hybrid": GREEN})
+    assert gpu.run_tests(CPU, tmp_path, minutes=1) == {}
+    run = {Path(x).name for command in commands for x in command if x.endswith(".py")}
+    assert run == {path.name for path in gpu.ROOT.glob("tests/interpreter/test_*.py")}
 
 
 def row(suite: str, contender: str, ms: float, **more) -> dict:
