@@ -151,7 +151,8 @@ def steps():
 def test_no_step_reads_a_value_back(step, monkeypatch):
     """The path outside the kernels is the same on every device, but for checks of values that only
     CPU tensors get: those are switched off."""
-    monkeypatch.setattr("flashmark.nystrom._readable", lambda x: False)
+    for module in ("nystrom", "landmark_arguments"):
+        monkeypatch.setattr(f"flashmark.{module}.readable", lambda x: False)
     monkeypatch.setattr("flashmark.block_sparse.check_offset", lambda *_: None)
     for name in ("tolist", "numpy"):  # which a mode does not see
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("reads values"))

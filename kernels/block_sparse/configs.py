@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -117,15 +118,20 @@ _IN_USE: dict[str, Config] = {}
 
 
 @contextlib.contextmanager
-def using(**passes: Config):
-    """Run passes, by name, with these configs whatever the operands: for tests and measurements."""
-    before = dict(_IN_USE)
-    _IN_USE.update(passes)
+def with_entries(table: dict, entries: dict) -> Iterator[None]:
+    """Entries in a table for a while."""
+    before = dict(table)
+    table.update(entries)
     try:
         yield
     finally:
-        _IN_USE.clear()
-        _IN_USE.update(before)
+        table.clear()
+        table.update(before)
+
+
+def using(**passes: Config) -> contextlib.AbstractContextManager[None]:
+    """Run passes, by name, with these configs whatever the operands: for tests and measurements."""
+    return with_entries(_IN_USE, passes)
 
 
 def choose(

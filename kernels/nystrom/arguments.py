@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..block_sparse import configs as shared
 from ..block_sparse.arguments import dot_precision, padded
 from . import configs
 from .primitives import LOG2E
@@ -217,7 +218,7 @@ def features(call: Call, config: configs.Config, **extra: bool) -> Features:
 def choose_config(pass_: str, call: Call) -> configs.Config:
     widths = call.step or call.marks.lq.shape[-2], call.query.shape[3], call.value.shape[3]
     tokens = max(call.query.shape[2], call.key.shape[2])
-    arch = configs.device.device_arch(call.query.device)
+    arch = shared.device_arch(call.query.device)
     return configs.choose(arch, pass_, call.query.dtype, *(padded(x) for x in widths), tokens)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..block_sparse import configs as device
+from ..block_sparse import configs as shared
 
 PASSES = ("states", "forward", "pieces", "decode", "rows", "keys", "read")
 DECODE_TOKENS = 16  # a call of at most so many tokens is one program a head: one chunk
@@ -29,16 +29,9 @@ class Config:
 _IN_USE: dict[str, Config] = {}
 
 
-@contextlib.contextmanager
-def using(**passes: Config):
+def using(**passes: Config) -> contextlib.AbstractContextManager[None]:
     """Run passes, by name, with these configs whatever the operands: for tests and measurements."""
-    before = dict(_IN_USE)
-    _IN_USE.update(passes)
-    try:
-        yield
-    finally:
-        _IN_USE.clear()
-        _IN_USE.update(before)
+    return shared.with_entries(_IN_USE, passes)
 
 
 ROOMY = (80, 90, 100, 103, "cpu")  # 163 KiB of shared memory to a program, or more
@@ -91,7 +84,7 @@ def choose(
 
 def marks_at_once(where: torch.device, dtype: torch.dtype) -> int:
     """Landmarks whose states a program holds; their core must fit beside them."""
-    few = dtype == torch.float32 or device.device_arch(where) not in ROOMY
+    few = dtype == torch.float32 or shared.device_arch(where) not in ROOMY
     return FEW_MARKS_AT_ONCE if few else MARKS_AT_ONCE
 
 
@@ -104,7 +97,7 @@ SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway
 
 def fills_device(where: torch.device, pairs: int, tokens: int) -> bool:
     """Can one pass, a program for a sample and key head, keep the device busy?"""
-    return tokens <= SERIAL_TOKENS or pairs >= 2 * device.processors(where)
+    return tokens <= SERIAL_TOKENS or pairs >= 2 * shared.processors(where)
 
 
 PROGRAMS = 1024  # of a backward kernel, or twice that: each leaves a share of the gradients

@@ -16,7 +16,7 @@ from flashmark.dispatch import choose_backend
 from flashmark.hybrid_far import Far, Totals
 from flashmark.hybrid_layout import FromStart, Packing, Resumed, taken
 from flashmark.hybrid_merge import attend
-from flashmark.nystrom import _check_core, _check_landmarks, _check_lengths, _default_core
+from flashmark.landmark_arguments import check_core, check_landmarks, check_lengths, default_core
 from flashmark.ops import hybrid as _operators  # noqa: F401, registers torch.ops.flashmark.hybrid_*
 from flashmark.options import HybridOptions, Landmarks
 from flashmark.sharded import over_shards
@@ -139,15 +139,15 @@ def hybrid_attention(
     refuse_transforms("hybrid_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
-    _check_lengths(query, key, True, cu_seqlens)
+    check_lengths(query, key, True, cu_seqlens)
     _check_merge(merge, gate, core, landmarks, query)
     window = _check_window(window)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
     tied = isinstance(landmarks, Tensor)
-    lq, lk = _check_landmarks(landmarks, query, key)
+    lq, lk = check_landmarks(landmarks, query, key)
     marks = lq.shape[-2]
     near, far = _backends(backend, merge, query, marks)
-    _check_core(core, query.shape[0], key.shape[1], marks, query.device)
+    check_core(core, query.shape[0], key.shape[1], marks, query.device)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if near == "reference":
@@ -159,7 +159,7 @@ def hybrid_attention(
     _check_state(state, rows, window, merge, marks, key, value)
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
-        core = _default_core(lq, None if tied else lk, scale, kind, query.dtype)
+        core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
     lq, lk, core = _unit_strides(lq, lk, core)
     far = Far(merge, lq, lk, core, scale, far)
 
@@ -224,13 +224,13 @@ def hybrid_statistics(
     """
     value = key[..., :1] if isinstance(key, Tensor) and key.dim() == 4 else key
     check_qkv(query, key, value)
-    _check_lengths(query, key, True, None)
+    check_lengths(query, key, True, None)
     if merge not in MERGES:
         raise ValueError(f"merge: expected 'slots', 'mass' or 'gate', got {merge!r}")
     window = _check_window(window)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
-    lq, lk = _check_landmarks(landmarks, query, key)
-    _check_core(core, query.shape[0], key.shape[1], lq.shape[-2], query.device)
+    lq, lk = check_landmarks(landmarks, query, key)
+    check_core(core, query.shape[0], key.shape[1], lq.shape[-2], query.device)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     layout = FromStart(window, query.shape[2])
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -246,7 +246,7 @@ def hybrid_statistics(
     held = far_field.of_chunks(routed, keys, values, keep)[0].sum(2)
     if merge == "mass":
         if core is None:
-            core = _default_core(lq, None, scale, "kernel", query.dtype)
+            core = default_core(lq, None, scale, "kernel", query.dtype)
         far = Far(merge, lq, lk, core, scale, "eager")
         totals = far_field.running(far, far_field.of_chunks(far, keys, values, keep))
         _, mass, _ = far_field.mass_read(far, layout.queries(query), totals)

@@ -24,13 +24,18 @@ from flashmark.autograd import (
     unit_stride,
 )
 from flashmark.dispatch import choose_backend
-from flashmark.landmarks import cached_landmark_core, landmark_core
+from flashmark.landmark_arguments import (
+    check_core,
+    check_landmarks,
+    check_lengths,
+    default_core,
+    readable,
+)
 from flashmark.ops import nystrom as _operators  # noqa: F401, registers torch.ops.flashmark.nystrom_*
 from flashmark.ops.flops import register_if_counting
 from flashmark.options import Landmarks, NystromOptions
 from flashmark.sharded import over_shards
 
-MAX_LANDMARKS = 256
 NORMALIZATIONS = ("landmark", "mass")
 
 
@@ -171,12 +176,12 @@ def nystrom_attention(
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: expected 'landmark' or 'mass', got {normalize!r}")
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
-    _check_lengths(query, key, is_causal, cu_seqlens)
+    check_lengths(query, key, is_causal, cu_seqlens)
     tied = isinstance(landmarks, Tensor)
-    lq, lk = _check_landmarks(landmarks, query, key)
+    lq, lk = check_landmarks(landmarks, query, key)
     marks = lq.shape[-2]
     backend = choose_backend("nystrom", backend, query)
-    _check_core(core, query.shape[0], key.shape[1], marks, query.device)
+    check_core(core, query.shape[0], key.shape[1], marks, query.device)
     _check_decay(decay, is_causal, (key.shape[1], marks), query.device)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -187,7 +192,7 @@ def nystrom_attention(
 
     if core is None:
         kind = "softmax" if normalize == "landmark" else "kernel"
-        core = _default_core(lq, None if tied else lk, scale, kind, query.dtype)
+        core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
     if backend == "reference":
         out, ends = reference.nystrom_attention(
             query, key, value, (lq, lk), core=core, is_causal=is_causal, scale=scale,
@@ -247,81 +252,6 @@ class _NystromAttention(torch.autograd.Function):
         return *dinputs, ddecay, None, None, dL0, dR0, None, None, None, None
 
 
-def _default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str, dtype) -> Tensor:
-    if dtype == torch.float64 and lq.dtype != dtype:
-        lk = None if lk is None else lk.to(dtype)
-        return landmark_core(lq.to(dtype), lk, scale=scale, kind=kind)
-    return cached_landmark_core(lq, lk, scale=scale, kind=kind)
-
-
-def _readable(x: Tensor) -> bool:
-    """Reading values must neither wait for a GPU nor break a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_lengths(query, key, is_causal, cu_seqlens) -> None:
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
-    q_len, kv_len = query.shape[2], key.shape[2]
-    if q_len != kv_len and (is_causal or cu_seqlens is not None):
-        what = "is_causal=True" if is_causal else "cu_seqlens"
-        raise ValueError(f"key: expected length {q_len} like query with {what}, got {kv_len}")
-    if cu_seqlens is None:
-        return
-    check_tensor("cu_seqlens", cu_seqlens, 1)
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
-    _check_device("cu_seqlens", cu_seqlens, query.device)
-    if query.shape[0] != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            "cu_seqlens: expected shape (S + 1,) with S >= 1 and a batch of 1, "
-            f"got {tuple(cu_seqlens.shape)} and a batch of {query.shape[0]}"
-        )
-    if _readable(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q_len or sorted(bounds) != bounds:
-            raise ValueError(f"cu_seqlens: expected to rise from 0 to {q_len}, got {bounds}")
-
-
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device} like query, got {x.device}")
-
-
-def _check_landmarks(landmarks, query, key) -> tuple[Tensor, Tensor]:
-    pair = (landmarks, landmarks) if isinstance(landmarks, Tensor) else landmarks
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        got = type(landmarks).__name__
-        raise TypeError(f"landmarks: expected a tensor or a pair of tensors, got {got}")
-    for x in pair:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"landmarks: expected tensors, got {type(x).__name__}")
-        check_same("landmarks", x, dtype=None, device=query.device)
-        batch, heads, dim = query.shape[0], key.shape[1], query.shape[3]
-        fits = x.dim() in (3, 4) and (x.shape[-3], x.shape[-1]) == (heads, dim)
-        if not fits or (x.dim() == 4 and x.shape[0] != batch) or x.shape != pair[0].shape:
-            raise ValueError(
-                f"landmarks: expected ({heads}, M, {dim}) or ({batch}, {heads}, M, {dim}), "
-                f"both of a pair alike, got {tuple(x.shape)}"
-            )
-    if not 1 <= x.shape[-2] <= MAX_LANDMARKS:
-        raise ValueError(f"landmarks: expected 1 to {MAX_LANDMARKS} of them, got {x.shape[-2]}")
-    return tuple(pair)
-
-
-def _check_core(core, batch: int, heads: int, marks: int, device) -> None:
-    if core is None:
-        return
-    if not isinstance(core, Tensor):
-        raise TypeError(f"core: expected a tensor or None, got {type(core).__name__}")
-    check_same("core", core, dtype=None, device=device)
-    shape = heads, marks, marks
-    if tuple(core.shape) != ((batch, *shape) if core.dim() == 4 else shape):
-        raise ValueError(
-            f"core: expected shape {shape} or {(batch, *shape)}, got {tuple(core.shape)}"
-        )
-
-
 def _check_decay(decay, is_causal: bool, shape: tuple[int, int], device) -> None:
     if decay is None:
         return
@@ -331,7 +261,7 @@ def _check_decay(decay, is_causal: bool, shape: tuple[int, int], device) -> None
     check_same("decay", decay, dtype=None, device=device)
     if tuple(decay.shape) != shape:
         raise ValueError(f"decay: expected shape {shape}, got {tuple(decay.shape)}")
-    if _readable(decay) and not bool((decay >= 0).all()):
+    if readable(decay) and not bool((decay >= 0).all()):
         raise ValueError(f"decay: expected values >= 0, got {float(decay.detach().amin())}")
 
 

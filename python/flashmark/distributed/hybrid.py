@@ -30,7 +30,7 @@ from flashmark.distributed.pieces import (
 from flashmark.distributed.plan import ContextPlan, Exchange
 from flashmark.hybrid import HybridState, _backends, _check_merge, _check_window, hybrid_attention
 from flashmark.hybrid_far import Far, Totals
-from flashmark.nystrom import _check_landmarks, _default_core
+from flashmark.landmark_arguments import check_landmarks, default_core
 
 
 def context_parallel_hybrid_attention(
@@ -87,11 +87,11 @@ def context_parallel_hybrid_attention(
     window = _check_window(window)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     _check_merge(merge, gate, core, landmarks, query)
-    lq, lk = _check_landmarks(landmarks, query, key)
+    lq, lk = check_landmarks(landmarks, query, key)
     width = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
-        core = _default_core(lq, None if lk is lq else lk, width, kind, query.dtype)
+        core = default_core(lq, None if lk is lq else lk, width, kind, query.dtype)
     runs = _backends("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
     far = Far(merge, lq, lk, core, width, runs[1])
     pieces = pieces_of(plan, group, key, bounds=True)

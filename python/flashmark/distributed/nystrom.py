@@ -19,12 +19,8 @@ from flashmark.distributed.collectives import (
 )
 from flashmark.distributed.pieces import Pieces, check_exchange, merged, pieces_of, scanned
 from flashmark.distributed.plan import ContextPlan
-from flashmark.nystrom import (
-    NystromState,
-    _check_landmarks,
-    _default_core,
-    nystrom_attention,
-)
+from flashmark.landmark_arguments import check_landmarks, default_core
+from flashmark.nystrom import NystromState, nystrom_attention
 
 
 def context_parallel_nystrom_attention(
@@ -89,11 +85,11 @@ def context_parallel_nystrom_attention(
     if exchange == "scan" and return_state:
         raise ValueError("return_state: expected False with exchange='scan', got True")
     if core is None:
-        lq, lk = _check_landmarks(landmarks, query, key)
+        lq, lk = check_landmarks(landmarks, query, key)
         kind = "kernel" if normalize == "mass" else "softmax"
         unlike = None if isinstance(landmarks, Tensor) else lk
         width = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
-        core = _default_core(lq, unlike, width, kind, query.dtype)
+        core = default_core(lq, unlike, width, kind, query.dtype)
 
     def run(queries: Tensor, place: slice, **options) -> Any:
         mask = None if key_mask is None else key_mask[:, place]

@@ -12,9 +12,10 @@ from flashmark.autograd import under_autocast
 from flashmark.block_sparse import block_sparse_attention
 from flashmark.family.arguments import check_count, check_inputs, empty
 from flashmark.family.segments import group_mean, segment_means
+from flashmark.landmark_arguments import MAX_LANDMARKS
 from flashmark.landmarks import landmark_core
 from flashmark.masks import causal, key_padding
-from flashmark.nystrom import MAX_LANDMARKS, NORMALIZATIONS, nystrom_attention
+from flashmark.nystrom import NORMALIZATIONS, nystrom_attention
 
 
 def first_k_attention(
