@@ -39,8 +39,8 @@ test-compile: $(PACKAGE)  ## the Triton kernels compiled offline for sm_90: regi
 	  $(PYTEST) tests/compile/test_cuda_sources.py; \
 	else $(PYTEST) -n $(WORKERS) tests/compile; fi
 
-compile-all: $(PACKAGE)  ## the same for sm_80, sm_90, sm_100 and gfx942
-	FLASHMARK_COMPILE_TARGETS=sm_80,sm_90,sm_100,gfx942 $(PYTEST) -n $(WORKERS) tests/compile
+compile-all: $(PACKAGE)  ## the same for sm_80, sm_89, sm_90, sm_100 and gfx942 (an hour)
+	FLASHMARK_COMPILE_TARGETS=sm_80,sm_89,sm_90,sm_100,gfx942 $(PYTEST) -n $(WORKERS) tests/compile
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
 	$(BIN)/python -m bench $(BENCH)

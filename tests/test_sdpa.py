@@ -53,8 +53,14 @@ def check(query, key, value, mask=None, tolerance=1e-5, **options):
     helpers.assert_close(out, exact, tolerance)
     d_out = helpers.randn(*out.shape, seed=9)
     grads = torch.autograd.grad(out, leaves, d_out)
-    for actual, wanted in zip(grads, torch.autograd.grad(exact, wide, d_out.double()), strict=True):
-        helpers.assert_close(actual, wanted, 5 * tolerance)
+    wanted = torch.autograd.grad(exact, wide, d_out.double())
+    largest = max(float(x.abs().max()) for x in wanted if x.numel()) if leaves else 0.0
+    for actual, expected in zip(grads, wanted, strict=True):
+        if expected.numel() and float(expected.abs().max()) < 1e-9 * largest:
+            # 0 but for rounding, as of scores where a row sees one key: as small beside the others
+            assert float(actual.abs().max()) <= 5 * tolerance * largest
+        else:
+            helpers.assert_close(actual, expected, 5 * tolerance)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

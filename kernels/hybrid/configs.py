@@ -6,6 +6,9 @@ import dataclasses
 
 import torch
 
+from ..block_sparse import configs as shared
+from ..nystrom.configs import ROOMY
+
 PASSES = ("forward", "backward")
 
 
@@ -35,9 +38,12 @@ def choose(pass_: str, dtype: torch.dtype, marks: int, dim: int) -> Config:
 PROGRAMS = 1024  # of a backward: each leaves a share of the gradients of parameters
 
 
-def choose_mass(pass_: str, dtype: torch.dtype, marks: int, dim: int, v_dim: int) -> Config:
+def choose_mass(
+    pass_: str, where: torch.device, dtype: torch.dtype, marks: int, dim: int, v_dim: int
+) -> Config:
     """The config of a pass that reads the far field of merge="mass"; widths are padded."""
     bfloat16, wide = dtype == torch.bfloat16, max(marks, dim, v_dim) > 64
     if pass_ == "forward":
         return Config(64 if bfloat16 else 32, 64, 8 if wide or not bfloat16 else 4, 1)
-    return Config(16, 64 if marks <= 64 else 32, 8, 1)
+    roomy = shared.device_arch(where) in ROOMY
+    return Config(16, 64 if marks <= 64 else 32 if roomy else 16, 8, 1)

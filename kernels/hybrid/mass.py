@@ -201,7 +201,7 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
 
 def forward(query, landmarks, core, L, R, scale) -> tuple[Tensor, Tensor, Tensor]:
     x = _operands(query, landmarks, core, L, R, scale)
-    config = configs.choose_mass("forward", query.dtype, *_widths(query, landmarks, R))
+    config = _choose("forward", query, landmarks, R)
     F = _features(x, config)
     numerator = L.new_empty(*query.shape[:4], F.DIM_V)
     mass, reference = L.new_empty(query.shape[:4]), L.new_empty(query.shape[:4])
@@ -218,7 +218,7 @@ def forward(query, landmarks, core, L, R, scale) -> tuple[Tensor, Tensor, Tensor
 
 def backward(dnumerator, dmass, query, landmarks, core, L, R, scale) -> tuple[Tensor, ...]:
     """Everything is linear in dU, so wide values go by blocks of columns whose gradients add up."""
-    config = configs.choose_mass("backward", query.dtype, *_widths(query, landmarks, R))
+    config = _choose("backward", query, landmarks, R)
     parts, zero = [], torch.zeros_like(dmass)
     for v0 in range(0, R.shape[4], config.block):
         columns = slice(v0, v0 + config.block)
@@ -253,8 +253,9 @@ def _backward(dnumerator, dmass, query, landmarks, core, L, R, scale, config):
     return dq, dx, dcore, dL, dR
 
 
-def _widths(query: Tensor, landmarks: Tensor, R: Tensor) -> tuple[int, int, int]:
-    return tuple(padded(n) for n in (landmarks.shape[-2], query.shape[4], R.shape[4]))
+def _choose(pass_: str, query: Tensor, landmarks: Tensor, R: Tensor) -> configs.Config:
+    widths = (padded(n) for n in (landmarks.shape[-2], query.shape[4], R.shape[4]))
+    return configs.choose_mass(pass_, query.device, query.dtype, *widths)
 
 
 def _operands(query, landmarks, core, L, R, scale) -> Operands:

@@ -1,7 +1,7 @@
 """Triton kernels compiled offline, no GPU needed. A process of its own: `pytest tests/compile`,
 without TRITON_INTERPRET.
 
-FLASHMARK_COMPILE_TARGETS=sm_80,sm_90,sm_100,gfx942 names the targets; sm_90 alone when unset.
+FLASHMARK_COMPILE_TARGETS=sm_80,sm_89,sm_90,sm_100,gfx942 names the targets; sm_90 alone when unset.
 """
 
 from __future__ import annotations
