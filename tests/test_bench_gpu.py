@@ -26,6 +26,9 @@ JUNIT = """<testsuites><testsuite>
 GREEN = '<testsuites><testsuite><testcase classname="a" name="a"/></testsuite></testsuites>'
 
 
+ALL_GREEN = dict.fromkeys(("block_sparse", "nystrom", "hybrid", "forms"), GREEN)
+
+
 def pretend(monkeypatch, verdicts: dict[str, str | None]) -> list[list[str]]:
     """Instead of pytest: write a JUnit file for each operator, or run out of time (None)."""
     commands = []
@@ -43,30 +46,38 @@ def pretend(monkeypatch, verdicts: dict[str, str | None]) -> list[list[str]]:
 
 
 def test_failed_tests_make_their_operator_red_and_no_other(monkeypatch, tmp_path):
-    pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": JUNIT, "hybrid": GREEN})
+    pretend(monkeypatch, ALL_GREEN | {"nystrom": JUNIT})
     assert gpu.run_tests(CPU, tmp_path, minutes=1) == {"nystrom": "2 tests failed"}
 
 
 def test_tests_that_did_not_finish_make_their_operator_red_and_no_other(monkeypatch, tmp_path):
     (tmp_path / "tests-nystrom.xml").write_text(GREEN)  # of an earlier call
-    pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": None, "hybrid": GREEN})
+    pretend(monkeypatch, ALL_GREEN | {"nystrom": None})
     assert set(gpu.run_tests(CPU, tmp_path, minutes=1)) == {"nystrom"}
 
 
 def test_a_run_of_no_tests_is_red(monkeypatch, tmp_path):
     none = "<testsuites><testsuite></testsuite></testsuites>"
-    pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": GREEN, "hybrid": none})
+    pretend(monkeypatch, ALL_GREEN | {"hybrid": none})
     assert gpu.run_tests(CPU, tmp_path, minutes=1) == {"hybrid": "none of its tests ran"}
 
 
 def test_operators_without_time_for_tests_are_red(monkeypatch, tmp_path):
-    commands = pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": GREEN, "hybrid": GREEN})
-    assert set(gpu.run_tests(CPU, tmp_path, minutes=0)) == {"block_sparse", "nystrom", "hybrid"}
+    commands = pretend(monkeypatch, ALL_GREEN)
+    assert set(gpu.run_tests(CPU, tmp_path, minutes=0)) == set(ALL_GREEN)
     assert not commands
 
 
+def test_what_may_hang_is_tested_last_and_by_itself(monkeypatch, tmp_path):
+    commands = pretend(monkeypatch, ALL_GREEN | {"forms": None})
+    assert set(gpu.run_tests(CPU, tmp_path, minutes=1)) == {"forms"}
+    assert [Path(x).name for x in commands[-1] if x.endswith(".py")] == [
+        "test_block_sparse_forms.py"
+    ]
+
+
 def test_every_test_file_of_the_kernels_belongs_to_an_operator(monkeypatch, tmp_path):
-    commands = pretend(monkeypatch, {"block_sparse": GREEN, "nystrom": GREEN, "hybrid": GREEN})
+    commands = pretend(monkeypatch, ALL_GREEN)
     assert gpu.run_tests(CPU, tmp_path, minutes=1) == {}
     run = {Path(x).name for command in commands for x in command if x.endswith(".py")}
     assert run == {path.name for path in gpu.ROOT.glob("tests/interpreter/test_*.py")}

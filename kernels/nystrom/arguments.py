@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     span: int
     tokens: int
     query_tokens: int
+    focus: int = 0  # first of the landmarks that a launch of the backward has the gradients of
 
 
 class Slots(NamedTuple):
@@ -115,8 +116,8 @@ class Features:
     TILES: int = 1  # of the landmarks that queries read
     STEP: int = 0  # landmarks from one tile to the next
     READING: tuple[Features, ...] = ()  # features of each tile, where there are several
-    FOCUS: int = 0  # the tile that a launch of the backward has the gradients of
-    OWN: bool = True  # are its landmarks those whose states the program holds?
+    FOCUS: int = 0  # the first tile that has as many landmarks as the focus
+    OWN: bool = True  # are the landmarks of the focus those whose states the program holds?
     ONE_PASS: bool = False
     PIECES: bool = False  # chunks end where a score rises too far
     TAKES_STATES: bool = True  # what a launch of the backward is for: reverse states, the core,
@@ -220,6 +221,12 @@ def choose_config(pass_: str, call: Call) -> configs.Config:
     tokens = max(call.query.shape[2], call.key.shape[2])
     arch = shared.device_arch(call.query.device)
     return configs.choose(arch, pass_, call.query.dtype, *(padded(x) for x in widths), tokens)
+
+
+def focused(problem: Problem, F: Features, tile: int, takes: dict) -> tuple[Problem, dict]:
+    """What a launch for the gradients of one tile of landmarks gets; alike tiles share kernels."""
+    alike = F.READING.index(F.READING[tile]) if F.READING else 0
+    return problem._replace(focus=tile * F.STEP), takes | {"FOCUS": alike}
 
 
 def cut(call: Call, span: int, tokens: int) -> Slots:

@@ -67,6 +67,7 @@ def causal_sweep(
         for tile, takes in configs.launches(pass_, config.shares, F.TILES, own_tile):
             columns = takes.get("TAKES_QUERIES", False) or takes.get("TAKES_KEYS", False)
             own = problem if columns else problem._replace(parts=1)
+            own, takes = args.focused(own, F, tile, takes)
             for pieces in (False, True):
                 kernel[(pairs * own.groups * own.parts,)](
                     *inputs[:4], *outputs(tile), masses, *inputs[4:], call.marks, call.keep, saved,

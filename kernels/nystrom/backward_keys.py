@@ -209,7 +209,7 @@ def keys_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     lq = landmark_queries(marks, b, h, dtype, F)
     lk = split_keys(marks, b, h, dtype, F)
-    focus = focus_of(lk, dtype, F)
+    focus = focus_of(lk, problem.focus, dtype, F)
     head_line = tl.cast(pair, tl.int64) * F.GROUP
     decay2 = load_decay(marks, h, F)
     scratch_line = tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(problem.span, F.CHUNK)

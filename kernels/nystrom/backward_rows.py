@@ -206,7 +206,7 @@ def rows_kernel(
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
-    focus = focus_of(lk, q_ptr.dtype.element_ty, F)
+    focus = focus_of(lk, problem.focus, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
 
     sums = new_sums(F)

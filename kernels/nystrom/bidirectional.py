@@ -94,7 +94,7 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, masses, q_strides, dout_stride
     head_line = tl.cast(pair, tl.int64) * F.GROUP
     dq_ptr += head_line * head_size
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
-    focus = focus_of(lk, q_ptr.dtype.element_ty, F)
+    focus = focus_of(lk, problem.focus, q_ptr.dtype.element_ty, F)
     sums = new_sums(F)
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
@@ -222,6 +222,7 @@ def bidirectional_sweep(
     with on_device(query):
         for tile, takes in configs.launches("rows", row_config.shares, F.TILES, own_tile):
             own = problem if takes["TAKES_QUERIES"] else problem._replace(parts=1)
+            own, takes = args.focused(own, F, tile, takes)
             read_backward_kernel[(pairs * own.groups * own.parts,)](
                 query, dout, dq[tile], masses, strides(query), strides(dout), call.marks, ends,
                 reverse, rows[tile], slots.table, own, reading(call, row_config, **takes)[0],

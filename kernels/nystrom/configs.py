@@ -128,4 +128,4 @@ def launches(
         for cut in cuts:
             takes = {name: name in cut and (tile == 0 or name != ROWS[0]) for name in names}
             if any(takes.values()):
-                yield tile, takes | {"FOCUS": tile, "OWN": own in (None, tile)}
+                yield tile, takes | {"OWN": own in (None, tile)}

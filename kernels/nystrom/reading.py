@@ -63,9 +63,8 @@ def landmark_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def tile_of(lk, t, dtype: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
-    """`landmark_keys` of the tile t, whose features are T, out of several."""
-    first = t * F.STEP
+def tile_of(lk, first, dtype: tl.constexpr, T: tl.constexpr, F: tl.constexpr):
+    """`landmark_keys` of the tile whose features are T, from one landmark on, out of several."""
     ptr = lk[0] + first * lk[1]
     half2 = 0.0
     if F.MASS:
@@ -84,11 +83,11 @@ def split_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def focus_of(lk, dtype: tl.constexpr, F: tl.constexpr):
+def focus_of(lk, first, dtype: tl.constexpr, F: tl.constexpr):
     """The landmarks that a launch of the backward has the gradients of, their core split."""
     if F.TILES > 1:
         FOCUS: tl.constexpr = F.READING[F.FOCUS]
-        lk = split_core(tile_of(lk, F.FOCUS, dtype, FOCUS, F), F)
+        lk = split_core(tile_of(lk, first, dtype, FOCUS, F), F)
     return lk
 
 
@@ -251,7 +250,7 @@ def read_weights(queries, t0, there, lk, norm, marks, F: tl.constexpr):
 @triton.jit
 def read_tile(top, total, W, queries, t0, there, lk, t, marks, T: tl.constexpr, F: tl.constexpr):
     """One step of an online softmax over tiles of landmarks, whose values are rows of the core."""
-    lk = tile_of(lk, t, queries[0].dtype.element_ty, T, F)
+    lk = tile_of(lk, t * F.STEP, queries[0].dtype.element_ty, T, F)
     dots = landmark_products(queries[0], t0, queries[1], there, tl.trans(lk[2]), lk[0], lk[1], T)
     f = read_scores(dots, lk[4], marks, T)
     higher = tl.maximum(top, tl.max(f, 1))
@@ -296,7 +295,7 @@ def focus_scores(queries, t0, there, lk, marks, T: tl.constexpr):
 def turned_tile(top, total, W, queries, t0, there, lk, t, marks, T: tl.constexpr,
                 F: tl.constexpr):  # fmt: skip
     """`read_tile` with a landmark a row."""
-    lk = split_core(tile_of(lk, t, queries[0].dtype.element_ty, T, F), F)
+    lk = split_core(tile_of(lk, t * F.STEP, queries[0].dtype.element_ty, T, F), F)
     f, q = focus_scores(queries, t0, there, lk, marks, T)
     higher = tl.maximum(top, tl.max(f, 0))
     e, alpha = tl.exp2(f - higher[None, :]), tl.exp2(top - higher)

@@ -89,6 +89,16 @@ def test_the_suite_has_a_launch_for_every_config():
     assert wanted <= reached, wanted - reached
 
 
+def test_blocks_of_landmarks_share_their_kernels():
+    """Four blocks that each read four tiles: no kernel more than two blocks have."""
+    kernels = []
+    for marks in (64, 128):
+        with compiling_for(90, lambda name, _: name == "rows_kernel") as launches:
+            Launch("backward", marks, 32, dtype=SINGLE).run()
+        kernels.append({kernel.hash for _, kernel in launches})
+    assert len(kernels[0]) == len(kernels[1])
+
+
 def test_one_process_compiles_for_several_targets():
     found = {}
     for arch in (90, 80, 90):

@@ -26,7 +26,7 @@ def op(*args, **kwargs):
 
 
 def shorten(monkeypatch, span: int) -> None:
-    """Slots of `span` tokens, and float32 passes in few, wide launches: half the time to interpret.
+    """Slots of `span` tokens; interpreted, float32 passes in few, wide launches: half the time.
 
     Half precision keeps the launches and the columns of a GPU.
     """
@@ -34,12 +34,13 @@ def shorten(monkeypatch, span: int) -> None:
 
     def chosen(arch, pass_, dtype, width, head_dim, v_dim, tokens):
         config = choose(arch, pass_, dtype, width, head_dim, v_dim, tokens)
-        if dtype != torch.float32:
+        if dtype != torch.float32 or DEVICE.type != "cpu":
             return config
         columns = {"block_d": min(head_dim, 128), "block_v": min(v_dim, 128)}
         return dataclasses.replace(config, shares=1, **columns)
 
     monkeypatch.setattr(configs, "choose", chosen)
-    monkeypatch.setattr(configs, "FEW_MARKS_AT_ONCE", configs.MARKS_AT_ONCE)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(configs, "FEW_MARKS_AT_ONCE", configs.MARKS_AT_ONCE)
     for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
         monkeypatch.setattr(configs, name, span)
