@@ -36,8 +36,9 @@ def shorten(monkeypatch, span: int) -> None:
         config = choose(arch, pass_, dtype, width, head_dim, v_dim, tokens)
         if dtype != torch.float32 or DEVICE.type != "cpu":
             return config
+        chunk = 32 if pass_ in ("states", "pieces", "read") else config.chunk
         columns = {"block_d": min(head_dim, 128), "block_v": min(v_dim, 128)}
-        return dataclasses.replace(config, shares=1, **columns)
+        return dataclasses.replace(config, chunk=chunk, shares=1, **columns)
 
     monkeypatch.setattr(configs, "choose", chosen)
     if DEVICE.type == "cpu":
