@@ -171,12 +171,9 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
     store_key_sums(partial, group, pair, part, (dlq, full(F.PAD_M, 0.0)), problem, F)
 
 
-def reading(
-    call: args.Call, config: configs.Config, **extra: bool
-) -> tuple[args.Features, args.Slots]:
-    """Features and slots of the kernels that walk queries: their state is that at the end."""
-    F = dataclasses.replace(args.features(call, config, **extra), STATE=True)
-    return F, args.cut(call, configs.READ_SPAN, call.query.shape[2])
+def features(call: args.Call, config: configs.Config, **extra: bool) -> args.Features:
+    """Features of kernels whose state is that at the end."""
+    return dataclasses.replace(args.features(call, config, **extra), STATE=True)
 
 
 def bidirectional_forward(call: args.Call) -> args.Outputs:
@@ -185,7 +182,7 @@ def bidirectional_forward(call: args.Call) -> args.Outputs:
     _, ends = start_states(call, args.cut(call, configs.FORWARD_SPAN, call.key.shape[2]))
     out, masses = args.new_outputs(call)
     config = args.choose_config("read", call)
-    F, slots = reading(call, config)
+    F, slots = features(call, config), args.cut(call, configs.READ_SPAN, query.shape[2])
     problem = args.problem_of(call, slots, triton.cdiv(F.DIM_V, F.BLOCK_V), tokens=query.shape[2])
     pairs = call.key.shape[0] * problem.heads
     with on_device(query):
@@ -205,7 +202,7 @@ def bidirectional_sweep(
     key_slots = args.cut(call, configs.FORWARD_SPAN, key.shape[2])
     _, ends = start_states(call, key_slots)
     row_config, key_config = (args.choose_config(pass_, call) for pass_ in ("rows", "keys"))
-    F, slots = reading(call, row_config)
+    F, slots = features(call, row_config), args.cut(call, configs.READ_SPAN, query.shape[2])
     grads = args.new_token_gradients(call, wide)
     dq = [grads["query"], *(torch.empty_like(grads["query"]) for _ in F.READING[1:])]
     problem = args.problem_of(
@@ -225,7 +222,7 @@ def bidirectional_sweep(
             own, takes = args.focused(own, F, tile, takes)
             read_backward_kernel[(pairs * own.groups * own.parts,)](
                 query, dout, dq[tile], masses, strides(query), strides(dout), call.marks, ends,
-                reverse, rows[tile], slots.table, own, reading(call, row_config, **takes)[0],
+                reverse, rows[tile], slots.table, own, features(call, row_config, **takes),
                 num_warps=row_config.num_warps, num_stages=row_config.num_stages,
             )  # fmt: skip
         reverse_scan(call, reverse, pull, G, slots, problem, F)
@@ -235,7 +232,7 @@ def bidirectional_sweep(
             summary_backward_kernel[(pairs * own.groups * own.parts,)](
                 key, value, grads["key"], grads["value"], strides(key), strides(value), call.marks,
                 call.keep, ends, reverse, keys, key_slots.table, own,
-                reading(call, key_config, **takes)[0],
+                features(call, key_config, **takes),
                 num_warps=key_config.num_warps, num_stages=key_config.num_stages,
             )  # fmt: skip
     for other in dq[1:]:
