@@ -20,6 +20,7 @@ from . import arguments as args
 from . import configs
 from .arguments import Problem
 from .attend import attend_tile, normalise, store_rows
+from .forward import launch as launch_kernel
 from .line import any_tile, bit_words
 from .primitives import next_tile, place, walk_keys
 
@@ -115,20 +116,7 @@ def launch(
     # a context of its own: the allocator of the caller, if any, stays
     context = contextvars.copy_context()
     context.run(triton.set_allocator, allocate)
+    operands = query, key, value, out, lse
     context.run(
-        forward_descriptors_kernel[(problem.tiles * problem.pairs,)],
-        query,
-        key,
-        value,
-        out,
-        lse,
-        args.strides(query),
-        args.strides(key),
-        args.strides(value),
-        call.rows,
-        call.modifiers,
-        *problem,
-        F=features,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        launch_kernel, *operands, call, problem, features, config, forward_descriptors_kernel
     )
