@@ -4,6 +4,7 @@ it see.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -94,6 +95,7 @@ def forward_kernel(
 
 
 def launch(
+    kernel: triton.JITFunction,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -103,9 +105,8 @@ def launch(
     problem: Problem,
     features: args.Features,
     config: configs.Config,
-    kernel: triton.JITFunction = forward_kernel,
 ) -> None:
-    """Run the kernel that reads through pointers, or another of the same arguments."""
+    """Run a kernel that takes the arguments of `forward_kernel`."""
     kernel[(problem.tiles * problem.pairs,)](
         query,
         key,
@@ -140,9 +141,9 @@ def forward_tiles(
 
 
 def launcher(form: str) -> Callable[..., None]:
-    """`launch` of a form of the kernel. Gluon is imported by those who ask for it alone."""
+    """What runs a form of the kernel. Gluon is imported by those who ask for it alone."""
     if form == "pointers":
-        return launch
+        return functools.partial(launch, forward_kernel)
     module = importlib.import_module(f"{__package__}.forward_{form}")
     return module.launch
 

@@ -117,6 +117,5 @@ def launch(
     context = contextvars.copy_context()
     context.run(triton.set_allocator, allocate)
     operands = query, key, value, out, lse
-    context.run(
-        launch_kernel, *operands, call, problem, features, config, forward_descriptors_kernel
-    )
+    kernel = forward_descriptors_kernel
+    context.run(launch_kernel, kernel, *operands, call, problem, features, config)
