@@ -8,7 +8,8 @@ from flashmark.causality import CausalityReport, check_causality
 from flashmark.check import Report, check
 from flashmark.config import show_config
 from flashmark.dispatch import BackendUnavailable
-from flashmark.hybrid import HybridState, HybridStatistics, hybrid_attention, hybrid_statistics
+from flashmark.hybrid import HybridStatistics, hybrid_attention, hybrid_statistics
+from flashmark.hybrid_state import HybridState
 from flashmark.landmarks import init_landmarks, landmark_core, landmark_parameter_groups
 from flashmark.masks import BlockMask, compile_mask
 from flashmark.nystrom import NystromState, nystrom_attention

@@ -1,4 +1,4 @@
-"""Hybrid attention: exact nearby, landmarks beyond. The public function and its state."""
+"""Hybrid attention: exact nearby, landmarks beyond. The public functions."""
 
 from __future__ import annotations
 
@@ -10,59 +10,17 @@ from torch import Tensor
 
 from flashmark import hybrid_far as far_field
 from flashmark import reference
-from flashmark.arguments import check_key_mask, check_qkv, check_same, check_tensor, finite, one_or
+from flashmark.arguments import check_key_mask, check_qkv, finite
 from flashmark.autograd import distinct, refuse_transforms, under_autocast, unit_stride
-from flashmark.dispatch import choose_backend
-from flashmark.hybrid_far import Far, Totals
+from flashmark.hybrid_arguments import MERGES, backends_of, check_merge, check_window
+from flashmark.hybrid_far import Far
 from flashmark.hybrid_layout import FromStart, Packing, Resumed, taken
 from flashmark.hybrid_merge import attend
+from flashmark.hybrid_state import HybridState, check_state
 from flashmark.landmark_arguments import check_core, check_landmarks, check_lengths, default_core
 from flashmark.ops import hybrid as _operators  # noqa: F401, registers torch.ops.flashmark.hybrid_*
 from flashmark.options import HybridOptions, Landmarks
 from flashmark.sharded import over_shards
-
-MERGES = ("slots", "mass", "gate")
-
-
-class HybridState(NamedTuple):
-    """All that hybrid attention keeps of the tokens it has consumed. Its size does not grow.
-
-    The chunk of the next token is position // window. Far totals are float32 (float64 for float64
-    inputs); they, keys and values carry gradients.
-    """
-
-    position: Tensor  # (B,) int64: tokens consumed
-    keep: Tensor  # (B, 2 window) bool: which of the held tokens take part
-    key: Tensor  # (B, Hkv, 2 window, D): the chunk before the current one, then the current one
-    value: Tensor  # (B, Hkv, 2 window, Dv)
-    far: Totals  # (B, Hkv, 3, M, ...): all chunks before the two, the one before, the current
-
-    @classmethod
-    def empty(
-        cls,
-        batch: int,
-        kv_heads: int,
-        landmarks: int,
-        head_dim: int,
-        v_dim: int | None = None,
-        *,
-        window: int,
-        merge: str = "slots",
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> HybridState:
-        """The state before any token. `dtype` is that of keys and values."""
-        v_dim = head_dim if v_dim is None else v_dim
-        held = batch, kv_heads, 2 * window
-        wide = torch.promote_types(dtype, torch.float32)
-        shape = batch, kv_heads, 3, landmarks
-        return cls(
-            torch.zeros(batch, dtype=torch.int64, device=device),
-            torch.zeros(batch, 2 * window, dtype=torch.bool, device=device),
-            torch.zeros(*held, head_dim, dtype=dtype, device=device),
-            torch.zeros(*held, v_dim, dtype=dtype, device=device),
-            far_field.empty(merge, shape, head_dim, v_dim, wide, device),
-        )
 
 
 @overload
@@ -140,13 +98,13 @@ def hybrid_attention(
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     check_lengths(query, key, True, cu_seqlens)
-    _check_merge(merge, gate, core, landmarks, query)
-    window = _check_window(window)
+    check_merge(merge, gate, core, landmarks, query)
+    window = check_window(window)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
     tied = isinstance(landmarks, Tensor)
     lq, lk = check_landmarks(landmarks, query, key)
     marks = lq.shape[-2]
-    near, far = _backends(backend, merge, query, marks)
+    near, far = backends_of(backend, merge, query, marks)
     check_core(core, query.shape[0], key.shape[1], marks, query.device)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -156,7 +114,7 @@ def hybrid_attention(
             scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state,  # type: ignore[arg-type]
             return_state=return_state,
         )  # fmt: skip
-    _check_state(state, rows, window, merge, marks, key, value)
+    check_state(state, rows, window, merge, marks, key, value)
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
         core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
@@ -227,7 +185,7 @@ def hybrid_statistics(
     check_lengths(query, key, True, None)
     if merge not in MERGES:
         raise ValueError(f"merge: expected 'slots', 'mass' or 'gate', got {merge!r}")
-    window = _check_window(window)
+    window = check_window(window)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
     lq, lk = check_landmarks(landmarks, query, key)
     check_core(core, query.shape[0], key.shape[1], lq.shape[-2], query.device)
@@ -330,72 +288,3 @@ def _unit_strides(lq: Tensor, lk: Tensor, core: Tensor | None):
     """Landmarks that were one tensor stay so."""
     keys = unit_stride(lk)
     return keys if lq is lk else unit_stride(lq), keys, None if core is None else unit_stride(core)
-
-
-def _backends(backend: str, merge: str, query: Tensor, marks: int) -> tuple[str, str]:
-    """What runs the near field, and the far one."""
-    near = choose_backend("block_sparse", backend, query)
-    if near == "reference":
-        return near, near
-    if merge == "slots":
-        slots = "eager" if near == "cpu" else backend
-        return near, choose_backend("hybrid", slots, query, landmarks=marks)
-    far = choose_backend("nystrom", backend, query)
-    if merge == "mass" and far == "triton":  # states are Nyström's, what reads them is not
-        far = choose_backend("hybrid", backend, query, landmarks=marks)
-    return near, far
-
-
-def _check_window(window) -> int:
-    if isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"window: expected an int >= 1, got {type(window).__name__}")
-    if window < 1:
-        raise ValueError(f"window: expected an int >= 1, got {window}")
-    return window
-
-
-def _check_merge(merge, gate, core, landmarks, query) -> None:
-    if merge not in MERGES:
-        raise ValueError(f"merge: expected 'slots', 'mass' or 'gate', got {merge!r}")
-    if (gate is None) == (merge == "gate"):
-        wanted = "a tensor" if merge == "gate" else "None"
-        got = "None" if gate is None else "a tensor"
-        raise ValueError(f"gate: expected {wanted} with merge={merge!r}, got {got}")
-    if core is not None and merge == "slots":
-        raise ValueError("core: expected None with merge='slots', got a tensor")
-    if merge == "mass" and isinstance(landmarks, tuple | list):
-        raise ValueError("landmarks: expected one tensor with merge='mass', got a pair")
-    if gate is None:
-        return
-    check_tensor("gate", gate, 4)
-    check_same("gate", gate, dtype=None, device=query.device)
-    shape = (*query.shape[:3], 1)
-    if not all(map(one_or, gate.shape, shape)):
-        raise ValueError(f"gate: expected broadcastable to {shape}, got {tuple(gate.shape)}")
-
-
-def _check_state(state, rows, window, merge, marks, key, value) -> None:
-    if state is None:
-        return
-    if not isinstance(state, HybridState):
-        raise TypeError(f"state: expected a HybridState, got {type(state).__name__}")
-    held, wide = (rows, key.shape[1]), torch.promote_types(key.dtype, torch.float32)
-    dims = key.shape[3], value.shape[3]
-    totals = far_field.shapes(merge, (*held, 3, marks), *dims)
-    if len(state.far) != len(totals):
-        raise ValueError(f"state.far: expected that of merge={merge!r}, got another merge's")
-    wanted = {
-        "position": ((rows,), torch.int64),
-        "keep": ((rows, 2 * window), torch.bool),
-        "key": ((*held, 2 * window, dims[0]), key.dtype),
-        "value": ((*held, 2 * window, dims[1]), key.dtype),
-    } | {f"far[{n}]": (shape, wide) for n, shape in enumerate(totals)}
-    for (name, (shape, dtype)), x in zip(wanted.items(), (*state[:4], *state.far), strict=True):
-        check_tensor(f"state.{name}", x, len(shape))
-        if x.shape != shape or x.device != key.device:
-            raise ValueError(
-                f"state.{name}: expected shape {shape} on {key.device}, "
-                f"got {tuple(x.shape)} on {x.device}"
-            )
-        if x.dtype != dtype:
-            raise TypeError(f"state.{name}: expected {dtype}, got {x.dtype}")

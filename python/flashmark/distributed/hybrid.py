@@ -28,8 +28,10 @@ from flashmark.distributed.pieces import (
     scanned,
 )
 from flashmark.distributed.plan import ContextPlan, Exchange
-from flashmark.hybrid import HybridState, _backends, _check_merge, _check_window, hybrid_attention
+from flashmark.hybrid import hybrid_attention
+from flashmark.hybrid_arguments import backends_of, check_merge, check_window
 from flashmark.hybrid_far import Far, Totals
+from flashmark.hybrid_state import HybridState
 from flashmark.landmark_arguments import check_landmarks, default_core
 
 
@@ -84,15 +86,15 @@ def context_parallel_hybrid_attention(
     group = process_group(group)
     if plan is not None:
         check_tokens("query", query, 2, plan, check_plan(plan, group))
-    window = _check_window(window)
+    window = check_window(window)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
-    _check_merge(merge, gate, core, landmarks, query)
+    check_merge(merge, gate, core, landmarks, query)
     lq, lk = check_landmarks(landmarks, query, key)
     width = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
         core = default_core(lq, None if lk is lq else lk, width, kind, query.dtype)
-    runs = _backends("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
+    runs = backends_of("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
     far = Far(merge, lq, lk, core, width, runs[1])
     pieces = pieces_of(plan, group, key, bounds=True)
     bounds = pieces.limits or torch.as_tensor(pieces.bounds).tolist()
