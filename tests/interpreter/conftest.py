@@ -16,6 +16,7 @@ PAD, CANARY = 512, 7
 
 if INTERPRETED:
     import bfloat16  # noqa: F401
+    import faster  # noqa: F401
 
 
 def pytest_addoption(parser):
