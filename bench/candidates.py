@@ -23,28 +23,32 @@ FAMILIES = {"block_sparse": sparse_configs, "nystrom": landmark_configs}
 DTYPE = torch.bfloat16
 HEADS = 4  # of an offline launch; a grouped pass has half as many key heads
 
-# Tiles of queries x keys / warps, then the stages. A key pass holds the keys, the others queries.
+# Tiles of queries x keys / warps, then the stages; r128 caps the registers of a thread. A key pass
+# holds the keys, the others queries.
 _TILES = {
     "forward": {
         "plain": "128x64/8 2 3 4, 128x128/8 2 3, 64x64/4 2 3 4, 64x128/4 2 3, 128x64/4 2 3, "
-        "128x32/8 3, 256x64/8 2, 64x128/8 2",
+        "128x32/8 3, 256x64/8 2, 64x128/8 2, 64x64/4r168 3, 128x64/4r168 2",
         "extras": "128x64/8 2 3, 64x64/4 2 3, 128x32/8 2, 64x64/8 2, 128x128/8 2",
     },
     "backward_q": {
         "plain": "128x64/8 2 3, 128x128/8 2, 64x64/4 2 3, 64x128/8 2, 64x128/4 2, 128x32/8 2 3, "
-        "64x32/4 3",
+        "64x32/4 3, 128x64/8r128 2 3, 128x32/8r128 3, 64x128/4r168 2, 64x64/4r168 3",
         "extras": "128x64/8 2, 64x64/4 2, 64x64/8 2 3, 128x32/8 2",
     },
     "backward_kv": {
-        "plain": "64x128/8 2 3, 64x64/4 2 3, 64x64/8 2 3, 32x128/8 2 3, 128x64/8 2, 32x64/4 3",
+        "plain": "64x128/8 2 3, 64x64/4 2 3, 64x64/8 2 3, 32x128/8 2 3, 128x64/8 2, 32x64/4 3, "
+        "64x64/4r168 2, 32x64/4r168 3, 32x128/8r128 2",
         "extras": "32x128/8 2, 64x64/8 2, 64x64/4 2, 32x64/8 2, 64x128/8 2",
     },
     "backward_grouped": {
-        "plain": "64x128/8 2, 64x64/4 2, 64x64/8 2 3, 32x128/8 2 3, 32x64/4 3",
+        "plain": "64x128/8 2, 64x64/4 2, 64x64/8 2 3, 32x128/8 2 3, 32x64/4 3, 32x64/4r168 3, "
+        "32x128/8r128 2",
         "extras": "32x64/8 2, 32x128/8 2, 64x64/8 2, 16x64/8 2",
     },
     "backward_fused": {
-        "plain": "64x128/8 2 3, 64x64/4 2 3, 64x64/8 2 3, 32x128/8 2 3, 128x64/8 2, 32x64/4 3",
+        "plain": "64x128/8 2 3, 64x64/4 2 3, 64x64/8 2 3, 32x128/8 2 3, 128x64/8 2, 32x64/4 3, "
+        "64x64/4r168 2, 32x64/4r168 3, 32x128/8r128 2",
         "extras": "32x128/8 2, 64x64/8 2, 64x64/4 2, 32x64/8 2",
     },
     "decode": {"plain": "16x64/4 3 4 5, 16x128/4 2 3, 16x128/8 3, 16x32/4 4, 16x64/2 4"},
@@ -60,14 +64,15 @@ _CHANGES = {
     "states": ("chunk/2", "chunk*2", "num_warps", "num_stages=2"),
     "forward": (
         "chunk/2", "chunk*2", "num_warps", "num_stages=2", "block_v/2", "num_warps chunk*2",
+        "registers=168", "chunk/2 registers=168", "registers=128",
     ),
     "rows": (
         "chunk*2", "num_warps", "num_stages=2", "shares=1", "shares=2", "shares=3", "block_v/2",
-        "block_v/2 block_d/2", "block_v*2", "block_v*2 block_d*2",
+        "block_v/2 block_d/2", "block_v*2", "block_v*2 block_d*2", "registers=168",
     ),
     "keys": (
         "chunk*2", "num_warps", "num_stages=2", "shares=1", "shares=2", "block_v/2",
-        "block_v/2 block_d/2", "block_v*2", "block_v*2 block_d*2",
+        "block_v/2 block_d/2", "block_v*2", "block_v*2 block_d*2", "registers=168",
     ),
     "read": ("chunk/2", "chunk*2", "num_warps", "num_stages=2"),
     "decode": ("num_warps", "block_v/2", "block_v*2", "num_stages=2"),
@@ -202,8 +207,13 @@ def _parse_tiles(text: str, first_only: bool) -> list[sparse_configs.Config]:
     for entry in filter(None, text.split(", ")):
         tile, *stages = entry.split()
         stages = stages[: 1 if first_only else None]
+        tile, _, cap = tile.partition("r")
         block_m, block_n, warps = map(int, tile.replace("/", "x").split("x"))
-        configs += [sparse_configs.Config(block_m, block_n, warps, int(n)) for n in stages]
+        registers = int(cap) if cap else None
+        configs += [
+            sparse_configs.Config(block_m, block_n, warps, int(n), registers=registers)
+            for n in stages
+        ]
     return configs
 
 
@@ -211,10 +221,17 @@ def _changed(config: landmark_configs.Config, text: str) -> landmark_configs.Con
     """ "chunk*2", "chunk/2", "num_stages=2", or "num_warps" (the other of 4 and 8), and pairs."""
     for change in text.split():
         name = change.rstrip("0123456789").rstrip("*/=")
-        now, count = getattr(config, name), int(change[len(name) + 1 :] or 0)
-        sign = change[len(name) : len(name) + 1]
-        new = {"*": now * count, "/": now // max(count, 1), "=": count, "": 12 - now}[sign]
-        config = dataclasses.replace(config, **{name: new})
+        now, sign, count = getattr(config, name), change[len(name) :][:1], change[len(name) + 1 :]
+        match sign:
+            case "*":
+                now *= int(count)
+            case "/":
+                now //= int(count)
+            case "=":
+                now = int(count)
+            case _:
+                now = 12 - now
+        config = dataclasses.replace(config, **{name: now})
     return config
 
 
@@ -226,6 +243,8 @@ def _makes_sense(config: landmark_configs.Config, case: Case) -> bool:
             return False
         if config.chunk > shipped.chunk:
             return False
+    if config.registers == {4: 128, 8: 168}[config.num_warps]:  # no program more beside it
+        return False
     return 16 <= config.chunk <= 128 and 16 <= config.block_v <= case.dim
 
 

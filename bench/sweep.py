@@ -270,7 +270,8 @@ def brief(family: str, text: str) -> str:
     else:
         size = f"chunk {config.chunk} x {config.block_v}"
         form = f" {config.shares} shares" * (config.shares > 1)
-    return f"{size}/{config.num_warps} s{config.num_stages}{form}"
+    cap = f" at most {config.registers}" if config.registers else ""
+    return f"{size}/{config.num_warps} s{config.num_stages}{form}{cap}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ L2_BYTES = (
 
 
 class Problem(NamedTuple):
-    """The integers of a call."""
+    """The integers of a call.
+
+    Kernels take them one by one: of integers inside a tuple Triton makes a kernel for those that
+    are 1, one for multiples of 16, and one for the rest, whatever `do_not_specialize` says.
+    """
 
     pairs: int  # (batch, head) pairs that the grid covers
     heads: int  # heads among them to one sample
@@ -33,6 +37,17 @@ class Problem(NamedTuple):
     line_head: int
     tiles: int  # slots of the grid to one pair
     section: int  # pairs that run side by side
+
+
+class Inputs(NamedTuple):
+    """What a forward or a decode kernel reads; strides are (batch, head, row)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_strides: tuple[int, int, int]
+    key_strides: tuple[int, int, int]
+    value_strides: tuple[int, int, int]
 
 
 class Lists(NamedTuple):
@@ -169,6 +184,10 @@ def describe(
     rows = Lists(*mask.rows, mask.tile_bits) if sparse else nothing
     cols = Lists(*mask.cols, mask.tile_bits) if sparse else nothing
     return Call(problem, rows, cols, modifiers, features)
+
+
+def inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+    return Inputs(query, key, value, strides(query), strides(key), strides(value))
 
 
 def choose_config(pass_: str, query: Tensor, call: Call) -> configs.Config:

@@ -11,7 +11,7 @@ from . import arguments as args
 from . import bias as bias_gradient
 from .backward_kv import Operands, backward_kv_kernel
 from .backward_q import backward_q_kernel
-from .primitives import load_rows, load_tile
+from .primitives import head_of, load_rows, load_tile
 
 DELTA_ROWS = 64
 
@@ -36,9 +36,8 @@ def delta_kernel(
     """Delta = rowsum(dO * O) - dLSE, and each tile's share of dsink = -sum e^(sink - lse) Delta."""
     pid = tl.program_id(0)
     pair, start = pid // tiles, (pid % tiles) * BLOCK
-    b64, h64 = tl.cast(pair // heads, tl.int64), tl.cast(pair % heads, tl.int64)
     rows64 = tl.cast(pair, tl.int64) * q_len
-    dout_ptr += b64 * dout_strides[0] + h64 * dout_strides[1]
+    dout_ptr = head_of(dout_ptr, dout_strides, pair // heads, pair % heads)
     out = load_tile(out_ptr + rows64 * DIM_V, start, DIM_V, q_len, BLOCK, DIM_V, PAD_V, True)
     dout = load_tile(dout_ptr, start, dout_strides[2], q_len, BLOCK, DIM_V, PAD_V, True)
     lse = load_rows(lse_ptr + rows64, start, q_len, float("-inf"), BLOCK, True)
@@ -160,8 +159,7 @@ def _keys_and_values(
         scale,
         *problem,
         F=features,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return dkey.to(key.dtype), dvalue.to(value.dtype)
 
@@ -179,7 +177,6 @@ def _queries(operands: Operands, mask, call: args.Call, scale: float) -> Tensor:
         scale,
         *problem,
         F=features,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return dquery

@@ -22,6 +22,8 @@ from .bias import add_bias_gradient
 from .primitives import (
     bias_base,
     dropout_keep,
+    head_of,
+    keys_of,
     load_rows,
     load_tile,
     locate,
@@ -162,11 +164,10 @@ def gather_head(
     F: tl.constexpr,
 ):
     """Take all queries of one head that see the tile of keys into dK and dV."""
-    q_strides, dout_strides = operands.query_strides, operands.dout_strides
-    row_strides = (q_strides[2], dout_strides[2])
-    b64, h64, pair64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(pair, tl.int64)
-    q_ptr = operands.query + b64 * q_strides[0] + h64 * q_strides[1]
-    dout_ptr = operands.dout + b64 * dout_strides[0] + h64 * dout_strides[1]
+    row_strides = (operands.query_strides[2], operands.dout_strides[2])
+    q_ptr = head_of(operands.query, operands.query_strides, b, h)
+    dout_ptr = head_of(operands.dout, operands.dout_strides, b, h)
+    pair64 = tl.cast(pair, tl.int64)
     lse_ptr = operands.lse + pair64 * problem.q_len
     delta_ptr = operands.delta + pair64 * problem.q_len
     if F.ATOMIC:
@@ -235,12 +236,9 @@ def backward_kv_kernel(
     if start_n >= problem.kv_len:
         return
 
-    k_strides, v_strides = operands.key_strides, operands.value_strides
-    b64, hk64 = tl.cast(b, tl.int64), tl.cast(hk, tl.int64)
-    k_ptr = operands.key + b64 * k_strides[0] + hk64 * k_strides[1]
-    v_ptr = operands.value + b64 * v_strides[0] + hk64 * v_strides[1]
-    k = load_tile(k_ptr, start_n, k_strides[2], end_n, F.BLOCK_N, F.DIM, F.PAD, True)
-    v = load_tile(v_ptr, start_n, v_strides[2], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, True)
+    k_ptr, v_ptr, kv_strides = keys_of(operands, b, hk)
+    k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, True)
+    v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, True)
     BLOCK_N: tl.constexpr = F.BLOCK_N
     PAD: tl.constexpr = F.PAD
     PAD_V: tl.constexpr = F.PAD_V

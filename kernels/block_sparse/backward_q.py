@@ -11,6 +11,8 @@ from .arguments import Problem
 from .primitives import (
     bias_base,
     dropout_keep,
+    head_of,
+    keys_of,
     load_rows,
     load_tile,
     locate,
@@ -100,23 +102,15 @@ def backward_q_kernel(
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD: tl.constexpr = F.PAD
-    b64, h64, hk64 = (
-        tl.cast(b, tl.int64),
-        tl.cast(h, tl.int64),
-        tl.cast(h // problem.group, tl.int64),
-    )
-    q_strides, k_strides = operands.query_strides, operands.key_strides
-    v_strides, dout_strides = operands.value_strides, operands.dout_strides
-    q_ptr = operands.query + b64 * q_strides[0] + h64 * q_strides[1]
-    k_ptr = operands.key + b64 * k_strides[0] + hk64 * k_strides[1]
-    v_ptr = operands.value + b64 * v_strides[0] + hk64 * v_strides[1]
-    dout_ptr = operands.dout + b64 * dout_strides[0] + h64 * dout_strides[1]
-    kv_strides = (k_strides[2], v_strides[2])
+    q_stride, dout_stride = operands.query_strides[2], operands.dout_strides[2]
+    q_ptr = head_of(operands.query, operands.query_strides, b, h)
+    dout_ptr = head_of(operands.dout, operands.dout_strides, b, h)
+    k_ptr, v_ptr, kv_strides = keys_of(operands, b, h // problem.group)
     rows64 = tl.cast(pair, tl.int64) * problem.q_len
     start_i = row0 - offset
     end_i = problem.q_len
-    q = load_tile(q_ptr, start_i, q_strides[2], end_i, BLOCK_M, F.DIM, PAD, True)
-    dout = load_tile(dout_ptr, start_i, dout_strides[2], end_i, BLOCK_M, F.DIM_V, F.PAD_V, True)
+    q = load_tile(q_ptr, start_i, q_stride, end_i, BLOCK_M, F.DIM, PAD, True)
+    dout = load_tile(dout_ptr, start_i, dout_stride, end_i, BLOCK_M, F.DIM_V, F.PAD_V, True)
     lse = load_rows(operands.lse + rows64, start_i, end_i, float("-inf"), BLOCK_M, True)
     delta = load_rows(operands.delta + rows64, start_i, end_i, 0.0, BLOCK_M, True)
     lse2, delta2 = log2_lse(lse)[:, None], delta[:, None]

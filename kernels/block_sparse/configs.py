@@ -23,8 +23,22 @@ FORMS = ("pointers", "descriptors", "gluon")
 SLACK = 8
 
 
+class Runnable:
+    """What the configs of all kernels say of a launch."""
+
+    num_warps: int
+    num_stages: int
+    registers: int | None = None  # of a thread, at most; None leaves them to the compiler
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For Triton: a cap is of NVIDIA GPUs alone, so it is named only where there is one."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Runnable):
     """Tile of queries, tile of keys, how a program is run, and which form of the kernel it is."""
 
     block_m: int
@@ -32,6 +46,7 @@ class Config:
     num_warps: int
     num_stages: int
     form: str = "pointers"  # one of FORMS
+    registers: int | None = None
     lazy: bool = False  # "gluon" alone: the output is rescaled only when a maximum outgrows SLACK
 
     def __post_init__(self) -> None:

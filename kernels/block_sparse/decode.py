@@ -15,7 +15,7 @@ from . import arguments as args
 from . import configs
 from .arguments import Problem
 from .attend import add_sink, attend
-from .primitives import LN2, LOG2E, load_run, masked_tile, sample_bounds
+from .primitives import LN2, LOG2E, keys_of, load_run, masked_tile, sample_bounds
 
 MAX_QUERIES = 16
 MIN_KEYS = 256  # below this one program does a row in no time, and merging would cost more
@@ -75,14 +75,9 @@ def compared_span(problem, row0, offset, end_n, WINDOW: tl.constexpr, F: tl.cons
 
 @triton.jit(do_not_specialize=(*Problem._fields, "splits"))
 def decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    inputs,
     part_ptr,
     part_lse_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
     lists,
     modifiers,
     splits,
@@ -131,20 +126,14 @@ def decode_kernel(
         h = h0 + tl.zeros_like(m)
         inside = m < WINDOW
     inside = inside & (i >= 0) & (i < problem.q_len)
-    b64, h64, hk64, i64 = (
-        tl.cast(b, tl.int64),
-        h.to(tl.int64),
-        tl.cast(hk, tl.int64),
-        i.to(tl.int64),
-    )
+    b64, h64, i64 = tl.cast(b, tl.int64), h.to(tl.int64), i.to(tl.int64)
+    q_strides = inputs.query_strides
     offs_d = tl.arange(0, F.PAD)
-    q_ptrs = q_ptr + (b64 * q_strides[0] + h64 * q_strides[1] + i64 * q_strides[2])[:, None]
+    q_ptrs = inputs.query + (b64 * q_strides[0] + h64 * q_strides[1] + i64 * q_strides[2])[:, None]
     q = tl.load(
         q_ptrs + offs_d[None, :], mask=inside[:, None] & (offs_d < F.DIM)[None, :], other=0.0
     )
-    k_ptr += b64 * k_strides[0] + hk64 * k_strides[1]
-    v_ptr += b64 * v_strides[0] + hk64 * v_strides[1]
-    kv_strides = (k_strides[2], v_strides[2])
+    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, hk)
     base = modifiers.bias
     if F.BIAS != "none":
         base += (h64 * modifiers.bias_strides[1] + b64 * modifiers.bias_strides[0])[:, None]
@@ -277,14 +266,9 @@ def decode(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
     with args.on_device(query):
         decode_kernel[(programs * splits,)](
-            query,
-            key,
-            value,
+            args.inputs(query, key, value),
             part,
             part_lse,
-            args.strides(query),
-            args.strides(key),
-            args.strides(value),
             call.rows,
             call.modifiers,
             splits,
@@ -292,8 +276,7 @@ def decode(
             WINDOW=window,
             PACKED=packed,
             F=features,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
         )
         merge_kernel[(rows,)](
             part,

@@ -19,19 +19,23 @@ from .arguments import Problem
 from .attend import attend, normalise, store_rows
 from .decode import decode, is_decode
 from .forms import can_use_form
-from .primitives import bias_base, load_tile, masked_tile, next_tile, place, walk_keys
+from .primitives import (
+    bias_base,
+    head_of,
+    keys_of,
+    load_tile,
+    masked_tile,
+    next_tile,
+    place,
+    walk_keys,
+)
 
 
 @triton.jit(do_not_specialize=Problem._fields)
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    inputs,
     out_ptr,
     lse_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
     lists,
     modifiers,
     pairs,
@@ -53,18 +57,12 @@ def forward_kernel(
     if row0 >= offset + problem.q_len:
         return
 
-    b64, h64, hk64 = (
-        tl.cast(b, tl.int64),
-        tl.cast(h, tl.int64),
-        tl.cast(h // problem.group, tl.int64),
-    )
-    q_ptr += b64 * q_strides[0] + h64 * q_strides[1]
-    k_ptr += b64 * k_strides[0] + hk64 * k_strides[1]
-    v_ptr += b64 * v_strides[0] + hk64 * v_strides[1]
-    kv_strides = (k_strides[2], v_strides[2])
+    q_ptr = head_of(inputs.query, inputs.query_strides, b, h)
+    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // problem.group)
     base = bias_base(modifiers, b, h, F)
     start_i = row0 - offset
-    q = load_tile(q_ptr, start_i, q_strides[2], problem.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
+    q_stride = inputs.query_strides[2]
+    q = load_tile(q_ptr, start_i, q_stride, problem.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
@@ -108,20 +106,14 @@ def launch(
 ) -> None:
     """Run a kernel that takes the arguments of `forward_kernel`."""
     kernel[(problem.tiles * problem.pairs,)](
-        query,
-        key,
-        value,
+        args.inputs(query, key, value),
         out,
         lse,
-        args.strides(query),
-        args.strides(key),
-        args.strides(value),
         call.rows,
         call.modifiers,
         *problem,
         F=features,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
 
 

@@ -22,19 +22,14 @@ from .arguments import Problem
 from .attend import attend_tile, normalise, store_rows
 from .forward import launch as launch_kernel
 from .line import any_tile, bit_words
-from .primitives import next_tile, place, walk_keys
+from .primitives import head_of, keys_of, next_tile, place, walk_keys
 
 
 @triton.jit(do_not_specialize=Problem._fields)
 def forward_descriptors_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    inputs,
     out_ptr,
     lse_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
     lists,
     modifiers,
     pairs,
@@ -53,9 +48,11 @@ def forward_descriptors_kernel(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
     pair, b, h, offset, end_n, leading, row0 = place(problem, lists, modifiers, F)
-    q = matrix(q_ptr, q_strides, b, h, problem.q_len, F.DIM, F.BLOCK_M, F.PAD)
-    k = matrix(k_ptr, k_strides, b, h // problem.group, end_n, F.DIM, F.BLOCK_N, F.PAD)
-    v = matrix(v_ptr, v_strides, b, h // problem.group, end_n, F.DIM_V, F.BLOCK_N, F.PAD_V)
+    q_ptr = head_of(inputs.query, inputs.query_strides, b, h)
+    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // problem.group)
+    q = matrix(q_ptr, inputs.query_strides[2], problem.q_len, F.DIM, F.BLOCK_M, F.PAD)
+    k = matrix(k_ptr, kv_strides[0], end_n, F.DIM, F.BLOCK_N, F.PAD)
+    v = matrix(v_ptr, kv_strides[1], end_n, F.DIM_V, F.BLOCK_N, F.PAD_V)
     start_i = row0 - offset
     q_tile = q.load([start_i, 0])
 
@@ -90,11 +87,10 @@ def forward_descriptors_kernel(
 
 
 @triton.jit
-def matrix(ptr, strides, b, h, rows, DIM: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr):
-    """Descriptor of the (rows, DIM) matrix of a sample and head, read in tiles [SIZE, PAD]."""
-    ptr += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+def matrix(ptr, stride, rows, DIM: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr):
+    """Descriptor of the (rows, DIM) matrix at `ptr`, read in tiles [SIZE, PAD]."""
     rows = tl.maximum(rows, 1)  # a descriptor of nothing is not allowed
-    return tl.make_tensor_descriptor(ptr, [rows, DIM], [strides[2], 1], [SIZE, PAD])
+    return tl.make_tensor_descriptor(ptr, [rows, DIM], [stride, 1], [SIZE, PAD])
 
 
 def launch(

@@ -33,6 +33,20 @@ def locate(problem):
 
 
 @triton.jit
+def head_of(base, strides, b, h):
+    """Where the rows of a sample's head begin."""
+    return base + (tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1])
+
+
+@triton.jit
+def keys_of(inputs, b, h):
+    """(keys, values, their row strides) of a key head."""
+    k_ptr = head_of(inputs.key, inputs.key_strides, b, h)
+    v_ptr = head_of(inputs.value, inputs.value_strides, b, h)
+    return k_ptr, v_ptr, (inputs.key_strides[2], inputs.value_strides[2])
+
+
+@triton.jit
 def load_tile(
     base,
     start,

@@ -20,6 +20,7 @@ from ..nystrom.primitives import (
 )
 from . import arguments as args
 from . import configs
+from .arguments import Problem
 from .primitives import chunk_of, load_columns, slot_rows, tile_of
 
 
@@ -35,9 +36,10 @@ def add_pull(da, x_ptr, t0, stride, keep, dX_ptr, line, DIM: tl.constexpr, BLOCK
     return da
 
 
-@triton.jit(do_not_specialize=["problem"])
-def sums_backward_kernel(inputs, dn_ptr, dK_ptr, dV_ptr, dk_ptr, dv_ptr, partial_ptr, problem,
-                         F: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=Problem._fields)
+def sums_backward_kernel(inputs, dn_ptr, dK_ptr, dV_ptr, dk_ptr, dv_ptr, partial_ptr, heads, parts,
+                         groups, units, chunks, width, keep_tokens, F: tl.constexpr):  # fmt: skip
+    problem = Problem(heads, parts, groups, units, chunks, width, keep_tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     x_ptr = chunk_of(inputs.landmarks, inputs.landmark_strides, b, h, 0)
@@ -94,8 +96,7 @@ def backward(dn, dK, dV, key, value, landmarks, keep, scale) -> tuple[Tensor, Te
     )
     with on_device(key):
         sums_backward_kernel[(batch * heads * problem.groups * problem.parts,)](
-            x, dn, dK, dV, dkey, dvalue, shares, problem, F, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            x, dn, dK, dV, dkey, dvalue, shares, *problem, F, **config.options,
         )  # fmt: skip
     dlandmarks = shares.sum(2)
     if landmarks.dim() == 3:

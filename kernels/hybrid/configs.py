@@ -13,7 +13,7 @@ PASSES = ("forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(shared.Runnable):
     """Tokens of a tile, columns that a program sums, and how it runs."""
 
     tile: int

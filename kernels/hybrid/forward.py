@@ -10,11 +10,14 @@ from torch import Tensor
 from ..block_sparse.arguments import on_device
 from ..nystrom.primitives import full, load_landmarks, locate, mm_acc, operand, zeros
 from . import arguments as args
+from .arguments import Problem
 from .primitives import chunk_of, load_columns, slot_rows, tile_of
 
 
-@triton.jit(do_not_specialize=["problem"])
-def sums_kernel(inputs, n_ptr, K_ptr, V_ptr, problem, F: tl.constexpr):
+@triton.jit(do_not_specialize=Problem._fields)
+def sums_kernel(inputs, n_ptr, K_ptr, V_ptr, heads, parts, groups, units, chunks, width,
+                keep_tokens, F: tl.constexpr):  # fmt: skip
+    problem = Problem(heads, parts, groups, units, chunks, width, keep_tokens)
     part, chunk, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     k_ptr = chunk_of(inputs.key, inputs.key_strides, b, h, chunk)
@@ -55,6 +58,6 @@ def forward(key, value, landmarks, keep, scale) -> tuple[Tensor, Tensor, Tensor]
     problem = args.problem_of(x, F)
     with on_device(key):
         sums_kernel[(key.shape[0] * problem.heads * problem.groups * problem.parts,)](
-            x, n, K, V, problem, F, num_warps=config.num_warps, num_stages=config.num_stages
+            x, n, K, V, *problem, F, **config.options
         )
     return n, K, V

@@ -115,8 +115,10 @@ def read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F: tl.constexpr):
     return e, mm_core(e, core, F), highest
 
 
-@triton.jit(do_not_specialize=["problem"])
-def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, problem, F: tl.constexpr):
+@triton.jit(do_not_specialize=Problem._fields)
+def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, heads, parts, groups, units, chunks,
+                width, F: tl.constexpr):  # fmt: skip
+    problem = Problem(heads, parts, groups, units, chunks, width)
     part, chunk, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     line = tl.cast(pair, tl.int64) * problem.chunks + chunk
@@ -140,10 +142,12 @@ def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, problem, F: tl.c
             tl.store(reference_ptr + row + offs, (highest + top) * LN2, mask=first)
 
 
-@triton.jit(do_not_specialize=["problem"])
+@triton.jit(do_not_specialize=Problem._fields)
 def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_ptr, dx_ptr,
-                         dcore_ptr, dhalf_ptr, problem, F: tl.constexpr):  # fmt: skip
+                         dcore_ptr, dhalf_ptr, heads, parts, groups, units, chunks, width,
+                         F: tl.constexpr):  # fmt: skip
     """U = G held, dU = dnumerator R^T + dmass, dG = dU held, dreading = F (dG core^T)."""
+    problem = Problem(heads, parts, groups, units, chunks, width)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     x_ptr, x, core, half2 = parameters(inputs, b, h, F)
@@ -210,8 +214,7 @@ def forward(query, landmarks, core, L, R, scale) -> tuple[Tensor, Tensor, Tensor
     problem = Problem(heads, parts, chunks, 1, chunks, query.shape[3])
     with on_device(query):
         mass_kernel[(batch * heads * chunks * parts,)](
-            x, numerator, mass, reference, problem, F, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            x, numerator, mass, reference, *problem, F, **config.options,
         )  # fmt: skip
     return numerator, mass, reference
 
@@ -243,8 +246,8 @@ def _backward(dnumerator, dmass, query, landmarks, core, L, R, scale, config):
     problem = Problem(heads, F.BLOCKS_D, groups, units, chunks, query.shape[3])
     with on_device(query):
         mass_backward_kernel[(batch * heads * groups * F.BLOCKS_D,)](
-            x, dnumerator.contiguous(), dmass.contiguous(), dq, dL, dR, dx, dcore, dhalf, problem,
-            F, num_warps=config.num_warps, num_stages=config.num_stages,
+            x, dnumerator.contiguous(), dmass.contiguous(), dq, dL, dR, dx, dcore, dhalf,
+            *problem, F, **config.options,
         )  # fmt: skip
     half = dhalf.sum(2).unsqueeze(-1) * scale  # of scale |x|^2 / 2
     dx = dx.sum(2) + half * landmarks.to(half.dtype)

@@ -16,7 +16,10 @@ from .primitives import LOG2E
 
 
 class Problem(NamedTuple):
-    """The integers of a launch. A slot is a stretch of `span` tokens of one sequence."""
+    """The integers of a launch, which kernels take one by one, as those of block-sparse attention.
+
+    A slot is a stretch of `span` tokens of one sequence.
+    """
 
     heads: int  # key heads
     parts: int  # programs that share a group of slots: blocks of columns
@@ -25,8 +28,7 @@ class Problem(NamedTuple):
     units: int  # slots of a group
     span: int
     tokens: int
-    query_tokens: int
-    focus: int = 0  # first of the landmarks that a launch of the backward has the gradients of
+    m0: int = 0  # first of the landmarks that a launch of the backward has the gradients of
 
 
 class Slots(NamedTuple):
@@ -226,7 +228,7 @@ def choose_config(pass_: str, call: Call) -> configs.Config:
 def focused(problem: Problem, F: Features, tile: int, takes: dict) -> tuple[Problem, dict]:
     """What a launch for the gradients of one tile of landmarks gets; alike tiles share kernels."""
     alike = F.READING.index(F.READING[tile]) if F.READING else 0
-    return problem._replace(focus=tile * F.STEP), takes | {"FOCUS": alike}
+    return problem._replace(m0=tile * F.STEP), takes | {"FOCUS": alike}
 
 
 def cut(call: Call, span: int, tokens: int) -> Slots:
@@ -260,7 +262,6 @@ def problem_of(
         units=units,
         span=slots.span,
         tokens=call.key.shape[2] if tokens is None else tokens,
-        query_tokens=call.query.shape[2],
     )
 
 

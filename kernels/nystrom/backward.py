@@ -71,9 +71,8 @@ def causal_sweep(
             for pieces in (False, True):
                 kernel[(pairs * own.groups * own.parts,)](
                     *inputs[:4], *outputs(tile), masses, *inputs[4:], call.marks, call.keep, saved,
-                    reverse, rises, *buffers(tile), slots.table, own,
-                    args.features(call, config, PIECES=pieces, **takes),
-                    num_warps=config.num_warps, num_stages=config.num_stages,
+                    reverse, rises, *buffers(tile), slots.table, *own,
+                    args.features(call, config, PIECES=pieces, **takes), **config.options,
                 )  # fmt: skip
 
     with on_device(query):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Problem
 from .backward_rows import columns_ptrs, put_share, row_gradients
 from .chunks import end_of_chunk, enter_chunk, key_scores, norms, running_sums
 from .primitives import (
@@ -173,7 +174,7 @@ def walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, marks
     return t0, ref, tot, acc
 
 
-@triton.jit(do_not_specialize=["problem"])
+@triton.jit(do_not_specialize=Problem._fields)
 def keys_kernel(
     q_ptr,
     k_ptr,
@@ -194,9 +195,17 @@ def keys_kernel(
     scratch,
     partial,
     table,
-    problem,
+    heads,
+    parts,
+    groups,
+    slots,
+    units,
+    span,
+    tokens,
+    m0,
     F: tl.constexpr,
 ):
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -209,7 +218,7 @@ def keys_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     lq = landmark_queries(marks, b, h, dtype, F)
     lk = split_keys(marks, b, h, dtype, F)
-    focus = focus_of(lk, problem.focus, dtype, F)
+    focus = focus_of(lk, problem.m0, dtype, F)
     head_line = tl.cast(pair, tl.int64) * F.GROUP
     decay2 = load_decay(marks, h, F)
     scratch_line = tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(problem.span, F.CHUNK)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Problem
 from .chunks import end_of_chunk, enter_chunk, norms, running_sums
 from .primitives import (
     full,
@@ -173,7 +174,7 @@ def slot_rows(queries, keys, values, douts, masses, keep_ptr, dq_ptr, since, sta
     return state, handed, sums, rise
 
 
-@triton.jit(do_not_specialize=["problem"])
+@triton.jit(do_not_specialize=Problem._fields)
 def rows_kernel(
     q_ptr,
     k_ptr,
@@ -192,9 +193,17 @@ def rows_kernel(
     rises,
     partial,
     table,
-    problem,
+    heads,
+    parts,
+    groups,
+    slots,
+    units,
+    span,
+    tokens,
+    m0,
     F: tl.constexpr,
 ):
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -206,7 +215,7 @@ def rows_kernel(
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
-    focus = focus_of(lk, problem.focus, q_ptr.dtype.element_ty, F)
+    focus = focus_of(lk, problem.m0, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
 
     sums = new_sums(F)

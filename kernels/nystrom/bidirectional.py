@@ -16,6 +16,7 @@ from torch import Tensor
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
 from . import configs
+from .arguments import Problem
 from .backward_keys import store_key_sums, take_keys
 from .backward_rows import centre_of, new_sums, store_sums, take_rows
 from .chunks import key_scores
@@ -58,8 +59,10 @@ from .reading import (
 from .states import start_states
 
 
-@triton.jit(do_not_specialize=["problem"])
-def read_kernel(q_ptr, out_ptr, masses, q_strides, marks, ends, table, problem, F: tl.constexpr):
+@triton.jit(do_not_specialize=Problem._fields)
+def read_kernel(q_ptr, out_ptr, masses, q_strides, marks, ends, table, heads, parts, groups, slots,
+                units, span, tokens, m0, F: tl.constexpr):  # fmt: skip
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, slot, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     start, stop, row = span_of(slot, b, problem, table, F)
@@ -82,10 +85,12 @@ def read_kernel(q_ptr, out_ptr, masses, q_strides, marks, ends, table, problem, 
             store_masses(masses, (head_line + g) * problem.tokens + t0, there, top, mass, F)
 
 
-@triton.jit(do_not_specialize=["problem"])
+@triton.jit(do_not_specialize=Problem._fields)
 def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, masses, q_strides, dout_strides, marks, ends, own,
-                         partial, table, problem, F: tl.constexpr):  # fmt: skip
+                         partial, table, heads, parts, groups, slots, units, span, tokens,
+                         m0, F: tl.constexpr):  # fmt: skip
     """dQ, the gradients of core and landmark keys, and what each slot gives to the states."""
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -94,7 +99,7 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, masses, q_strides, dout_stride
     head_line = tl.cast(pair, tl.int64) * F.GROUP
     dq_ptr += head_line * head_size
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
-    focus = focus_of(lk, problem.focus, q_ptr.dtype.element_ty, F)
+    focus = focus_of(lk, problem.m0, q_ptr.dtype.element_ty, F)
     sums = new_sums(F)
     for slot in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
@@ -130,10 +135,12 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, masses, q_strides, dout_stride
     store_sums(partial, group, pair, part, sums, problem, F)
 
 
-@triton.jit(do_not_specialize=["problem"])
+@triton.jit(do_not_specialize=Problem._fields)
 def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, marks, keep_ptr,
-                            ends, reverse, partial, table, problem, F: tl.constexpr):  # fmt: skip
+                            ends, reverse, partial, table, heads, parts, groups, slots, units, span,
+                            tokens, m0, F: tl.constexpr):  # fmt: skip
     """ds_lj = e^{s_lj - L_l} (G_l . v_j - g_l), dK, dV and the gradient of landmark queries."""
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
@@ -187,8 +194,8 @@ def bidirectional_forward(call: args.Call) -> args.Outputs:
     pairs = call.key.shape[0] * problem.heads
     with on_device(query):
         read_kernel[(pairs * problem.groups * problem.parts,)](
-            query, out, masses, strides(query), call.marks, ends, slots.table, problem, F,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            query, out, masses, strides(query), call.marks, ends, slots.table, *problem,
+            F, **config.options,
         )  # fmt: skip
     return args.Outputs(out, ends, masses)
 
@@ -222,8 +229,8 @@ def bidirectional_sweep(
             own, takes = args.focused(own, F, tile, takes)
             read_backward_kernel[(pairs * own.groups * own.parts,)](
                 query, dout, dq[tile], masses, strides(query), strides(dout), call.marks, ends,
-                reverse, rows[tile], slots.table, own, features(call, row_config, **takes),
-                num_warps=row_config.num_warps, num_stages=row_config.num_stages,
+                reverse, rows[tile], slots.table, *own, features(call, row_config, **takes),
+                **row_config.options,
             )  # fmt: skip
         reverse_scan(call, reverse, pull, G, slots, problem, F)
         reverse = reverse._replace(pull=pull, G=G)
@@ -231,9 +238,9 @@ def bidirectional_sweep(
             own = key_problem if takes["TAKES_KEYS"] else key_problem._replace(parts=1)
             summary_backward_kernel[(pairs * own.groups * own.parts,)](
                 key, value, grads["key"], grads["value"], strides(key), strides(value), call.marks,
-                call.keep, ends, reverse, keys, key_slots.table, own,
+                call.keep, ends, reverse, keys, key_slots.table, *own,
                 features(call, key_config, **takes),
-                num_warps=key_config.num_warps, num_stages=key_config.num_stages,
+                **key_config.options,
             )  # fmt: skip
     for other in dq[1:]:
         grads["query"] += other

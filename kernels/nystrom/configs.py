@@ -15,7 +15,7 @@ DECODE_TOKENS = 16  # a call of at most so many tokens is one program a head: on
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(shared.Runnable):
     """Tokens of a chunk, columns of values and of queries that a program holds, and how it runs."""
 
     chunk: int
@@ -24,6 +24,7 @@ class Config:
     num_warps: int
     num_stages: int
     shares: int = 1  # launches that a pass of the backward is cut into
+    registers: int | None = None
 
 
 _IN_USE: dict[str, Config] = {}

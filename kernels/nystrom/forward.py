@@ -8,6 +8,7 @@ import triton.language as tl
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
 from . import configs
+from .arguments import Problem
 from .chunks import end_of_chunk, enter_chunk, norms, running_sums
 from .primitives import (
     head_of,
@@ -82,7 +83,7 @@ def start_state(saved, ends, line, slot_line, v0, F: tl.constexpr):
     return state
 
 
-@triton.jit(do_not_specialize=["problem"])
+@triton.jit(do_not_specialize=Problem._fields)
 def output_kernel(
     q_ptr,
     k_ptr,
@@ -98,7 +99,14 @@ def output_kernel(
     ends,
     rises,
     table,
-    problem,
+    heads,
+    parts,
+    groups,
+    slots,
+    units,
+    span,
+    tokens,
+    m0,
     F: tl.constexpr,
 ):
     """Chunks, right up to the first rise of a slot; or pieces, from a slot's first rise on.
@@ -106,6 +114,7 @@ def output_kernel(
     `rises` is what the one leaves to the other: a token for each slot, its end if nothing rises.
     Without it, a launch of pieces stores all rows.
     """
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, slot, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     start, stop, row = span_of(slot, b, problem, table, F)
@@ -171,6 +180,6 @@ def causal_forward(call: args.Call) -> args.Outputs:
             output_kernel[(pairs * problem.groups * problem.parts,)](
                 query, call.key, call.value, out, masses, strides(query), strides(call.key),
                 strides(call.value), call.marks, call.keep, saved, ends, rises, slots.table,
-                problem, F, num_warps=config.num_warps, num_stages=config.num_stages,
+                *problem, F, **config.options,
             )  # fmt: skip
     return args.Outputs(out, ends, masses)

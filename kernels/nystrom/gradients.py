@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..block_sparse.arguments import on_device
 from . import arguments as args
+from .arguments import Problem
 from .primitives import full, locate, state_ptrs, vector_ptrs
 
 
@@ -36,10 +37,12 @@ class KeyPartials(NamedTuple):
     ddecay: Tensor
 
 
-@triton.jit(do_not_specialize=["problem"])
-def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, problem, F: tl.constexpr):
+@triton.jit(do_not_specialize=Problem._fields)
+def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, heads, parts, groups, slots, units, span,
+                        tokens, m0, F: tl.constexpr):  # fmt: skip
     """Replace what each slot adds by the reverse state at its end; (pull_ptr, G_ptr) goes from
     the reverse state after the last token to that before the first."""
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, row, h = locate(problem)
     b = row
     first, count = 0, problem.slots
@@ -93,7 +96,7 @@ def reverse_scan(
     problem = problem._replace(parts=1, groups=call.rows)
     with on_device(call.query):
         reverse_scan_kernel[(call.rows * problem.heads,)](
-            reverse, pull, G, slots.sequences, problem, F
+            reverse, pull, G, slots.sequences, *problem, F
         )
 
 

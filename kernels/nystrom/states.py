@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
+from .arguments import Problem
 from .primitives import (
     full,
     incoming_state,
@@ -25,7 +26,7 @@ from .primitives import (
 from .reading import landmark_dots, landmark_queries, load_decay
 
 
-@triton.jit(do_not_specialize=["problem"])
+@triton.jit(do_not_specialize=Problem._fields)
 def states_kernel(
     k_ptr,
     v_ptr,
@@ -35,10 +36,18 @@ def states_kernel(
     keep_ptr,
     saved,
     table,
-    problem,
+    heads,
+    parts,
+    groups,
+    slots,
+    units,
+    span,
+    tokens,
+    m0,
     F: tl.constexpr,
 ):
     """What each slot holds by itself, at its last token: an online softmax over its keys."""
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, slot, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     start, stop, _ = span_of(slot, b, problem, table, F)
@@ -76,12 +85,14 @@ def states_kernel(
     store_state(saved, line, v0, ref, tot, acc, F)
 
 
-@triton.jit(do_not_specialize=["problem"])
-def scan_kernel(own, saved, ends, marks, table, sequences, problem, F: tl.constexpr):
+@triton.jit(do_not_specialize=Problem._fields)
+def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups, slots, units, span,
+                tokens, m0, F: tl.constexpr):  # fmt: skip
     """From what each slot holds by itself to the state at its start, and the states at the end.
 
     `own` and `saved` share acc, whose columns belong to one program; ref and tot belong to all.
     """
+    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
     part, row, h = locate(problem)
     b = row
     first, count = 0, problem.slots
@@ -129,14 +140,13 @@ def start_states(call: args.Call, slots: args.Slots) -> tuple[args.Saved, args.E
     saved = own._replace(ref=torch.empty_like(own.ref), tot=torch.empty_like(own.tot))
     ends = args.new_ends(call)
     problem = args.problem_of(call, slots, parts)
-    run = dict(num_warps=config.num_warps, num_stages=config.num_stages)
     with on_device(call.query):
         states_kernel[(batch * heads * problem.groups * parts,)](
             call.key, call.value, strides(call.key), strides(call.value), call.marks, call.keep,
-            own, slots.table, problem, F, **run,
+            own, slots.table, *problem, F, **config.options,
         )  # fmt: skip
         scan_kernel[(call.rows * heads * parts,)](
             own, saved, ends, call.marks, slots.table, slots.sequences,
-            problem._replace(groups=call.rows), F, **run,
+            *problem._replace(groups=call.rows), F, **config.options,
         )  # fmt: skip
     return saved, ends

@@ -1,0 +1,122 @@
+"""A kernel is compiled once for a kind of call: no length, batch or mask compiles it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from bench.offline import compiling_for
+from flashmark import masks
+from flashmark.kernels import block_sparse, hybrid, nystrom
+from flashmark.kernels.hybrid import configs as hybrid_configs
+from flashmark.kernels.hybrid import mass
+from flashmark.kernels.nystrom import configs as nystrom_configs
+
+# multiples of 16 and not, one slot to a program and several
+SIZES = [(2, 1024), (2, 1037), (3, 1600), (1, 4100), (16, 1008)]
+# a row is merged from so many parts, to a power of two; one offset serves all samples, or does not
+DECODE_SIZES = [(2, 1024), (2, 1037), (3, 1100)]
+HEADS, DIM, MARKS = 4, 32, 32
+
+
+def tokens(batch: int, length: int, heads: int = HEADS) -> torch.Tensor:
+    return torch.zeros(batch, heads, length, DIM, dtype=torch.bfloat16)
+
+
+def exact(batch: int, length: int, expression, deterministic: bool = True, bias: bool = False):
+    query = tokens(batch, length)
+    mask = masks.compile_mask(expression, batch, HEADS, length, length, device="cpu")
+    relative = torch.zeros(HEADS, 2 * length - 1) if bias else None
+    options = (relative, None, None, None, None, 0.125, 0.0, 0.0)
+    out, lse = block_sparse.forward(query, query, query, mask, *options)
+    block_sparse.backward(out, None, query, query, query, out, lse, mask, *options, deterministic)
+
+
+def decode(batch: int, length: int):
+    mask = masks.compile_mask(masks.causal(), 1, 1, length, length, device="cpu")
+    offset = torch.full((batch,), length - 1, dtype=torch.int32)
+    cache = tokens(batch, length)
+    options = (None, None, offset, offset + 1, None, 0.125, 0.0, 0.0)
+    block_sparse.forward(tokens(batch, 1), cache, cache, mask, *options)
+
+
+def landmark(batch: int, length: int, causal: bool = True, packed: bool = False, **changes):
+    batch = 1 if packed else batch
+    bounds = torch.tensor([0, 100, length], dtype=torch.int32) if packed else None
+    query, parameters = tokens(batch, length), torch.zeros(HEADS, MARKS, DIM)
+    core = torch.zeros(HEADS, MARKS, MARKS)
+    call = (
+        query, query, query, parameters, parameters, core, None, None, bounds, None, None, 0.125,
+        changes.get("normalize", "landmark"), causal,
+    )  # fmt: skip
+    out, _, _ = nystrom.forward(*call)
+    nystrom.backward(out, None, None, *call)
+
+
+def step(batch: int, length: int):
+    query, parameters = tokens(batch, 1 + length % 16), torch.zeros(HEADS, MARKS, DIM)
+    L = torch.zeros(batch, HEADS, MARKS)
+    core, R = torch.zeros(HEADS, MARKS, MARKS), torch.zeros(batch, HEADS, MARKS, DIM)
+    marks = parameters, parameters, core
+    call = (query, query, query, *marks, None, None, None, L, R, 0.125, "landmark", True)
+    nystrom.forward(*call)
+
+
+def chunks(batch: int, length: int) -> torch.Tensor:
+    return torch.zeros(batch, HEADS, length // 128, 128, DIM, dtype=torch.bfloat16)
+
+
+def slots(batch: int, length: int):
+    key, landmarks = chunks(batch, length), torch.zeros(HEADS, MARKS, DIM)
+    call = key, key, landmarks, None, 0.125
+    hybrid.backward(*hybrid.forward(*call), *call)
+
+
+def masses(batch: int, length: int):
+    query, landmarks = chunks(batch, length), torch.zeros(HEADS, MARKS, DIM)
+    L = torch.zeros(*query.shape[:3], MARKS)
+    core, R = torch.zeros(HEADS, MARKS, MARKS), torch.zeros(*L.shape, DIM)
+    call = query, landmarks, core, L, R, 0.125
+    numerator, read, _ = mass.forward(*call)
+    mass.backward(numerator, read, *call)
+
+
+CALLS: dict[str, Callable] = {
+    "causal": lambda *size: exact(*size, masks.causal()),
+    "mask": lambda *size: exact(*size, masks.causal() & masks.sliding_window(300)),
+    "mask-one-pass": lambda *size: exact(*size, masks.prefix(100), deterministic=False),
+    "relative-bias": lambda *size: exact(*size, masks.causal(), bias=True),
+    "decode": decode,
+    "nystrom": landmark,
+    "nystrom-mass": lambda *size: landmark(*size, normalize="mass"),
+    "nystrom-packed": lambda *size: landmark(*size, packed=True),
+    "nystrom-bidirectional": lambda *size: landmark(*size, causal=False),
+    "nystrom-decode": step,
+    "hybrid-slots": slots,
+    "hybrid-mass": masses,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_another_size_compiles_nothing(name, monkeypatch):
+    for configs in (nystrom_configs, hybrid_configs):
+        monkeypatch.setattr(configs, "PROGRAMS", 8)
+    asked: list[tuple[str, str]] = []
+
+    def note(kernel, key, *_) -> None:
+        asked.append((kernel.fn.__name__, key))  # instead of compiling it
+
+    monkeypatch.setattr(JITFunction, "_do_compile", note)
+    # a device of its own, for which nothing has been compiled
+    monkeypatch.setattr("bench.offline._Absent.get_current_device", lambda driver: -1)
+    known: set[tuple[str, str]] = set()
+    for size in DECODE_SIZES if name == "decode" else SIZES:
+        asked.clear()
+        with compiling_for(90):
+            CALLS[name](*size)
+        assert not known or set(asked) <= known, sorted({kernel for kernel, _ in asked})
+        known |= set(asked)
+    assert known
