@@ -10,8 +10,7 @@ import triton
 from block_sparse_launches import HALF, all_launches
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
-from flashmark import masks
-from flashmark.kernels.block_sparse import backward, configs, forward
+from flashmark.kernels.block_sparse import configs
 
 # Triton 3.6 keeps a few more values alive than the version the configs were chosen with
 SPILL_ALLOWED = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
@@ -36,30 +35,6 @@ def test_kernel(target, launch):
             assert report.hgmma > 0, report
         elif arch in (80, 90):
             assert report.hgmma + report.hmma > 0, report
-
-
-def test_a_new_mask_compiles_nothing():
-    """One kernel for a dtype, head dimension, block size and set of features, whatever the mask and
-    the lengths.
-    """
-    seen = []
-    with compiling_for(90) as launches:
-        for expression, n in (
-            (masks.sliding_window(100), 512),
-            (masks.sliding_window(300, 7), 1000),
-            (masks.causal() & masks.dilated(5), 777),
-            (masks.dense(torch.rand(640, 640) < 0.01), 640),
-        ):
-            query = torch.zeros(2, 4, n, 64, dtype=HALF)
-            mask = masks.compile_mask(expression, 2, 4, n, n, device="cpu", block_size=128)
-            options = (*[None] * 5, 0.125, 0.0, 0.0)
-            forward(query, query, query, mask, *options)
-            lse = torch.zeros(2, 4, n)
-            backward(query, None, query, query, query, query, lse, mask, *options, True)
-            seen.append({name: kernel.hash for name, kernel in launches})
-            launches.clear()
-    assert len(seen[0]) == 4
-    assert all(kernels == seen[0] for kernels in seen)
 
 
 def test_a_config_is_a_plain_record():

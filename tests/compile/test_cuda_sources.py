@@ -1,4 +1,5 @@
-"""Every CUDA source compiles for every GPU that it is built for, and no kernel spills a register.
+"""Every CUDA source compiles for the GPUs that it is built for, and no kernel spills a register:
+for Hopper, and where FLASHMARK_COMPILE_TARGETS is set for all of them.
 
 `python tests/compile/test_cuda_sources.py` prints the registers as a table.
 """
@@ -18,7 +19,7 @@ import torch
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*.cu"))
-TARGETS = ("80", "90a", "100")
+TARGETS = ("80", "90a", "100") if os.environ.get("FLASHMARK_COMPILE_TARGETS") else ("90a",)
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = ("-std=c++20", "-O2", "-Xptxas=-v", "-DUSE_CUDA", STABLE)
@@ -76,7 +77,7 @@ def test_there_are_cuda_sources_beside_the_cpp():
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_source_compiles_for_every_target_without_spills(source):
+def test_source_compiles_without_spills(source):
     kernels = compiled(source)
     assert {kernel.target for kernel in kernels} == set(TARGETS)
     for kernel in kernels:

