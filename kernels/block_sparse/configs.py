@@ -65,7 +65,7 @@ _HALF = {
         (256, True): Config(64, 32, 8, 2),
     },
     "backward_q": {
-        (64, False): Config(128, 64, 8, 3),
+        (64, False): Config(128, 64, 8, 3, registers=128),  # two programs, and no spill for it
         (64, True): Config(128, 64, 8, 2),
         (128, False): Config(128, 64, 8, 2),
         (128, True): Config(64, 64, 8, 2),
@@ -204,13 +204,18 @@ def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extr
     divided = dataclasses.replace(config, block_m=block_m, block_n=block_n)
     light = width == 64 and not extras
     if divided != config and (light or (block_m <= 32 and pass_ not in KEY_PASSES)):
-        return dataclasses.replace(divided, num_warps=4)
+        return dataclasses.replace(divided, num_warps=4, registers=None)
     return divided
 
 
 def _fit(config: Config, arch: int | str, width: int, dtype: torch.dtype) -> Config:
-    """Fewer stages, then smaller tiles, where there is less shared memory than 227 KiB."""
-    if arch in (90, 100, 103, "cpu"):
+    """No cap on registers but on Hopper, where it was chosen; fewer stages, then smaller tiles,
+    where there is less shared memory than 227 KiB.
+    """
+    if arch in (90, "cpu"):
+        return config
+    config = dataclasses.replace(config, registers=None)
+    if arch in (100, 103):
         return config
     if arch == 80:
         return dataclasses.replace(config, num_stages=min(config.num_stages, 2))
