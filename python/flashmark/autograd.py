@@ -9,13 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flashmark.tracing import constant_when_traced
+
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to autocast's dtype where it is on, as `scaled_dot_product_attention` does."""
     if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -23,12 +25,18 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+@constant_when_traced
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast knows the device: torch.compile cannot ask, in torch 2.11."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """For small matrices that must not lose precision."""
-    if torch.amp.is_autocast_available(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
