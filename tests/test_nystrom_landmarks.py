@@ -132,7 +132,8 @@ def test_gradients_do_not_unroll_a_solver():
     """The graph of a core has a fixed number of nodes, whatever the size."""
 
     def nodes(size):
-        seen, todo = set(), [landmark_core(marks(1, size, 8).requires_grad_()).grad_fn]
+        core = landmark_core(marks(1, size, 8).requires_grad_())
+        seen, todo = set(), [core.grad_fn]
         while todo:
             node = todo.pop()
             if node is not None and node not in seen:

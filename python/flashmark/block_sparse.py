@@ -34,7 +34,6 @@ from flashmark.ops.block_sparse import pack_mask, plain_mask
 from flashmark.ops.flops import register_if_counting
 from flashmark.options import BlockSparseOptions
 from flashmark.sharded import over_shards
-from flashmark.tracing import constant_when_traced
 
 
 @overload
@@ -160,14 +159,16 @@ def block_sparse_attention(
     elif is_plain_causal(mask):
         tensors, layout, kind = pack_mask(plain_mask("causal", rows, kv_len))
     else:
-        if torch.compiler.is_compiling() and mask.tensors():
-            raise NotImplementedError(
-                "mask: expected a BlockMask from compile_mask inside torch.compile, "
-                "got an expression that reads tensors"
-            )
+        if torch.compiler.is_compiling():
+            if mask.tensors():
+                raise NotImplementedError(
+                    "mask: expected a BlockMask from compile_mask inside torch.compile, "
+                    "got an expression that reads tensors"
+                )
+            id(mask)  # a graph is that of one expression: this is what guards it
         # torch.compile may trace sizes as symbols: an expression is compiled for their values
         sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
-        tensors, layout, kind = _compiled(mask, sizes, query.device)
+        tensors, layout, kind = mask.given_to(_compiled, sizes, query.device)
     if not torch.compiler.is_compiling():
         register_if_counting()
     if deterministic is None:
@@ -181,7 +182,6 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-@constant_when_traced
 def _compiled(mask: Mask, sizes: list[int], device: torch.device):
     batch, heads, q_len, kv_len = sizes
     return pack_mask(compiled(mask, batch, heads, q_len, kv_len, device))

@@ -18,7 +18,7 @@ def over_shards(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if _is_sharded(*args, *kwargs.values()):
+        if is_sharded(*args, *kwargs.values()):
             from flashmark.distributed.dtensor import call_on_shards
 
             return call_on_shards(function, *args, **kwargs)
@@ -27,7 +27,17 @@ def over_shards(function: Function) -> Function:
     return cast(Function, call)
 
 
-def _is_sharded(*arguments) -> bool:
+def local_part(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor, differentiable; any other tensor itself."""
+    if not is_sharded(x):
+        return x
+    from flashmark.distributed import dtensor
+
+    return dtensor.local_part(cast(Any, x))
+
+
+def is_sharded(*arguments) -> bool:
+    """Is there a DTensor among the arguments?"""
     for x in arguments:
         if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter:
             module = sys.modules.get("torch.distributed.tensor")

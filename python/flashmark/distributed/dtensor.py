@@ -90,7 +90,7 @@ def call_on_shards(function, *args, **kwargs):
         return _core_on_shards(function, named)
     query = named["query"]
     if not isinstance(query, DTensor):
-        return function(**pytree.tree_map_only(DTensor, _local, dict(named)))
+        return function(**pytree.tree_map_only(DTensor, local_part, dict(named)))
     shards = _Shards(query.device_mesh, [_role(p) for p in query.placements])
     _check(named, shards)
     batch = query.shape[0]
@@ -123,7 +123,7 @@ def _core_on_shards(function, named: dict):
         p if isinstance(p, Shard) and p.dim < split else Replicate() for p in first.placements
     ]
     local = {
-        name: _local(x.redistribute(first.device_mesh, placements)) if name in _LANDMARKS else x
+        name: local_part(x.redistribute(first.device_mesh, placements)) if name in _LANDMARKS else x
         for name, x in named.items()
         if x is not None
     }
@@ -180,12 +180,13 @@ def _shard(name: str, value, shards: _Shards):
             f"state_out: expected placements {placements} like query, got {value.placements}"
         )
     value = value.redistribute(shards.mesh, placements)
-    return _local(value, shards.of_gradient(dims))
+    return local_part(value, shards.of_gradient(dims))
 
 
-def _local(x: DTensor, gradient: list[Placement] | None = None) -> Tensor:
-    local = x.to_local(grad_placements=gradient)
-    return local.wait() if hasattr(local, "wait") else local
+def local_part(x: DTensor, gradient: list[Placement] | None = None) -> Tensor:
+    """This rank's part; its gradient has the placements `gradient`, or those of `x`."""
+    part = x.to_local(grad_placements=gradient)
+    return part.wait() if hasattr(part, "wait") else part
 
 
 _selected: WeakIdKeyDictionary = WeakIdKeyDictionary()

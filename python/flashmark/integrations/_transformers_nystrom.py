@@ -130,7 +130,7 @@ def _is_causal_attention(module: Any) -> bool:
 
 
 def _install_state(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))  # since 5.24, and before
     if cache is None:
         cache = next((x for x in args if isinstance(x, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):

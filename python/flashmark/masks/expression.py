@@ -13,9 +13,13 @@ booleans.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashmark.tracing import constant_when_traced
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -104,6 +108,15 @@ class Mask:
     def to(self, device: torch.device) -> Mask:
         """The same expression with its tensors on `device`."""
         return self
+
+    @constant_when_traced
+    def given_to(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(self, *arguments), which torch.compile keeps as a constant.
+
+        A method, since it takes an expression for `self` only: arguments of what it calls while it
+        traces must be constants.
+        """
+        return function(self, *arguments)
 
     def to_dense(
         self,

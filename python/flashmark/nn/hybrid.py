@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmark.hybrid import MERGES, hybrid_attention
+from flashmark.hybrid import hybrid_attention
+from flashmark.hybrid_arguments import MERGES
 from flashmark.landmarks import cached_landmark_core, init_landmarks, mark_landmarks
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_tokens
+from flashmark.sharded import is_sharded, local_part
 
 GATES = ("token", "head")
 
@@ -127,7 +129,9 @@ class HybridAttention(ProjectedAttention):
             "window": self.window, "merge": self.merge, "gate": self._gate(kept),
             "core": self._core(), "cu_seqlens": bounds,
         }  # fmt: skip
-        landmarks = F.pad(self.landmarks, (self.rotary_dim, 0))
+        # of this rank's heads where they are divided: a DTensor may be padded as a whole alone
+        marks = self.landmarks if is_sharded(query) else local_part(self.landmarks)
+        landmarks = F.pad(marks, (self.rotary_dim, 0))
         if cache is None:
             out = hybrid_attention(query, key, value, landmarks, **options)
         else:
