@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 
 import pytest
-from triton.runtime.jit import JITFunction
 
 
 def pytest_configure(config):
@@ -20,6 +19,8 @@ def pytest_configure(config):
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[str, str]]:
     """The kernels that Triton is asked to compile, by name and specialisation. None is compiled."""
+    from triton.runtime.jit import JITFunction  # not installed where only the CUDA sources are
+
     kernels: list[tuple[str, str]] = []
 
     def note(kernel, key, *_) -> None:
