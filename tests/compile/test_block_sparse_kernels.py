@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import triton
-from block_sparse_launches import HALF, all_launches
+from block_sparse_launches import HALF, Launch, all_launches
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
 from flashmark.kernels.block_sparse import configs
@@ -41,6 +41,19 @@ def test_a_config_is_a_plain_record():
     config = configs.choose(90, torch.bfloat16, 128, (128, 128), "forward")
     assert config == configs.choose(90, torch.float16, 128, None, "forward")
     assert (config.block_m, config.block_n, config.num_warps) == (128, 64, 8)
+
+
+def test_registers_are_capped_on_hopper_alone():
+    """Elsewhere the same cap would spill, and AMD's compiler knows none."""
+    chosen = {
+        arch: configs.choose(arch, HALF, 64, None, "backward_q")
+        for arch in (80, 89, 90, 100, "gfx942")
+    }
+    capped = {arch for arch, config in chosen.items() if "maxnreg" in config.options}
+    assert capped == {90} and chosen[90].options["maxnreg"] == 128
+    with compiling_for(90, lambda name, _: name == "backward_q_kernel") as launches:
+        Launch("two-pass", 64).run()
+    assert [inspect(*each).registers <= 128 for each in launches] == [True]
 
 
 def test_launches_reach_every_config_of_the_tuned_blocks():
