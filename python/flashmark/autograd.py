@@ -17,12 +17,16 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
-    if not has_autocast(device) or not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in tensors
     )
+
+
+def autocast_is_on(device_type: str) -> bool:
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @constant_when_traced

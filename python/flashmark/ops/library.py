@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from flashmark.autograd import autocast_is_on
+
 _LIBRARY = torch.library.Library("flashmark", "FRAGMENT")
 
 
@@ -16,7 +18,7 @@ def _without_autocast(implementation: Callable) -> Callable:
     @functools.wraps(implementation)
     def run(first: torch.Tensor, *args):
         device = first.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not autocast_is_on(device):
             return implementation(first, *args)
         with torch.autocast(device, enabled=False):
             return implementation(first, *args)
