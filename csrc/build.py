@@ -50,7 +50,7 @@ def unsupported() -> str:
 
 
 def cpu_extension(*, sanitize: bool = False, only: str | None = None) -> list[CppExtension]:
-    """The libraries flashmark/cpu/_avx2.so and _avx512.so (or `only` one), if any can run here."""
+    """The libraries _cpu_avx2.so and _cpu_avx512.so (or `only` one), if any can run here."""
     if unsupported():
         return []
     sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cpu").rglob("*.cpp"))
@@ -58,7 +58,7 @@ def cpu_extension(*, sanitize: bool = False, only: str | None = None) -> list[Cp
     extra = SANITIZE if sanitize else []
     return [
         CppExtension(
-            f"flashmark.cpu._{name}",
+            f"flashmark._cpu_{name}",
             sources,
             depends=headers,
             include_dirs=[str(ROOT / "csrc" / "cpu")],
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the C++ operators in place.")
     parser.add_argument("--sanitize", action="store_true", help="with sanitizers")
     parser.add_argument("--only", choices=[*CAPABILITIES, "native"], help="build one library")
-    parser.add_argument("--to", default="python", help="folder that holds flashmark/cpu")
+    parser.add_argument("--to", default="python", help="folder that holds flashmark")
     options = parser.parse_args()
     os.chdir(ROOT)
     scratch = ROOT / "build" / ("sanitize" if options.sanitize else sysconfig.get_platform())
@@ -185,7 +185,7 @@ def main() -> None:
         extensions.append(native_extension(sanitize=options.sanitize, cuda=not cuda_missing()))
     setup(
         name="flashmark",
-        packages=["flashmark", "flashmark.cpu"],
+        packages=["flashmark"],
         package_dir={"": "python"},
         ext_modules=extensions,
         cmdclass={"build_ext": type("Build", (Build,), {"required": True})},

@@ -5,13 +5,13 @@ set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- tests/test_cpu_*.py tests/test_native_tiles.py tests/test_native_core.py
+[ $# -gt 0 ] || set -- tests/block_sparse/test_cpu*.py tests/nystrom/test_cpu.py tests/native/test_tiles.py tests/native/test_core.py
 
 # A copy of the package beside the sanitized libraries: the ones in use stay as they are.
 package=build/sanitize/python
 mkdir -p "$package"
 cp -r python/flashmark "$package/"
-rm -f "$package"/flashmark/cpu/*.so "$package"/flashmark/*.so
+rm -f "$package"/flashmark/*.so
 level=$("$python" -c "import torch; print(torch.backends.cpu.get_cpu_capability().lower())")
 "$python" csrc/build.py --sanitize --only "$level" --to "$package"
 "$python" csrc/build.py --sanitize --only native --to "$package"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flashmark
-from flashmark import family
+from flashmark import variants
 from flashmark.masks import Mask, causal, sliding_window
 from flashmark.nn import apply_rotary, rotary_angles
 
@@ -122,12 +122,12 @@ VARIANTS = {
     "landmarks, no core": Variant(
         lambda h, d, w, m: Landmarks(h, d, m, inverse=False), rotary=False
     ),
-    "first-k": Variant(lambda h, d, w, m: Function(family.first_k_attention, first=m)),
-    "segment": Variant(lambda h, d, w, m: Function(family.segment_attention, segment=w)),
+    "first-k": Variant(lambda h, d, w, m: Function(variants.first_k_attention, first=m)),
+    "segment": Variant(lambda h, d, w, m: Function(variants.segment_attention, segment=w)),
     "hybrid slots": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="slots")),
     "hybrid mass": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="mass")),
     "hybrid gate": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="gate")),
     LEAKY: Variant(
-        lambda h, d, w, m: Function(family.leaky_segment_attention, num_landmarks=2 * m)
+        lambda h, d, w, m: Function(variants.leaky_segment_attention, num_landmarks=2 * m)
     ),
 }

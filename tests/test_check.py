@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import flashmark
-import helpers
 from flashmark import masks
+from tests import helpers
 
 
 def sound(**changes):

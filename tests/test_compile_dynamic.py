@@ -7,9 +7,9 @@ import torch
 from torch._dynamo.utils import counters
 
 import flashmark
-import helpers
 from flashmark import masks
-from flashmark.landmarks import init_landmarks
+from flashmark.nystrom.landmark_core import init_landmarks
+from tests import helpers
 
 pytestmark = pytest.mark.plain_empty  # Dynamo would trace the filling
 

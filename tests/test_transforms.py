@@ -14,9 +14,9 @@ from torch.utils.checkpoint import (
 )
 
 import flashmark
-import helpers
 from flashmark import masks
-from flashmark.landmarks import init_landmarks
+from flashmark.nystrom.landmark_core import init_landmarks
+from tests import helpers
 
 MARKS = init_landmarks(2, 4, 8, generator=torch.Generator().manual_seed(0))
 ATTEND = {
@@ -151,9 +151,9 @@ def steps():
 def test_no_step_reads_a_value_back(step, monkeypatch):
     """The path outside the kernels is the same on every device, but for checks of values that only
     CPU tensors get: those are switched off."""
-    for module in ("nystrom", "landmark_arguments"):
-        monkeypatch.setattr(f"flashmark.{module}.readable", lambda x: False)
-    monkeypatch.setattr("flashmark.block_sparse.check_offset", lambda *_: None)
+    for module in ("attention", "checks"):
+        monkeypatch.setattr(f"flashmark.nystrom.{module}.readable", lambda x: False)
+    monkeypatch.setattr("flashmark.block_sparse.attention.check_offset", lambda *_: None)
     for name in ("tolist", "numpy"):  # which a mode does not see
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("reads values"))
     call, leaves = steps()[step], inputs()

@@ -2,8 +2,8 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
-#include "block_sparse.h"
-#include "nystrom.h"
+#include "block_sparse/block_sparse.h"
+#include "nystrom/nystrom.h"
 
 namespace flashmark {
 namespace {

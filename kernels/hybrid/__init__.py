@@ -1,6 +1,6 @@
 """Triton kernels of hybrid attention: what its slots hold, chunk by chunk.
 
-`forward` and `backward` have the interface of `flashmark.eager.hybrid`. The attention to near keys
+`forward` and `backward` have the interface of `flashmark.hybrid.eager`. The attention to near keys
 and slots is that of the block-sparse kernels.
 """
 

@@ -84,7 +84,7 @@ def sums_backward_kernel(inputs, dn_ptr, dK_ptr, dV_ptr, dk_ptr, dv_ptr, partial
 
 
 def backward(dn, dK, dV, key, value, landmarks, keep, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """(dkey, dvalue, dlandmarks), as `flashmark.eager.hybrid.backward`: every run the same bits."""
+    """(dkey, dvalue, dlandmarks), as `flashmark.hybrid.eager.backward`: every run the same bits."""
     x = args.operands(key, value, landmarks, keep, scale)
     config = args.choose_config("backward", x)
     F = args.features(x, config.block, config.tile)

@@ -49,7 +49,7 @@ def sums_kernel(inputs, n_ptr, K_ptr, V_ptr, heads, parts, groups, units, chunks
 
 
 def forward(key, value, landmarks, keep, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, K, V), in the shapes and dtypes of `flashmark.eager.hybrid.forward`."""
+    """(n, K, V), in the shapes and dtypes of `flashmark.hybrid.eager.forward`."""
     x = args.operands(key, value, landmarks, keep, scale)
     config = args.choose_config("forward", x)
     F = args.features(x, config.block, config.tile)

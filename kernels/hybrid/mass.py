@@ -1,4 +1,4 @@
-"""How queries read the far field of "mass": the interface of `flashmark.eager.hybrid_mass`."""
+"""How queries read the far field of "mass": the interface of `flashmark.hybrid.eager_mass`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Triton kernels of Nyström attention, their launchers and configs.
 
-`forward` and `backward` have the interface of `flashmark.eager.nystrom`.
+`forward` and `backward` have the interface of `flashmark.nystrom.eager.interface`.
 """
 
 from .interface import backward, forward

@@ -1,4 +1,4 @@
-"""The operator as every backend has it; the interface is that of `flashmark.eager.nystrom`."""
+"""The operator as every backend has it; the interface is that of `nystrom.eager.interface`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def forward(
     query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
     L0, R0, scale, normalize, is_causal,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, L_end, R_end), in the shapes and dtypes of `flashmark.eager.nystrom.forward`."""
+    """(out, L_end, R_end), in the shapes and dtypes of `nystrom.eager.interface.forward`."""
     call = args.describe(
         query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
         L0, R0, scale, normalize,
@@ -27,7 +27,7 @@ def backward(
     dout, dL_end, dR_end, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask,
     cu_seqlens, L0, R0, scale, normalize, is_causal,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of `forward`, in the order and the shapes of `flashmark.eager.nystrom`."""
+    """Gradients of `forward`, in the order and the shapes of `nystrom.eager.interface`."""
     call = args.describe(
         query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
         L0, R0, scale, normalize,

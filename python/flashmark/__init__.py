@@ -8,12 +8,15 @@ from flashmark.causality import CausalityReport, check_causality
 from flashmark.check import Report, check
 from flashmark.config import show_config
 from flashmark.dispatch import BackendUnavailable
-from flashmark.hybrid import HybridStatistics, hybrid_attention, hybrid_statistics
-from flashmark.hybrid_state import HybridState
-from flashmark.landmarks import init_landmarks, landmark_core, landmark_parameter_groups
+from flashmark.hybrid import HybridState, HybridStatistics, hybrid_attention, hybrid_statistics
+from flashmark.integrations.sdpa import scaled_dot_product_attention
 from flashmark.masks import BlockMask, compile_mask
 from flashmark.nystrom import NystromState, nystrom_attention
-from flashmark.sdpa import scaled_dot_product_attention
+from flashmark.nystrom.landmark_core import (
+    init_landmarks,
+    landmark_core,
+    landmark_parameter_groups,
+)
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
 
 _ON_DEMAND = {
     "distributed", "family", "generation", "integrations", "models", "nn", "objectives",
+    "variants",
 }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str
         return f"it needs CPU tensors, not {device.type}"
     if dtype not in HALF_OR_SINGLE:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
-    if not _is_installed(f"flashmark.cpu.{operator}"):
+    if not _is_installed(f"flashmark.{operator}.cpu"):
         return f"this build has no C++ kernels for {operator}"
     from flashmark import cpu
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from flashmark.hybrid_state import HybridState
+    from flashmark.hybrid.state import HybridState
     from flashmark.nystrom import NystromState
 
 Landmarks = Tensor | tuple[Tensor, Tensor]

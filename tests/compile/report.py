@@ -8,11 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import block_sparse_launches
-import nystrom_launches
-
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from bench.offline import compiling_for, inspect, parse_target  # noqa: E402
+from tests.compile import block_sparse_launches, nystrom_launches  # noqa: E402
 
 COLUMNS = ("registers", "spilled", "shared", "warps", "hgmma", "hmma")
 

@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 import triton
-from block_sparse_launches import HALF, Launch, all_launches
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
 from flashmark.kernels.block_sparse import configs
+from tests.compile.block_sparse_launches import HALF, Launch, all_launches
 
 # Triton 3.6 keeps a few more values alive than the version the configs were chosen with
 SPILL_ALLOWED = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64

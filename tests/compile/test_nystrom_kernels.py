@@ -8,10 +8,10 @@ import os
 import pytest
 import torch
 import triton
-from nystrom_launches import HALF, SINGLE, Launch, all_launches
 
 from bench.offline import SHARED_MEMORY, Report, compiling_for, inspect, parse_target
 from flashmark.kernels.nystrom import configs
+from tests.compile.nystrom_launches import HALF, SINGLE, Launch, all_launches
 
 ASKED = os.environ.get("FLASHMARK_COMPILE_TARGETS")
 TARGETS = (ASKED or "sm_90").split(",")

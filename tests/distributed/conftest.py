@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from processes import Processes
+
+from tests.distributed.processes import Processes
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import helpers
 from flashmark import (
     NystromState,
     block_sparse_attention,
@@ -24,6 +23,7 @@ from flashmark.distributed import (
     unshard,
 )
 from flashmark.masks import causal, documents, mask_mod, prefix, sliding_window
+from tests import helpers
 
 N = 203  # tokens, in blocks of 16: the last one is ragged
 DOCUMENTS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3]).repeat_interleave(16)[:N]

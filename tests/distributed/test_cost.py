@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import helpers
 from flashmark import block_sparse_attention, compile_mask, nystrom_attention
 from flashmark.distributed import balance
 from flashmark.distributed.cost import block_sparse_cost, hybrid_cost, nystrom_cost
 from flashmark.masks import causal, sliding_window
+from tests import helpers
 
 SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 8, "v_dim": 16, "batch": 2}
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-import helpers
 from flashmark import (
     block_sparse_attention,
     compile_mask,
@@ -21,6 +20,7 @@ from flashmark import (
     nystrom_attention,
 )
 from flashmark.masks import causal, dense, documents
+from tests import helpers
 
 BATCH, HEADS, KV_HEADS, N = 3, 8, 4, 50
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashmark import masks, reference
 from flashmark.kernels import block_sparse
-from helpers import poisoned, relative_error
+from tests.helpers import poisoned, relative_error
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 

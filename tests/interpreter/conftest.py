@@ -15,8 +15,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PAD, CANARY = 512, 7
 
 if INTERPRETED:
-    import bfloat16  # noqa: F401
-    import faster  # noqa: F401
+    from tests.interpreter import (
+        bfloat16,  # noqa: F401
+        faster,  # noqa: F401
+    )
 
 
 def pytest_addoption(parser):

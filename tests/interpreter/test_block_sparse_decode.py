@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import Call, Case
 
 from flashmark import masks
 from flashmark.kernels.block_sparse import decode
-from helpers import assert_close
+from tests.helpers import assert_close
+from tests.interpreter.attention_cases import Call, Case
 
 CACHE = 300
 

@@ -8,11 +8,11 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import Call, Case, check
 
 from flashmark import masks, reference
 from flashmark.kernels.block_sparse import forward
-from helpers import assert_identical
+from tests.helpers import assert_identical
+from tests.interpreter.attention_cases import Call, Case, check
 
 WINDOW = masks.sliding_window(30)
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
-import gluon_emulation
 import pytest
 import torch
-from attention_cases import Call, Case
 
 from flashmark import masks
 from flashmark.kernels.block_sparse import configs, forms
 from flashmark.kernels.block_sparse.arguments import describe
-from helpers import assert_close, relative_error
+from tests.helpers import assert_close, relative_error
+from tests.interpreter import gluon_emulation
+from tests.interpreter.attention_cases import Call, Case
 
 HALF = torch.float16
 

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import Call, Case, check
 
 from flashmark import masks
-from flashmark.eager import block_sparse as eager
+from flashmark.block_sparse import eager
 from flashmark.kernels.block_sparse import configs
-from helpers import assert_close
+from tests.helpers import assert_close
+from tests.interpreter.attention_cases import Call, Case, check
 
 
 def random_bits(*shape: int, density: float = 0.3, seed: int = 0) -> torch.Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import flashmark
-import helpers
 from flashmark import hybrid_attention
 from flashmark.kernels.hybrid import configs
-from hybrid_cases import Case, detached, tokens
+from tests import helpers
+from tests.hybrid.cases import Case, detached, tokens
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 

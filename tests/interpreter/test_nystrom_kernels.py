@@ -9,12 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.language as tl
-from nystrom_backend import DEVICE, op, shorten
 
 import flashmark
-import helpers
 from flashmark.kernels.nystrom import chunks, configs
-from nystrom_cases import COVERING, Case
+from tests import helpers
+from tests.interpreter.nystrom_backend import DEVICE, op, shorten
+from tests.nystrom.cases import COVERING, Case
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nystrom_backend import op, shorten
 
-import helpers
 from flashmark.kernels.nystrom import configs
 from flashmark.nystrom import NystromState, nystrom_attention
-from nystrom_cases import LENGTHS, PACKED, Case
+from tests import helpers
+from tests.interpreter.nystrom_backend import op, shorten
+from tests.nystrom.cases import LENGTHS, PACKED, Case
 
 N = 75  # tokens: chunks of 16, slots of 32
 CASES = {

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashmark import hybrid_far as far_field
 from flashmark.arguments import check_key_mask, check_qkv
 from flashmark.autograd import under_autocast
 from flashmark.distributed.collectives import (
@@ -28,11 +27,11 @@ from flashmark.distributed.pieces import (
     scanned,
 )
 from flashmark.distributed.plan import ContextPlan, Exchange
-from flashmark.hybrid import hybrid_attention
-from flashmark.hybrid_arguments import backends_of, check_merge, check_window
-from flashmark.hybrid_far import Far, Totals
-from flashmark.hybrid_state import HybridState
-from flashmark.landmark_arguments import check_landmarks, default_core
+from flashmark.hybrid import far_field, hybrid_attention
+from flashmark.hybrid.checks import backends_of, check_merge, check_window
+from flashmark.hybrid.far_field import Far, Totals
+from flashmark.hybrid.state import HybridState
+from flashmark.nystrom.checks import check_landmarks, default_core
 
 
 def context_parallel_hybrid_attention(

@@ -19,8 +19,8 @@ from flashmark.distributed.collectives import (
 )
 from flashmark.distributed.pieces import Pieces, check_exchange, merged, pieces_of, scanned
 from flashmark.distributed.plan import ContextPlan
-from flashmark.landmark_arguments import check_landmarks, default_core
 from flashmark.nystrom import NystromState, nystrom_attention
+from flashmark.nystrom.checks import check_landmarks, default_core
 
 
 def context_parallel_nystrom_attention(

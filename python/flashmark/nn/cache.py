@@ -11,7 +11,7 @@ from flashmark.masks import BlockMask
 from flashmark.nystrom import NystromState
 
 if TYPE_CHECKING:
-    from flashmark.hybrid_state import HybridState
+    from flashmark.hybrid.state import HybridState
 
 
 class KeyValueCache:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashmark.hybrid import hybrid_attention
-from flashmark.hybrid_arguments import MERGES
-from flashmark.landmarks import cached_landmark_core, init_landmarks, mark_landmarks
+from flashmark.hybrid.checks import MERGES
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_tokens
+from flashmark.nystrom.landmark_core import cached_landmark_core, init_landmarks, mark_landmarks
 from flashmark.sharded import is_sharded, local_part
 
 GATES = ("token", "head")

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmark.landmarks import init_landmarks, mark_landmarks
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
 from flashmark.nn.projected import ProjectedAttention
 from flashmark.nn.tokens import Packing, check_tokens
-from flashmark.nystrom import NORMALIZATIONS, NystromState, nystrom_attention
+from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
+from flashmark.nystrom.landmark_core import init_landmarks, mark_landmarks
+from flashmark.nystrom.state import NystromState
 
 
 class NystromAttention(ProjectedAttention):

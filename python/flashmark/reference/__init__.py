@@ -5,15 +5,15 @@ Memory is quadratic and nothing is fast. Read these files to know what the fused
 """
 
 from flashmark.reference.block_sparse import block_sparse_attention, dropout_keep, philox4x32
-from flashmark.reference.family import (
+from flashmark.reference.hybrid import hybrid_attention
+from flashmark.reference.nystrom import landmark_core, nystrom_attention
+from flashmark.reference.variants import (
     first_k_attention,
     leaky_segment_attention,
     nystromformer_attention,
     segment_attention,
     sequence_to_sequence_attention,
 )
-from flashmark.reference.hybrid import hybrid_attention
-from flashmark.reference.nystrom import landmark_core, nystrom_attention
 
 __all__ = [
     "block_sparse_attention",

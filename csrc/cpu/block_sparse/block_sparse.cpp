@@ -1,0 +1,169 @@
+// The operators' bodies: allocate, choose the types, call the kernels.
+#include "block_sparse/block_sparse.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include "block_sparse/kernels.h"
+#include "shared/pack.h"
+#include "block_sparse/segments.h"
+
+namespace flashmark {
+namespace {
+
+template <typename F>
+void with_types(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kFloat) return f(float{}, float{});
+  if (dtype == at::kHalf) return f(Half{}, float{});
+  TORCH_CHECK(dtype == at::kBFloat16, "query: expected float32, bfloat16 or float16, got ", dtype);
+#if defined(CPU_CAPABILITY_AVX512)
+  if (bfloat16_products()) return f(BFloat16{}, BFloat16{});
+#endif
+  return f(BFloat16{}, float{});
+}
+
+template <typename C>
+Tensor workspace(int64_t n) {
+  return at::empty({n}, c10::CppTypeToScalarType<C>::value);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
+  const PreparedProblem prepared(a);
+  const Problem& p = prepared.problem;
+  const Tensor out = at::empty({p.batch, p.heads, p.q_len, p.v_dim}, a.query.options());
+  const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, at::kFloat);
+  with_types(a.query.scalar_type(), [&](auto t, auto c) {
+    using T = decltype(t);
+    using C = decltype(c);
+    const int64_t blocks = (p.kv_len + VALUE_BLOCK - 1) / VALUE_BLOCK;
+    const int64_t pairs =
+        p.tile_q > 16 ? p.batch * p.kv_heads : 0;  // narrow tiles read K and V in place
+    const Tensor value_t = workspace<C>(pairs * blocks * p.v_dim * VALUE_BLOCK);
+    const bool direct = std::is_same_v<T, C> && padded<C>(p.dim) == p.dim;
+    const Tensor key_rows = workspace<C>(direct ? 0 : pairs * p.kv_len * padded<C>(p.dim));
+    block_sparse_forward<T, C>(
+        p, {out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), value_t.mutable_data_ptr(),
+            direct ? nullptr : key_rows.mutable_data_ptr()});
+  });
+  return {out, lse};
+}
+
+namespace {
+
+// Sums the leading dimension in order.
+Tensor sum_in_order(const Tensor& parts) {
+  Tensor sum = parts.select(0, 0);
+  for (int64_t n = 1; n < parts.size(0); n++) sum = at::add(sum, parts.select(0, n));
+  return sum;
+}
+
+// float32 sums of the bias gradient, as the kernels add them up, and the way back to the bias's
+// shape.
+class BiasGradient {
+ public:
+  BiasGradient(const Problem& p, const OptionalTensor& bias, BackwardTensors& x)
+      : p_(p), bias_(bias) {
+    if (!bias) return;
+    if (bias->dim() == 2) {
+      parts_ = at::zeros({p.batch * x.segments, p.heads, p.relative_size + p.tile_q}, at::kFloat);
+      x.drelative = parts_.mutable_data_ptr<float>();
+      return;
+    }
+    // Segments differ in their keys: only a bias without keys needs one part each.
+    std::vector<int64_t> sizes = {bias->size(3) == 1 ? x.segments : 1};
+    for (int64_t n = 0; n < 4; n++) sizes.push_back(bias->size(n));
+    parts_ = at::zeros(sizes, at::kFloat);
+    x.ddense = parts_.mutable_data_ptr<float>();
+    for (int64_t n = 0; n < 5; n++) x.ddense_strides[n] = sizes[n] == 1 ? 0 : parts_.stride(n);
+  }
+
+  Tensor result() const {
+    if (!bias_) return {};
+    if (parts_.size(0) == 0) return at::zeros(bias_->sizes(), bias_->options());
+    const Tensor sum = sum_in_order(parts_);
+    if (bias_->dim() != 2) return sum.to(bias_->scalar_type());
+    return sum.narrow(1, 0, p_.relative_size).flip(1).to(bias_->scalar_type());
+  }
+
+ private:
+  const Problem& p_;
+  const OptionalTensor& bias_;
+  Tensor parts_;
+};
+
+Tensor rows_in_place(const Tensor& t, const Tensor& like) {
+  const Tensor same = t.to(like.scalar_type());
+  return same.stride(3) == 1 || same.size(3) == 1 ? same : same.contiguous();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArguments& a,
+                                                            const Tensor& dout_any,
+                                                            const OptionalTensor& dlse_any,
+                                                            const Tensor& out_any,
+                                                            const Tensor& lse_any) {
+  const PreparedProblem prepared(a);
+  const Problem& p = prepared.problem;
+  TORCH_CHECK(dout_any.sizes() == at::IntArrayRef({p.batch, p.heads, p.q_len, p.v_dim}) &&
+                  out_any.sizes() == dout_any.sizes(),
+              "dout, out: expected shape (B, Hq, Nq, Dv)");
+  const Tensor dout = rows_in_place(dout_any, a.query), out = rows_in_place(out_any, a.query);
+  const Tensor lse = lse_any.to(at::kFloat).contiguous();
+  const Tensor dlse = dlse_any ? dlse_any->to(at::kFloat).contiguous() : Tensor();
+  TORCH_CHECK(lse.numel() == p.batch * p.heads * p.q_len &&
+                  (!dlse.defined() || dlse.sizes() == lse.sizes()),
+              "lse, dlse: expected shape (B, Hq, Nq)");
+  const Tensor dquery = at::empty({p.batch, p.heads, p.q_len, p.dim}, a.query.options());
+  const Tensor dkey = at::empty({p.batch, p.kv_heads, p.kv_len, p.dim}, a.key.options());
+  const Tensor dvalue = at::empty({p.batch, p.kv_heads, p.kv_len, p.v_dim}, a.value.options());
+  const Tensor dsinks = a.sinks ? at::empty({p.heads}, at::kFloat) : Tensor();
+
+  BackwardTensors x{};
+  x.dout = dout.const_data_ptr(), x.out = out.const_data_ptr();
+  x.dout_strides = strides_of(dout), x.out_strides = strides_of(out);
+  x.lse = lse.const_data_ptr<float>(),
+  x.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
+  x.dquery = dquery.mutable_data_ptr(), x.dkey = dkey.mutable_data_ptr(),
+  x.dvalue = dvalue.mutable_data_ptr();
+  x.dsinks = dsinks.defined() ? dsinks.mutable_data_ptr<float>() : nullptr;
+  x.one_batch = a.bias && a.bias->dim() == 4 && a.bias->size(0) == 1;
+  x.one_head = a.bias && a.bias->dim() == 4 && a.bias->size(1) == 1;
+  x.key_tile =
+      p.mask.kind == MaskKind::SPARSE ? std::min<int64_t>(p.mask.block_kv, KEY_TILE) : KEY_TILE;
+  const int64_t key_tiles = (p.kv_len + x.key_tile - 1) / x.key_tile;
+  x.segments =
+      count_segments((x.one_batch ? 1 : p.batch) * (x.one_head ? 1 : p.kv_heads), key_tiles);
+  const std::vector<int32_t> starts = segment_starts(p, x.key_tile, x.segments);
+  x.segment_starts = starts.data();
+  const BiasGradient dbias(p, a.bias, x);
+
+  with_types(a.query.scalar_type(), [&](auto t, auto c) {
+    using T = decltype(t);
+    using C = decltype(c);
+    const int64_t wanted = (ITEMS_A_THREAD * at::get_num_threads() + x.segments - 1) / x.segments;
+    x.at_once = std::min(wanted, p.batch * p.kv_heads);
+    const int64_t tiles = x.at_once * p.group() * p.max_tiles(), rows = tiles * p.tile_q;
+    const int64_t copies = std::is_same_v<T, float> ? 0 : rows;
+    const Tensor query_t = workspace<C>(rows * padded<C>(p.dim)),
+                 dout_t = workspace<C>(rows * padded<C>(p.v_dim));
+    const Tensor query_rows = workspace<C>(copies * p.dim),
+                 dout_rows = workspace<C>(copies * p.v_dim);
+    const int64_t all_rows = p.batch * p.heads * p.max_tiles() * p.tile_q;
+    const Tensor lse2 = workspace<float>(all_rows), delta = workspace<float>(all_rows);
+    const Tensor dquery_t = workspace<float>(x.segments * rows * p.dim);
+    const Tensor touched = at::empty({x.segments * tiles}, at::kByte);
+    x.query_t = query_t.mutable_data_ptr(), x.dout_t = dout_t.mutable_data_ptr();
+    x.query_rows = query_rows.mutable_data_ptr(), x.dout_rows = dout_rows.mutable_data_ptr();
+    x.lse2 = lse2.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();
+    x.dquery_t = dquery_t.mutable_data_ptr<float>(),
+    x.touched = touched.mutable_data_ptr<uint8_t>();
+    block_sparse_backward<T, C>(p, x);
+  });
+  return {dquery, dkey, dvalue, dbias.result(),
+          dsinks.defined() ? dsinks.to(a.sinks->scalar_type()) : dsinks};
+}
+
+}  // namespace flashmark

@@ -1,0 +1,237 @@
+"""Block-sparse attention: the public function and its autograd boundary."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Literal, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from flashmark import reference
+from flashmark.arguments import (
+    check_bias,
+    check_block_mask,
+    check_lengths,
+    check_offset,
+    check_qkv,
+    check_sinks,
+    finite,
+)
+from flashmark.autograd import (
+    distinct,
+    first_order,
+    refuse_transforms,
+    under_autocast,
+    unit_stride,
+)
+from flashmark.block_sparse.operator import pack_mask, plain_mask
+from flashmark.dispatch import choose_backend
+from flashmark.flops import register_if_counting
+from flashmark.masks import BlockMask, Mask
+from flashmark.masks.cache import compiled
+from flashmark.masks.positions import is_plain_causal
+from flashmark.options import BlockSparseOptions
+from flashmark.sharded import over_shards
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
+    return_lse: Literal[False] = False, **options: Unpack[BlockSparseOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
+    return_lse: Literal[True], **options: Unpack[BlockSparseOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
+    return_lse: bool, **options: Unpack[BlockSparseOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@over_shards
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | BlockMask | None = None,
+    *,
+    query_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention that computes only the tiles a mask allows, forward and backward.
+
+    Args:
+        query: (B, Hq, Nq, D), float16, bfloat16, float32 or float64; D from 1 to 256.
+        key: (B, Hkv, Nk, D), same dtype; Hq a multiple of Hkv (grouped-query attention).
+        value: (B, Hkv, Nk, Dv), same dtype; Dv from 1 to 256.
+        mask: what each query sees: None (every key), an expression such as `causal() &
+            sliding_window(512)`, or a BlockMask from `compile_mask`. Expressions are compiled for
+            these shapes and cached on the object.
+        query_offset: int, or int32 (1,) or (B,): query i is row `query_offset + i` of a mask of the
+            full size (an expression is compiled for Nk x Nk), for decoding into a preallocated
+            cache.
+        kv_lengths: int32 (B,): keys from `kv_lengths[b]` on are not visible.
+        bias: added to the scaled scores, differentiable. 2-d (Hq, rows + Nk - 1): entry k is added
+            where j - i == k - (rows - 1), with rows the query length of the mask (Nq without
+            `query_offset`) and i the row of the mask. 4-d: broadcastable to (B, Hq, Nq, Nk).
+        scale: factor of q k^T; 1 / sqrt(D) when None.
+        softcap: logits become softcap * tanh(logits / softcap), before the bias.
+        sinks: (Hq,) logits that join the softmax's denominator only, differentiable.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        dropout_seed: int or int64 tensor of one element; drawn from torch's generator when None.
+        return_lse: also return the log of the denominator, sinks included, differentiable.
+        deterministic: bitwise repeatable gradients; None follows
+            `torch.are_deterministic_algorithms_enabled()`.
+        backend: "auto", "triton", "cpu", "eager" or "reference". A named backend runs or raises.
+
+    Returns:
+        out (B, Hq, Nq, Dv) in the dtype of `query`; with `return_lse` also lse (B, Hq, Nq), natural
+        logarithm, float32 (float64 for float64 inputs). A row that sees no key gives out 0, lse
+        -inf and zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
+        flashmark.BackendUnavailable: the named backend cannot run here.
+
+    Under `torch.compile` a BlockMask is an input like any other. An expression must be built
+    outside the compiled function and read no tensors; only plain `causal()` may be written inside.
+
+    Example:
+        >>> import torch
+        >>> from flashmark import block_sparse_attention, masks
+        >>> query = torch.randn(1, 8, 50, 64)
+        >>> key, value = torch.randn(1, 2, 50, 64), torch.randn(1, 2, 50, 32)
+        >>> mask = masks.causal() & masks.sliding_window(16)
+        >>> block_sparse_attention(query, key, value, mask).shape
+        torch.Size([1, 8, 50, 32])
+
+    The order is scale, softcap, bias, mask, sinks. Causal masks are aligned to the bottom right:
+    query i sits at position i + Nk - Nq. Algorithm: Dao et al., "FlashAttention" (2022), over the
+    visible tiles only.
+    """
+    refuse_transforms("block_sparse_attention")
+    query, key, value = under_autocast(query, key, value)
+    check_qkv(query, key, value)
+    backend = choose_backend("block_sparse", backend, query)
+    batch, heads, q_len, dim = query.shape
+    kv_len = key.shape[2]
+    scale = 1.0 / math.sqrt(dim) if scale is None else finite("scale", scale)
+    softcap = 0.0 if softcap is None else finite("softcap", softcap, positive=True)
+    dropout_p = finite("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
+    query_offset = check_lengths("query_offset", query_offset, batch, query.device)
+    kv_lengths = check_lengths("kv_lengths", kv_lengths, batch, query.device, scalar=False)
+    if kv_lengths is not None:
+        kv_lengths = kv_lengths.clamp(0, kv_len)
+    rows = q_len
+    if query_offset is not None:
+        rows = mask.q_len if isinstance(mask, BlockMask) else kv_len
+    check_offset(query_offset, q_len, rows)
+    check_block_mask(mask, batch, heads, rows, kv_len, query.device)
+    check_bias(bias, (batch, heads, q_len, kv_len), rows, query.device)
+    check_sinks(sinks, heads, query.device)
+    if dropout_p > 0.0:
+        dropout_seed = _seed(dropout_seed, query.device)
+
+    if backend == "reference":
+        return reference.block_sparse_attention(
+            query, key, value, mask, query_offset=query_offset, kv_lengths=kv_lengths, bias=bias,
+            scale=scale, softcap=softcap or None, sinks=sinks, dropout_p=dropout_p,
+            dropout_seed=dropout_seed, return_lse=return_lse,
+        )  # fmt: skip
+    if mask is None:
+        tensors, layout, kind = pack_mask(plain_mask("dense", rows, kv_len))
+    elif isinstance(mask, BlockMask):
+        tensors, layout, kind = pack_mask(mask)
+    elif is_plain_causal(mask):
+        tensors, layout, kind = pack_mask(plain_mask("causal", rows, kv_len))
+    else:
+        if torch.compiler.is_compiling():
+            if mask.tensors():
+                raise NotImplementedError(
+                    "mask: expected a BlockMask from compile_mask inside torch.compile, "
+                    "got an expression that reads tensors"
+                )
+            id(mask)  # a graph is that of one expression: this is what guards it
+        # torch.compile may trace sizes as symbols: an expression is compiled for their values
+        sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
+        tensors, layout, kind = mask.given_to(_compiled, sizes, query.device)
+    if not torch.compiler.is_compiling():
+        register_if_counting()
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    query, key, value = distinct(*(unit_stride(x) for x in (query, key, value)))
+    out, lse = _BlockSparseAttention.apply(
+        query, key, value, bias, sinks, query_offset,
+        kv_lengths, dropout_seed if dropout_p > 0.0 else None, layout, kind, scale, softcap,
+        dropout_p, deterministic, backend, *tensors,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _compiled(mask: Mask, sizes: list[int], device: torch.device):
+    batch, heads, q_len, kv_len = sizes
+    return pack_mask(compiled(mask, batch, heads, q_len, kv_len, device))
+
+
+class _BlockSparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, query, key, value, bias, sinks, query_offset, kv_lengths, seed, layout, kind, scale,
+        softcap, dropout_p, deterministic, backend, *mask,
+    ):  # fmt: skip
+        out, lse = torch.ops.flashmark.block_sparse_forward(
+            query, key, value, mask, layout, kind, bias, sinks, query_offset, kv_lengths, seed,
+            scale, softcap, dropout_p, backend,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask
+        )
+        ctx.options = (layout, kind, scale, softcap, dropout_p, deterministic, backend)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @first_order("block_sparse_attention")
+    def backward(ctx, dout, dlse):
+        query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask = (
+            ctx.saved_tensors
+        )
+        layout, kind, *rest = ctx.options
+        dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
+        dquery, dkey, dvalue, dbias, dsinks = torch.ops.flashmark.block_sparse_backward(
+            dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
+            kv_lengths, seed, *rest,
+        )  # fmt: skip
+        dbias = dbias if bias is not None else None
+        dsinks = dsinks if sinks is not None else None
+        return (dquery, dkey, dvalue, dbias, dsinks, *[None] * (10 + len(mask)))
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
+            raise ValueError(
+                f"dropout_seed: expected an int or an int64 tensor of one element on {device}, "
+                f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed: expected an int or a tensor, got {type(seed).__name__}")
+    wrapped = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits, as a signed integer
+    return torch.full((1,), wrapped, dtype=torch.int64, device=device)

@@ -1,0 +1,217 @@
+"""Block-sparse attention in tiled PyTorch: every query block against the keys it sees, softmax over
+whole rows.
+
+S = cap(scale q k^T) + bias, P = exp(S - lse), out = P v
+dS = P * (dO v^T - Delta), Delta = rowsum(dO * out) - dlse
+dq = scale dS k, dk = scale dS^T q, dv = P^T dO, dsink = -sum exp(sink - lse) Delta
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmark.block_sparse.eager_bias import Bias
+from flashmark.block_sparse.eager_tiles import Row, rows
+from flashmark.block_sparse.philox import keep_mask
+from flashmark.masks.block_mask import BlockMask
+
+NEG_INF = float("-inf")
+
+
+class _Problem(NamedTuple):
+    """What both passes need to form the scores of a row."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Bias | None
+    kv_lengths: Tensor | None
+    seed: int
+    scale: float
+    softcap: float
+    dropout_p: float
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Accumulation dtype."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    def of_queries(self, x: Tensor, row: Row) -> Tensor:
+        """Tile of a query-shaped tensor as (batch, kv heads, group * queries, dim)."""
+        tile = x[row.batch, row.heads, row.queries].to(self.dtype)
+        count = row.heads.stop - row.heads.start
+        return tile.unflatten(1, (-1, min(self.group, count))).flatten(2, 3)
+
+    def kv_heads(self, row: Row) -> slice:
+        return slice(row.heads.start // self.group, (row.heads.stop - 1) // self.group + 1)
+
+    def of_keys(self, x: Tensor, row: Row) -> Tensor:
+        """The keys that the row sees, from a key-shaped tensor: (batch, kv heads, width, dim)."""
+        x = x[row.batch, self.kv_heads(row)]
+        parts = [x[:, :, start:stop].to(self.dtype) for start, stop in row.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def by_heads(self, x: Tensor, row: Row) -> Tensor:
+        """(batch, kv heads, group * queries, n) seen as (batch, heads, queries, n)."""
+        return x.unflatten(2, (-1, row.queries.stop - row.queries.start)).flatten(1, 2)
+
+    def by_groups(self, x: Tensor, row: Row) -> Tensor:
+        count = row.heads.stop - row.heads.start
+        return x.unflatten(1, (-1, min(self.group, count))).flatten(2, 3)
+
+    def scores(self, q: Tensor, k: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
+        """Masked scores (batch, heads, queries, width), and tanh(S / softcap) or None."""
+        s, tanh = self.by_heads(q @ k.transpose(-1, -2), row), None
+        if self.softcap:
+            tanh = torch.tanh(s / self.softcap)
+            s = self.softcap * tanh
+        if self.bias is not None:
+            self.bias.add_to(s, row)
+        for column, hidden in row.hidden:
+            hidden = hidden.to(s.device)
+            s[..., column : column + hidden.shape[1]].masked_fill_(hidden, NEG_INF)
+        if self.kv_lengths is not None:
+            keys = torch.cat([torch.arange(*segment, device=s.device) for segment in row.segments])
+            lengths = self.kv_lengths[row.batch].view(-1, 1, 1, 1)
+            s.masked_fill_(keys >= lengths, NEG_INF)
+        return s, tanh
+
+    def dropout(self, row: Row) -> Tensor:
+        """0 where dropped, 1 / (1 - p) where kept."""
+        device = self.query.device
+        batch = torch.arange(row.batch.start, row.batch.stop, device=device)
+        heads = torch.arange(row.heads.start, row.heads.stop, device=device)
+        bh = batch[:, None] * self.query.shape[1] + heads
+        queries = torch.arange(row.queries.start, row.queries.stop, device=device)
+        parts = [keep_mask(self.seed, self.dropout_p, bh, queries, *seg) for seg in row.segments]
+        return torch.cat(parts, dim=-1).to(self.dtype) / (1.0 - self.dropout_p)
+
+
+def _problem(
+    query, key, value, mask, bias, kv_lengths, seed, scale, softcap, dropout_p
+) -> _Problem:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    tiles = None if bias is None else Bias(bias, mask.q_len, dtype)
+    seed = int(seed) if dropout_p > 0.0 else 0
+    return _Problem(query, key, value, tiles, kv_lengths, seed, scale, softcap, dropout_p)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
+    problem = _problem(
+        query, key, value, mask, bias, kv_lengths, dropout_seed, scale, softcap, dropout_p
+    )
+    shape = tuple(query.shape[:3])
+    out = query.new_zeros(*shape, value.shape[3])
+    lse = query.new_full(shape, NEG_INF, dtype=problem.dtype)
+    if sinks is not None:
+        lse.copy_(sinks[:, None])  # what stays where a row sees no key
+    for row in rows(mask, shape, problem.group, query_offset, kv_lengths):
+        q = problem.of_queries(query, row) * scale
+        s, _ = problem.scores(q, problem.of_keys(key, row), row)
+        m = s.amax(-1, keepdim=True)
+        if sinks is not None:
+            sink = sinks[row.heads].to(problem.dtype).view(-1, 1, 1)
+            m = torch.maximum(m, sink)
+        m = m.masked_fill(m == NEG_INF, 0.0)  # a row that sees no key
+        p = s.sub_(m).exp_()
+        total = p.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + torch.exp(sink - m)
+        if dropout_p > 0.0:
+            p *= problem.dropout(row)
+        o = problem.by_groups(p, row) @ problem.of_keys(value, row)
+        o = problem.by_heads(o, row) / total.masked_fill(total == 0.0, 1.0)
+        out[row.batch, row.heads, row.queries] = o.to(out.dtype)
+        lse[row.batch, row.heads, row.queries] = (m + total.log()).squeeze(-1)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    query_offset: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, bias and sinks, summed in a fixed order."""
+    problem = _problem(
+        query, key, value, mask, bias, kv_lengths, dropout_seed, scale, softcap, dropout_p
+    )
+    dtype = problem.dtype
+    dq = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    unseen = lse == NEG_INF
+    finite_lse = lse.masked_fill(unseen, float("inf"))  # exp(S - inf) = 0
+    for row in rows(mask, tuple(query.shape[:3]), problem.group, query_offset, kv_lengths):
+        at = (row.batch, row.heads, row.queries)
+        q, k, v = (
+            problem.of_queries(query, row) * scale,
+            *(problem.of_keys(x, row) for x in (key, value)),
+        )
+        do = problem.of_queries(dout, row)
+        s, tanh = problem.scores(q, k, row)
+        p = s.sub_(finite_lse[at].unsqueeze(-1)).exp_()
+        dp = problem.by_heads(do @ v.transpose(-1, -2), row)
+        weights = p
+        if dropout_p > 0.0:
+            keep = problem.dropout(row)
+            weights, dp = p * keep, dp * keep
+        dv_row = problem.by_groups(weights, row).transpose(-1, -2) @ do
+        ds = dp.sub_(delta[at].unsqueeze(-1)).mul_(p)  # dS = P * (dP - Delta)
+        if problem.bias is not None:
+            problem.bias.accumulate(ds, row)
+        if tanh is not None:
+            ds *= 1.0 - tanh * tanh
+        ds = problem.by_groups(ds, row)
+        dq[at] = problem.by_heads((ds @ k) * scale, row).to(dq.dtype)
+        _scatter_add(dk, ds.transpose(-1, -2) @ q, row, problem)  # q carries the scale
+        _scatter_add(dv, dv_row, row, problem)
+    dsinks = None
+    if sinks is not None:
+        weight = torch.exp(sinks.to(dtype)[:, None] - finite_lse)
+        dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+    dbias = None if problem.bias is None else problem.bias.gradient()
+    return dq, dk.to(key.dtype), dv.to(value.dtype), dbias, dsinks
+
+
+def _scatter_add(total: Tensor, part: Tensor, row: Row, problem: _Problem) -> None:
+    target, column = total[row.batch, problem.kv_heads(row)], 0
+    for start, stop in row.segments:
+        target[:, :, start:stop] += part[:, :, column : column + stop - start]
+        column += stop - start

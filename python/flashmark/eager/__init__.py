@@ -1,1 +1,0 @@
-"""Tiled PyTorch implementations: linear memory, explicit backward, any device and dtype."""

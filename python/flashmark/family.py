@@ -1,0 +1,7 @@
+"""Alias of `flashmark.variants`, the name it had before."""
+
+import sys
+
+from flashmark import variants
+
+sys.modules[__name__] = variants

@@ -1,0 +1,16 @@
+"""flashmark as an attention implementation of Hugging Face transformers (5.x).
+
+    from flashmark.integrations import huggingface
+
+    huggingface.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="flashmark")
+
+Grouped heads, sliding windows, chunks, packed sequences, softcap, sinks, padding on either side,
+relative biases, dropout and every cache of transformers work as they do with "eager", except that
+rows which see no key (padding) are 0.
+"""
+
+from flashmark.integrations.huggingface.attention import attention, attention_mask, register
+from flashmark.integrations.huggingface.nystrom import to_nystrom
+
+__all__ = ["attention", "attention_mask", "register", "to_nystrom"]

@@ -1,0 +1,1 @@
+"""Nyström attention in plain PyTorch, on every device."""
