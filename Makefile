@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 HAS_TRITON = $(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all bench sweep docs lint format sanitize clean
+.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all bench docs lint format sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,9 +44,6 @@ compile-all: $(PACKAGE)  ## the same for sm_80, sm_89, sm_90, sm_100 and gfx942 
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
 	$(BIN)/python -m bench $(BENCH)
-
-sweep: $(PACKAGE)  ## candidate configs of the kernels, compiled offline into bench/results/sweep_sm90.csv (half an hour)
-	$(BIN)/python -m bench.sweep
 
 docs: $(PACKAGE)  ## the documentation, to build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet

@@ -29,7 +29,6 @@ from bench.plot import plot
 from bench.report import print_report
 from bench.runner import run_jobs
 from bench.targets import targets
-from bench.tuning import tuning, winners
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {
@@ -42,7 +41,6 @@ SUITES = {
     "mask_build": mask_build,
     "tuned": tuned,
 }
-ALONE = {"tuning": tuning}  # by name only: it takes a call of its own
 # by file name of a test, or by suite; forms that nobody has run are apart, and last: one may hang
 OPERATORS = {"forms": "forms", "nystrom": "nystrom", "hybrid": "hybrid"}
 
@@ -60,7 +58,7 @@ def main() -> int:
         print("red:", ", ".join(f"{name} ({why})" for name, why in red.items()) or "none")
     settings = Settings(device, arguments.rounds, arguments.quick)
     where = describe(device)
-    suites = [(SUITES | ALONE)[name] for name in arguments.suites or SUITES]
+    suites = [SUITES[name] for name in arguments.suites or SUITES]
     jobs = [job for suite in suites for job in suite(settings)]
     rows = run_jobs(jobs, where, until=until, save=out / "gpu.csv")
     if not rows:
@@ -72,15 +70,9 @@ def main() -> int:
         print(", ".join(f"{key} {value}" for key, value in where.items()))
         print("red:", red or "none")
         print_report(frame)
-        tuned = frame.suite.str.startswith("tuning")
-        if not tuned.all():
-            print("\n" + targets(frame))
-        if tuned.any():
-            if device.type == "cpu":
-                print("\nOn a CPU no config reaches a kernel: these times only try the script.")
-            print("\n" + winners(frame))
+        print("\n" + targets(frame))
     print((out / "report.txt").read_text())
-    plot(frame[~tuned], out / "gpu.csv")
+    plot(frame, out / "gpu.csv")
     return int(bool(red) or (frame.status == "wrong").any())
 
 
@@ -90,13 +82,8 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "suites",
-        nargs="*",
-        choices=[[], *SUITES, *ALONE],
-        help=f"default: all, in order, but {', '.join(ALONE)}",
-    )
-    parser.add_argument("--minutes", type=float, default=9, help="no work starts after them")
+    parser.add_argument("suites", nargs="*", choices=[[], *SUITES], help="default: all, in order")
+    parser.add_argument("--minutes", type=float, default=6, help="no work starts after them")
     parser.add_argument("--rounds", type=int, default=10, help="samples of each contender")
     parser.add_argument("--quick", action="store_true", help="short lengths: does it run?")
     parser.add_argument("--test-minutes", type=float, help="of them for tests, default: half")

@@ -1,6 +1,6 @@
 """What attention over many ranks costs, by counting: FLOP and bytes, forward and backward.
 
-`python -m flashmark.distributed.cost --help` prints tables for any number of ranks. Nothing here is
+`python -m bench.communication --help` prints tables for any number of ranks. Nothing here is
 measured: rates of computing and of links are given by the user.
 """
 

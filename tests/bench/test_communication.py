@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashmark import block_sparse_attention, compile_mask, nystrom_attention
 from flashmark.distributed import balance
-from flashmark.distributed.cost import block_sparse_cost, hybrid_cost, nystrom_cost
+from bench.communication import block_sparse_cost, hybrid_cost, nystrom_cost
 from flashmark.masks import causal, sliding_window
 from tests import helpers
 
