@@ -1,4 +1,6 @@
-"""Writes the table of a CSV into the README: `python -m bench.readme [csv]`."""
+"""Writes a CSV into the README, four rows of it, and into docs/performance.md, all of it:
+`python -m bench.readme [csv]`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,31 @@ from bench.report import KEYS, title
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
 YARDSTICKS = ("sdpa causal", "create_block_mask")
-SUITES = ("masks", "mask_build", "nystrom")  # what a reader of the README asks for
+SUITES = ("masks", "mask_build", "nystrom")
+HEADLINES = (  # (case, tokens, dtype, direction) of the README's rows, and their contenders
+    (("causal", 8192, "bfloat16", "forward+backward"), "flashmark cpu", "sdpa causal"),
+    (("window 512", 8192, "float32", "forward+backward"), "flashmark cpu", "sdpa causal"),
+    (("Nyström M=64", 16384, "float32", "forward+backward"), "flashmark cpu", "sdpa causal"),
+    (("window 512", 8192, None, "build"), "flashmark", "create_block_mask"),
+)
+
+
+def headlines(frame: pd.DataFrame) -> str:
+    """Markdown: four works, ours and PyTorch's milliseconds, and their ratio."""
+    first = frame.iloc[0]
+    lines = ["| | flashmark, ms | PyTorch, ms | |", "|---|---|---|---|"]
+    for (case, n, dtype, direction), ours, theirs in HEADLINES:
+        work = frame[(frame.case == case) & (frame.n == n) & (frame.direction == direction)]
+        work = work[(work.dtype == dtype) if dtype else work.dtype.isna()]
+        times = work[work.status == "ok"].set_index("contender").p50_ms
+        label = ", ".join(x for x in (case, f"N={n}", dtype, direction) if x)
+        peer = "`create_block_mask`" if direction == "build" else "SDPA, causal"
+        ratio = times[theirs] / times[ours]
+        lines.append(
+            f"| {label} | {_ms(times[ours])} | {_ms(times[theirs])} ({peer}) | {ratio:.3g}x |"
+        )
+    where = f"{first.machine}; torch {first.torch}; {first.date}; median of one run."
+    return "\n".join(lines) + f"\n\n{where}"
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -36,20 +62,26 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def _cell(row, yardstick: float) -> str:
-    text = f"{row.p50_ms:.3g}" if row.p50_ms < 1000 else f"{row.p50_ms:.0f}"
+    text = _ms(row.p50_ms)
     if pd.notna(yardstick) and not row.contender.startswith(YARDSTICKS):
         text += f" ({yardstick / row.p50_ms:.1f}x)"
     return text if pd.isna(row.peak_bytes) else f"{text}, {row.peak_bytes / 2**20:.0f} MiB"
 
 
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def main() -> None:
     csv = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "cpu.csv"
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"README.md: expected {START!r} and {END!r}, got none")
-    readme.write_text(f"{before}{START}\n\n{table(pd.read_csv(csv))}\n\n{END}{after}")
+    frame = pd.read_csv(csv)
+    for name, text in (("README.md", headlines(frame)), ("docs/performance.md", table(frame))):
+        page = ROOT / name
+        before, _, rest = page.read_text().partition(START)
+        _, found, after = rest.partition(END)
+        if not found:
+            raise SystemExit(f"{name}: expected {START!r} and {END!r}, got none")
+        page.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

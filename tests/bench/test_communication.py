@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.communication import block_sparse_cost, hybrid_cost, nystrom_cost
 from flashmark import block_sparse_attention, compile_mask, nystrom_attention
 from flashmark.distributed import balance
-from bench.communication import block_sparse_cost, hybrid_cost, nystrom_cost
 from flashmark.masks import causal, sliding_window
 from tests import helpers
 
