@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashmark.tracing import constant_when_traced
 
@@ -32,7 +33,10 @@ def autocast_is_on(device_type: str) -> bool:
 @constant_when_traced
 def has_autocast(device_type: str) -> bool:
     """Whether autocast knows the device: torch.compile cannot ask, in torch 2.11."""
-    return torch.amp.is_autocast_available(device_type)
+    return _is_available(device_type)
+
+
+_is_available = functools.cache(torch.amp.is_autocast_available)
 
 
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
@@ -87,3 +91,66 @@ def first_order(name: str) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def needs_gradient(flat: Sequence, places: Sequence[int]) -> bool:
+    """Whether autograd must see a call: some of the tensors at these places ask for gradients."""
+    if forward_ad._current_level >= 0:
+        return True  # the boundary refuses tangents, an operator would drop them
+    if not torch.is_grad_enabled():
+        return False
+    for place in places:
+        x = flat[place]
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+def boundary(operator) -> Callable[[str, tuple], tuple]:
+    """The differentiable form of a `flashmark.library.Operator`: (backend, flat arguments) to
+    outputs.
+
+    A list of tensors among the arguments, that of a mask, travels at their end.
+    """
+    at, places, kept = operator.mask_at, operator.gradient_at, operator.kept
+
+    class Boundary(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, backend, count, *args):
+            flat, tensors = args[:count], args[count:]
+            if at is not None:
+                flat = (*flat[:at], tensors, *flat[at + 1 :])
+            outputs = operator.forward[backend](*flat)
+            read = (x for x, name in zip(outputs, operator.outputs, strict=True) if name in kept)
+            ctx.save_for_backward(*read, *(x if isinstance(x, Tensor) else None for x in args))
+            ctx.constants = tuple(None if isinstance(x, Tensor) else x for x in args)
+            ctx.backend, ctx.count, ctx.like = backend, count, outputs[0].shape
+            ctx.set_materialize_grads(False)
+            return tuple(outputs)
+
+        @staticmethod
+        @first_order(f"{operator.name}_attention")
+        def backward(ctx, *douts):
+            stored = ctx.saved_tensors
+            saved, tensors = stored[: len(kept)], stored[len(kept) :]
+            args = tuple(c if x is None else x for x, c in zip(tensors, ctx.constants, strict=True))
+            flat, lists = args[: ctx.count], args[ctx.count :]
+            if at is not None:
+                flat = (*flat[:at], lists, *flat[at + 1 :])
+            dout = flat[0].new_zeros(ctx.like) if douts[0] is None else unit_stride(douts[0])
+            found = operator.backward[ctx.backend](dout, *douts[1:], *saved, *flat)
+            grads = [None] * (2 + len(args))
+            for place, grad in zip(places, found, strict=True):
+                if flat[place] is not None:
+                    grads[2 + place] = grad
+            return tuple(grads)
+
+    def apply(backend: str, flat: tuple) -> tuple:
+        for place in places if torch.compiler.is_compiling() else ():
+            if flat[place] is not None:  # torch.compile refuses one tensor that is passed twice
+                flat = (*flat[:place], flat[place].view_as(flat[place]), *flat[place + 1 :])
+        tensors = () if at is None else flat[at]
+        given = flat if at is None else (*flat[:at], None, *flat[at + 1 :])
+        return Boundary.apply(backend, len(given), *given, *tensors)
+
+    return apply

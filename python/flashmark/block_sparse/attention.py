@@ -1,4 +1,4 @@
-"""Block-sparse attention: the public function and its autograd boundary."""
+"""Block-sparse attention: the public function and what it checks."""
 
 from __future__ import annotations
 
@@ -19,37 +19,31 @@ from flashmark.arguments import (
     check_sinks,
     finite,
 )
-from flashmark.autograd import (
-    distinct,
-    first_order,
-    refuse_transforms,
-    under_autocast,
-    unit_stride,
-)
-from flashmark.block_sparse.operator import pack_mask, plain_mask
+from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
+from flashmark.block_sparse.call import Call, Options
+from flashmark.block_sparse.operator import OPERATOR
 from flashmark.dispatch import choose_backend
-from flashmark.flops import register_if_counting
 from flashmark.masks import BlockMask, Mask
+from flashmark.masks.block_mask import pack_mask, plain_mask, unpack_mask
 from flashmark.masks.cache import compiled
 from flashmark.masks.positions import is_plain_causal
-from flashmark.options import BlockSparseOptions
 from flashmark.sharded import over_shards
 
 
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
-    return_lse: Literal[False] = False, **options: Unpack[BlockSparseOptions],
+    return_lse: Literal[False] = False, **options: Unpack[Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
-    return_lse: Literal[True], **options: Unpack[BlockSparseOptions],
+    return_lse: Literal[True], **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
-    return_lse: bool, **options: Unpack[BlockSparseOptions],
+    return_lse: bool, **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @over_shards
 def block_sparse_attention(
@@ -152,73 +146,42 @@ def block_sparse_attention(
             scale=scale, softcap=softcap or None, sinks=sinks, dropout_p=dropout_p,
             dropout_seed=dropout_seed, return_lse=return_lse,
         )  # fmt: skip
-    if mask is None:
-        tensors, layout, kind = pack_mask(plain_mask("dense", rows, kv_len))
-    elif isinstance(mask, BlockMask):
-        tensors, layout, kind = pack_mask(mask)
-    elif is_plain_causal(mask):
-        tensors, layout, kind = pack_mask(plain_mask("causal", rows, kv_len))
-    else:
-        if torch.compiler.is_compiling():
-            if mask.tensors():
-                raise NotImplementedError(
-                    "mask: expected a BlockMask from compile_mask inside torch.compile, "
-                    "got an expression that reads tensors"
-                )
-            id(mask)  # a graph is that of one expression: this is what guards it
-        # torch.compile may trace sizes as symbols: an expression is compiled for their values
-        sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
-        tensors, layout, kind = mask.given_to(_compiled, sizes, query.device)
-    if not torch.compiler.is_compiling():
-        register_if_counting()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    query, key, value = distinct(*(unit_stride(x) for x in (query, key, value)))
-    out, lse = _BlockSparseAttention.apply(
-        query, key, value, bias, sinks, query_offset,
-        kv_lengths, dropout_seed if dropout_p > 0.0 else None, layout, kind, scale, softcap,
-        dropout_p, deterministic, backend, *tensors,
+    call = Call(
+        unit_stride(query), unit_stride(key), unit_stride(value),
+        _block_mask(mask, batch, heads, rows, kv_len, query.device), bias, sinks, query_offset,
+        kv_lengths, dropout_seed if dropout_p > 0.0 else None, scale, softcap, dropout_p,
+        deterministic,
     )  # fmt: skip
+    out, lse = OPERATOR.run(call, backend)
     return (out, lse) if return_lse else out
 
 
+def _block_mask(
+    mask: Mask | BlockMask | None, batch: int, heads: int, rows: int, kv_len: int, device
+) -> BlockMask:
+    """A compiled mask; causal and dense ones without lists, which backends do not read."""
+    if mask is None:
+        return plain_mask("dense", rows, kv_len)
+    if isinstance(mask, BlockMask):
+        return mask
+    if is_plain_causal(mask):
+        return plain_mask("causal", rows, kv_len)
+    if torch.compiler.is_compiling():
+        if mask.tensors():
+            raise NotImplementedError(
+                "mask: expected a BlockMask from compile_mask inside torch.compile, "
+                "got an expression that reads tensors"
+            )
+        id(mask)  # a graph is that of one expression: this is what guards it
+    # torch.compile may trace sizes as symbols: an expression is compiled for their values
+    sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
+    return unpack_mask(*mask.given_to(_compiled, sizes, device))
+
+
 def _compiled(mask: Mask, sizes: list[int], device: torch.device):
-    batch, heads, q_len, kv_len = sizes
-    return pack_mask(compiled(mask, batch, heads, q_len, kv_len, device))
-
-
-class _BlockSparseAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, query, key, value, bias, sinks, query_offset, kv_lengths, seed, layout, kind, scale,
-        softcap, dropout_p, deterministic, backend, *mask,
-    ):  # fmt: skip
-        out, lse = torch.ops.flashmark.block_sparse_forward(
-            query, key, value, mask, layout, kind, bias, sinks, query_offset, kv_lengths, seed,
-            scale, softcap, dropout_p, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(
-            query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask
-        )
-        ctx.options = (layout, kind, scale, softcap, dropout_p, deterministic, backend)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @first_order("block_sparse_attention")
-    def backward(ctx, dout, dlse):
-        query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask = (
-            ctx.saved_tensors
-        )
-        layout, kind, *rest = ctx.options
-        dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
-        dquery, dkey, dvalue, dbias, dsinks = torch.ops.flashmark.block_sparse_backward(
-            dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
-            kv_lengths, seed, *rest,
-        )  # fmt: skip
-        dbias = dbias if bias is not None else None
-        dsinks = dsinks if sinks is not None else None
-        return (dquery, dkey, dvalue, dbias, dsinks, *[None] * (10 + len(mask)))
+    return pack_mask(compiled(mask, *sizes, device))
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

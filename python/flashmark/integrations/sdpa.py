@@ -13,10 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention as _torch_attention
 from flashmark import masks
 from flashmark.arguments import MAX_DIM, one_or
 from flashmark.block_sparse import block_sparse_attention
+from flashmark.block_sparse.call import Options as BlockSparseOptions
 from flashmark.dispatch import HALF_OR_SINGLE, choose_backend
 from flashmark.masks import BlockMask
 from flashmark.masks.cache import compiled_tensor
-from flashmark.options import BlockSparseOptions
 
 FEWEST_PAIRS = 1 << 14  # (query, key) pairs of a head, on the CPU
 
