@@ -11,9 +11,9 @@ import dataclasses
 import itertools
 
 import torch
-from torch import Tensor
 
 from flashmark import masks
+from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels import block_sparse, nystrom
 from flashmark.kernels.block_sparse import configs as sparse_configs
 from flashmark.kernels.nystrom import configs as landmark_configs
@@ -257,14 +257,15 @@ def _launch_block_sparse(case: Case, tokens: int) -> None:
     mask = masks.compile_mask(expression, 1, 1, tokens, tokens, device="cpu", block_size=size)
     bias = torch.zeros(HEADS, 2 * tokens - 1) if case.extras else None
     offset = torch.zeros(1, dtype=torch.int32) if case.pass_ == "decode" else None
-    options = (bias, None, offset, None, None, case.dim**-0.5, 0.0, 0.0)
-    if not case.backward:
-        block_sparse.forward(query, key, key, mask, *options)
-        return
-    lse = torch.zeros(1, HEADS, tokens)
-    tensors: tuple[Tensor, ...] = (query, key, key, query, lse)
-    deterministic = case.pass_ != "backward_fused"
-    block_sparse.backward(query, None, *tensors, mask, *options, deterministic)
+    call = Call(
+        query, key, key, mask, case.dim**-0.5, bias, query_offset=offset,
+        deterministic=case.pass_ != "backward_fused",
+    )  # fmt: skip
+    if case.backward:
+        saved = Saved(query, torch.zeros(1, HEADS, tokens))
+        block_sparse.backward(call, saved, query, None)
+    else:
+        block_sparse.forward(call)
 
 
 def _launch_nystrom(case: Case, tokens: int) -> None:

@@ -1,12 +1,16 @@
 // The operators' bodies: allocate, choose the types, call the kernels.
-#include "block_sparse/block_sparse.h"
-
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
 
 #include "block_sparse/kernels.h"
-#include "shared/pack.h"
 #include "block_sparse/segments.h"
+#include "shared/arguments.h"
+#include "shared/pack.h"
 
 namespace flashmark {
 namespace {
@@ -27,9 +31,26 @@ Tensor workspace(int64_t n) {
   return at::empty({n}, c10::CppTypeToScalarType<C>::value);
 }
 
-}  // namespace
+// No query, or no key: rows of zeros, whose denominator is a sink or nothing.
+std::tuple<Tensor, Tensor> forward_of_nothing(const BlockSparseCall& a) {
+  const int64_t batch = a.query.size(0), heads = a.query.size(1), q_len = a.query.size(2);
+  const Tensor out = at::zeros({batch, heads, q_len, a.value.size(3)}, a.query.options());
+  const Tensor lse = at::full({batch, heads, q_len}, -INFINITY, at::kFloat);
+  if (a.sinks) lse.copy_(a.sinks->unsqueeze(1));
+  return {out, lse};
+}
 
-std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
+// Only the sinks reach such an lse.
+std::array<Tensor, 5> gradients_of_nothing(const BlockSparseCall& a, const OptionalTensor& dlse) {
+  Tensor dsinks;
+  if (a.sinks)
+    dsinks = dlse ? dlse->sum({0, 2}).to(a.sinks->scalar_type()) : at::zeros_like(*a.sinks);
+  return {at::zeros_like(a.query), at::zeros_like(a.key), at::zeros_like(a.value),
+          a.bias ? at::zeros_like(*a.bias) : Tensor(), dsinks};
+}
+
+std::tuple<Tensor, Tensor> forward(const BlockSparseCall& a) {
+  if (a.query.numel() == 0 || a.key.numel() == 0) return forward_of_nothing(a);
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
   const Tensor out = at::empty({p.batch, p.heads, p.q_len, p.v_dim}, a.query.options());
@@ -49,8 +70,6 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
   });
   return {out, lse};
 }
-
-namespace {
 
 // Sums the leading dimension in order.
 Tensor sum_in_order(const Tensor& parts) {
@@ -98,13 +117,11 @@ Tensor rows_in_place(const Tensor& t, const Tensor& like) {
   return same.stride(3) == 1 || same.size(3) == 1 ? same : same.contiguous();
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArguments& a,
-                                                            const Tensor& dout_any,
-                                                            const OptionalTensor& dlse_any,
-                                                            const Tensor& out_any,
-                                                            const Tensor& lse_any) {
+std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout_any,
+                               const OptionalTensor& dlse_any, const Tensor& out_any,
+                               const Tensor& lse_any) {
+  if (a.query.numel() == 0 || a.key.numel() == 0)
+    return gradients_of_nothing(a, dlse_any);
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
   TORCH_CHECK(dout_any.sizes() == at::IntArrayRef({p.batch, p.heads, p.q_len, p.v_dim}) &&
@@ -164,6 +181,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArgum
   });
   return {dquery, dkey, dvalue, dbias.result(),
           dsinks.defined() ? dsinks.to(a.sinks->scalar_type()) : dsinks};
+}
+
+// The operators, boxed: gradients of the outputs and outputs come before a call.
+const c10::DispatchKeySet AUTOCAST(c10::DispatchKey::AutocastCPU);  // dtypes are chosen already
+
+void block_sparse_forward_op(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(AUTOCAST);
+  const size_t count = op.schema().arguments().size();
+  Arguments arguments(*stack, count);
+  auto [out, lse] = forward(BlockSparseCall(arguments));
+  torch::jit::drop(*stack, count);
+  torch::jit::push(*stack, std::move(out), std::move(lse));
+}
+
+void block_sparse_backward_op(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(AUTOCAST);
+  const size_t count = op.schema().arguments().size();
+  Arguments arguments(*stack, count);
+  const Tensor& dout = arguments.tensor();
+  const OptionalTensor dlse = arguments.optional_tensor();
+  const Tensor &out = arguments.tensor(), &lse = arguments.tensor();
+  const BlockSparseCall call(arguments);
+  std::array<Tensor, 5> grads = backward(call, dout, dlse, out, lse);
+  for (Tensor& grad : grads)
+    if (!grad.defined()) grad = at::empty({0}, call.query.options());
+  torch::jit::drop(*stack, count);
+  for (Tensor& grad : grads) torch::jit::push(*stack, std::move(grad));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flashmark, CPU, m) {
+  m.impl("block_sparse_forward.cpu",
+         torch::CppFunction::makeFromBoxedFunction<&block_sparse_forward_op>());
+  m.impl("block_sparse_backward.cpu",
+         torch::CppFunction::makeFromBoxedFunction<&block_sparse_backward_op>());
 }
 
 }  // namespace flashmark

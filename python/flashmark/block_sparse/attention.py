@@ -150,8 +150,8 @@ def block_sparse_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
     call = Call(
         unit_stride(query), unit_stride(key), unit_stride(value),
-        _block_mask(mask, batch, heads, rows, kv_len, query.device), bias, sinks, query_offset,
-        kv_lengths, dropout_seed if dropout_p > 0.0 else None, scale, softcap, dropout_p,
+        _block_mask(mask, batch, heads, rows, kv_len, query.device), scale, bias, sinks,
+        query_offset, kv_lengths, dropout_seed if dropout_p > 0.0 else None, softcap, dropout_p,
         deterministic,
     )  # fmt: skip
     out, lse = OPERATOR.run(call, backend)

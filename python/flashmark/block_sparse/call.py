@@ -18,15 +18,15 @@ class Call:
     key: Tensor  # (B, Hkv, Nk, D)
     value: Tensor  # (B, Hkv, Nk, Dv)
     mask: BlockMask
-    bias: Tensor | None  # (Hq, rows + Nk - 1), or broadcastable to (B, Hq, Nq, Nk)
-    sinks: Tensor | None  # (Hq,)
-    query_offset: Tensor | None  # int32 (1,) or (B,)
-    kv_lengths: Tensor | None  # int32 (B,)
-    dropout_seed: Tensor | None  # int64 (1,)
     scale: float
-    softcap: float  # 0.0: none
-    dropout_p: float
-    deterministic: bool  # bitwise repeatable gradients
+    bias: Tensor | None = None  # (Hq, rows + Nk - 1), or broadcastable to (B, Hq, Nq, Nk)
+    sinks: Tensor | None = None  # (Hq,)
+    query_offset: Tensor | None = None  # int32 (1,) or (B,)
+    kv_lengths: Tensor | None = None  # int32 (B,)
+    dropout_seed: Tensor | None = None  # int64 (1,)
+    softcap: float = 0.0  # 0.0: none
+    dropout_p: float = 0.0
+    deterministic: bool = True  # bitwise repeatable gradients
 
 
 class Saved(NamedTuple):
