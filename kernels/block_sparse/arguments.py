@@ -117,7 +117,7 @@ class Features:
 
 
 class KernelArguments(NamedTuple):
-    """A call as kernels see it, besides the operands; `over_queries` and `over_keys` fit it to one."""
+    """A call as kernels see it, besides operands; `over_queries` and `over_keys` fit it to one."""
 
     problem: Problem
     rows: Lists

@@ -106,12 +106,8 @@ def needs_gradient(flat: Sequence, places: Sequence[int]) -> bool:
     return False
 
 
-def boundary(operator) -> Callable[[str, tuple], tuple]:
-    """The differentiable form of a `flashmark.library.Operator`: (backend, flat arguments) to
-    outputs.
-
-    A list of tensors among the arguments, that of a mask, travels at their end.
-    """
+def boundary(operator) -> type[torch.autograd.Function]:
+    """The differentiable form of a `flashmark.library.Operator`; see `boundary_arguments`."""
     at, places, kept = operator.mask_at, operator.gradient_at, operator.kept
 
     class Boundary(torch.autograd.Function):
@@ -145,12 +141,16 @@ def boundary(operator) -> Callable[[str, tuple], tuple]:
                     grads[2 + place] = grad
             return tuple(grads)
 
-    def apply(backend: str, flat: tuple) -> tuple:
-        for place in places if torch.compiler.is_compiling() else ():
-            if flat[place] is not None:  # torch.compile refuses one tensor that is passed twice
-                flat = (*flat[:place], flat[place].view_as(flat[place]), *flat[place + 1 :])
-        tensors = () if at is None else flat[at]
-        given = flat if at is None else (*flat[:at], None, *flat[at + 1 :])
-        return Boundary.apply(backend, len(given), *given, *tensors)
+    return Boundary
 
-    return apply
+
+def boundary_arguments(flat: tuple, at: int | None, places: Sequence[int]) -> tuple:
+    """What `Boundary.apply` takes after the backend: a count, and the arguments with the list of
+    tensors at place `at` moved to the end."""
+    if torch.compiler.is_compiling():  # it refuses one tensor that is passed twice
+        flat = tuple(
+            x.view_as(x) if n in places and x is not None else x for n, x in enumerate(flat)
+        )
+    if at is None:
+        return (len(flat), *flat)
+    return (len(flat), *flat[:at], None, *flat[at + 1 :], *flat[at])

@@ -9,10 +9,13 @@ import os
 import torch
 from torch import Tensor
 
+from flashmark import cpu
 from flashmark.tracing import constant_when_traced
 
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
 MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
+#: operators with C++ kernels for CPUs, and what those calls leave to plain PyTorch
+CPU_KERNELS = {"block_sparse": "", "nystrom": "is_causal=False runs in plain PyTorch"}
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -85,11 +88,9 @@ def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str
         return f"it needs CPU tensors, not {device.type}"
     if dtype not in HALF_OR_SINGLE:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
-    if not _is_installed(f"flashmark.{operator}.cpu"):
-        return f"this build has no C++ kernels for {operator}"
-    from flashmark import cpu
-
-    return None if cpu.available() else cpu.why_not()
+    if operator not in CPU_KERNELS:
+        return f"there are no C++ kernels for {operator}"
+    return cpu.why_not() or None
 
 
 def can_run_eager(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmark.autograd import autocast_is_on, boundary, needs_gradient
+from flashmark.autograd import autocast_is_on, boundary, boundary_arguments, needs_gradient
 from flashmark.flops import FORMULAS, register_if_counting
 from flashmark.masks.block_mask import BlockMask, pack_mask, unpack_mask
 
@@ -105,7 +105,8 @@ class Operator:
         if not torch.compiler.is_compiling():
             register_if_counting()
         if needs_gradient(flat, self.gradient_at):
-            return self.saved(*self._boundary(backend, flat))
+            given = boundary_arguments(flat, self.mask_at, self.gradient_at)
+            return self.saved(*self._boundary.apply(backend, *given))
         return self.saved(*self.forward[backend](*flat))
 
     def _define(self, backends: dict[str, str | None]) -> None:

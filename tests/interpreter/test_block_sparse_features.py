@@ -149,9 +149,8 @@ def test_dropout_keeps_what_the_definition_says(device):
     for seed in (0, 7, -1, 2**62 + 12345):
         seeds = torch.tensor([seed], device=device)
         mask = masks.compile_mask(WINDOW, 1, 2, q_len, q_len, device=device, block_size=32)
-        out, _ = forward(
-            SparseCall(query, query, value, mask, 1.0, dropout_seed=seeds, dropout_p=p)
-        )
+        call = SparseCall(query, query, value, mask, 1.0, dropout_seed=seeds, dropout_p=p)
+        out, _ = forward(call)
         keep = reference.dropout_keep(seed, p, 1, 2, q_len, q_len, device)
         assert torch.equal(out > 0, keep & mask.to_dense())
 

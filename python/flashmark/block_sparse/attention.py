@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Literal, Unpack, overload
@@ -27,7 +28,7 @@ from flashmark.masks import BlockMask, Mask
 from flashmark.masks.block_mask import pack_mask, plain_mask, unpack_mask
 from flashmark.masks.cache import compiled
 from flashmark.masks.positions import is_plain_causal
-from flashmark.sharded import over_shards
+from flashmark.sharded import call_on_shards, is_sharded
 
 
 @overload
@@ -45,7 +46,6 @@ def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
     return_lse: bool, **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-@over_shards
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -115,30 +115,34 @@ def block_sparse_attention(
     query i sits at position i + Nk - Nq. Algorithm: Dao et al., "FlashAttention" (2022), over the
     visible tiles only.
     """
+    if is_sharded(query, key, value, bias, sinks, query_offset, kv_lengths):
+        return call_on_shards(block_sparse_attention, **locals())
     refuse_transforms("block_sparse_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     backend = choose_backend("block_sparse", backend, query)
     batch, heads, q_len, dim = query.shape
-    kv_len = key.shape[2]
+    kv_len, device = key.shape[2], query.device
     scale = 1.0 / math.sqrt(dim) if scale is None else finite("scale", scale)
     softcap = 0.0 if softcap is None else finite("softcap", softcap, positive=True)
     dropout_p = finite("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
-    query_offset = check_lengths("query_offset", query_offset, batch, query.device)
-    kv_lengths = check_lengths("kv_lengths", kv_lengths, batch, query.device, scalar=False)
-    if kv_lengths is not None:
-        kv_lengths = kv_lengths.clamp(0, kv_len)
     rows = q_len
     if query_offset is not None:
+        query_offset = check_lengths("query_offset", query_offset, batch, device)
         rows = mask.q_len if isinstance(mask, BlockMask) else kv_len
-    check_offset(query_offset, q_len, rows)
-    check_block_mask(mask, batch, heads, rows, kv_len, query.device)
-    check_bias(bias, (batch, heads, q_len, kv_len), rows, query.device)
-    check_sinks(sinks, heads, query.device)
-    if dropout_p > 0.0:
-        dropout_seed = _seed(dropout_seed, query.device)
+        check_offset(query_offset, q_len, rows)
+    if kv_lengths is not None:
+        kv_lengths = check_lengths("kv_lengths", kv_lengths, batch, device, scalar=False)
+        kv_lengths = kv_lengths.clamp(0, kv_len)
+    if mask is not None:
+        check_block_mask(mask, batch, heads, rows, kv_len, device)
+    if bias is not None:
+        check_bias(bias, (batch, heads, q_len, kv_len), rows, device)
+    if sinks is not None:
+        check_sinks(sinks, heads, device)
+    dropout_seed = _seed(dropout_seed, device) if dropout_p > 0.0 else None
 
     if backend == "reference":
         return reference.block_sparse_attention(
@@ -150,9 +154,8 @@ def block_sparse_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
     call = Call(
         unit_stride(query), unit_stride(key), unit_stride(value),
-        _block_mask(mask, batch, heads, rows, kv_len, query.device), scale, bias, sinks,
-        query_offset, kv_lengths, dropout_seed if dropout_p > 0.0 else None, softcap, dropout_p,
-        deterministic,
+        _block_mask(mask, batch, heads, rows, kv_len, device), scale, bias, sinks, query_offset,
+        kv_lengths, dropout_seed, softcap, dropout_p, deterministic,
     )  # fmt: skip
     out, lse = OPERATOR.run(call, backend)
     return (out, lse) if return_lse else out
@@ -162,22 +165,26 @@ def _block_mask(
     mask: Mask | BlockMask | None, batch: int, heads: int, rows: int, kv_len: int, device
 ) -> BlockMask:
     """A compiled mask; causal and dense ones without lists, which backends do not read."""
-    if mask is None:
-        return plain_mask("dense", rows, kv_len)
     if isinstance(mask, BlockMask):
         return mask
-    if is_plain_causal(mask):
-        return plain_mask("causal", rows, kv_len)
-    if torch.compiler.is_compiling():
-        if mask.tensors():
-            raise NotImplementedError(
-                "mask: expected a BlockMask from compile_mask inside torch.compile, "
-                "got an expression that reads tensors"
-            )
-        id(mask)  # a graph is that of one expression: this is what guards it
+    tracing = torch.compiler.is_compiling()
+    if mask is None or is_plain_causal(mask):
+        kind = "dense" if mask is None else "causal"
+        return (plain_mask if tracing else _plain_mask)(kind, rows, kv_len)
+    if not tracing:
+        return compiled(mask, batch, heads, rows, kv_len, device)
+    if mask.tensors():
+        raise NotImplementedError(
+            "mask: expected a BlockMask from compile_mask inside torch.compile, "
+            "got an expression that reads tensors"
+        )
+    id(mask)  # a graph is that of one expression: this is what guards it
     # torch.compile may trace sizes as symbols: an expression is compiled for their values
     sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
     return unpack_mask(*mask.given_to(_compiled, sizes, device))
+
+
+_plain_mask = functools.lru_cache(plain_mask)
 
 
 def _compiled(mask: Mask, sizes: list[int], device: torch.device):
