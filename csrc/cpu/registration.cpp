@@ -8,7 +8,7 @@
 namespace flashmark {
 namespace {
 
-std::tuple<Tensor, Tensor> block_sparse_forward_op(
+std::tuple<Tensor, Tensor, Tensor> block_sparse_forward_op(
     const Tensor& query, const Tensor& key, const Tensor& value, at::TensorList mask_tensors,
     at::IntArrayRef mask_layout, c10::string_view mask_kind, const OptionalTensor& bias,
     const OptionalTensor& sinks, const OptionalTensor& query_offset,
@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> block_sparse_forward_op(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_sparse_backward_op(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, at::TensorList mask_tensors,
+    const Tensor& value, const Tensor& out, const Tensor& lse, const Tensor& residual,
+    at::TensorList mask_tensors,
     at::IntArrayRef mask_layout, c10::string_view mask_kind, const OptionalTensor& bias,
     const OptionalTensor& sinks, const OptionalTensor& query_offset,
     const OptionalTensor& kv_lengths, const OptionalTensor& dropout_seed, double scale,
@@ -28,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_sparse_backward_op(
   auto [dquery, dkey, dvalue, dbias, dsinks] =
       backward({query, key, value, mask_tensors, mask_layout, std::string(mask_kind), bias, sinks,
                 query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p},
-               dout, dlse, out, lse);
+               dout, dlse, out, lse, residual);
   const auto some = [&](const Tensor& t) {
     return t.defined() ? t : at::empty({0}, query.options());
   };
@@ -59,11 +60,11 @@ TORCH_LIBRARY_FRAGMENT(flashmark_cpu, m) {
       "mask_layout, "
       "str mask_kind, Tensor? bias, Tensor? sinks, Tensor? query_offset, Tensor? kv_lengths, "
       "Tensor? dropout_seed, "
-      "float scale, float softcap, float dropout_p) -> (Tensor out, Tensor lse)");
+      "float scale, float softcap, float dropout_p) -> (Tensor out, Tensor lse, Tensor residual)");
   m.def(
       "block_sparse_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, "
       "Tensor out, "
-      "Tensor lse, Tensor[] mask_tensors, int[] mask_layout, str mask_kind, Tensor? bias, Tensor? "
+      "Tensor lse, Tensor residual, Tensor[] mask_tensors, int[] mask_layout, str mask_kind, Tensor? bias, Tensor? "
       "sinks, "
       "Tensor? query_offset, Tensor? kv_lengths, Tensor? dropout_seed, float scale, float softcap, "
       "float dropout_p) "

@@ -60,7 +60,7 @@ def _forward_flops(query, key, value, mask, layout, kind, *args, **kwargs) -> in
 
 
 def _backward_flops(
-    dout, dlse, query, key, value, out, lse, mask, layout, kind, *args, **kwargs
+    dout, dlse, query, key, value, out, lse, residual, mask, layout, kind, *args, **kwargs
 ) -> int:
     """S, dQ, dK over D; dP, dV over Dv: the five products of the mathematics."""
     pairs = _pairs(query, key, mask, layout, kind)

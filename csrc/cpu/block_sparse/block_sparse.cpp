@@ -29,11 +29,12 @@ Tensor workspace(int64_t n) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
+std::tuple<Tensor, Tensor, Tensor> forward(const AttentionArguments& a) {
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
   const Tensor out = at::empty({p.batch, p.heads, p.q_len, p.v_dim}, a.query.options());
   const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, at::kFloat);
+  const Tensor residual = a.bias ? at::empty_like(lse) : at::empty({0}, at::kFloat);
   with_types(a.query.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
@@ -44,10 +45,11 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
     const bool direct = std::is_same_v<T, C> && padded<C>(p.dim) == p.dim;
     const Tensor key_rows = workspace<C>(direct ? 0 : pairs * p.kv_len * padded<C>(p.dim));
     block_sparse_forward<T, C>(
-        p, {out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), value_t.mutable_data_ptr(),
+        p, {out.mutable_data_ptr(), lse.mutable_data_ptr<float>(),
+            a.bias ? residual.mutable_data_ptr<float>() : nullptr, value_t.mutable_data_ptr(),
             direct ? nullptr : key_rows.mutable_data_ptr()});
   });
-  return {out, lse};
+  return {out, lse, residual};
 }
 
 namespace {
@@ -104,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArgum
                                                             const Tensor& dout_any,
                                                             const OptionalTensor& dlse_any,
                                                             const Tensor& out_any,
-                                                            const Tensor& lse_any) {
+                                                            const Tensor& lse_any,
+                                                            const Tensor& residual_any) {
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
   TORCH_CHECK(dout_any.sizes() == at::IntArrayRef({p.batch, p.heads, p.q_len, p.v_dim}) &&
@@ -124,6 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArgum
   BackwardTensors x{};
   x.dout = dout.const_data_ptr(), x.out = out.const_data_ptr();
   x.dout_strides = strides_of(dout), x.out_strides = strides_of(out);
+  const Tensor residual = residual_any.contiguous();
+  x.residual = residual.numel() == lse.numel() ? residual.const_data_ptr<float>() : nullptr;
   x.lse = lse.const_data_ptr<float>(),
   x.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
   x.dquery = dquery.mutable_data_ptr(), x.dkey = dkey.mutable_data_ptr(),
@@ -152,12 +157,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArgum
     const Tensor query_rows = workspace<C>(copies * p.dim),
                  dout_rows = workspace<C>(copies * p.v_dim);
     const int64_t all_rows = p.batch * p.heads * p.max_tiles() * p.tile_q;
-    const Tensor lse2 = workspace<float>(all_rows), delta = workspace<float>(all_rows);
+    const Tensor row_lse = workspace<float>(all_rows), row_residual = workspace<float>(all_rows),
+                 delta = workspace<float>(all_rows);
     const Tensor dquery_t = workspace<float>(x.segments * rows * p.dim);
     const Tensor touched = at::empty({x.segments * tiles}, at::kByte);
     x.query_t = query_t.mutable_data_ptr(), x.dout_t = dout_t.mutable_data_ptr();
     x.query_rows = query_rows.mutable_data_ptr(), x.dout_rows = dout_rows.mutable_data_ptr();
-    x.lse2 = lse2.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();
+    x.row_lse = row_lse.mutable_data_ptr<float>(),
+    x.row_residual = row_residual.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();
     x.dquery_t = dquery_t.mutable_data_ptr<float>(),
     x.touched = touched.mutable_data_ptr<uint8_t>();
     block_sparse_backward<T, C>(p, x);

@@ -193,12 +193,13 @@ class _BlockSparseAttention(torch.autograd.Function):
         ctx, query, key, value, bias, sinks, query_offset, kv_lengths, seed, layout, kind, scale,
         softcap, dropout_p, deterministic, backend, *mask,
     ):  # fmt: skip
-        out, lse = torch.ops.flashmark.block_sparse_forward(
+        out, lse, residual = torch.ops.flashmark.block_sparse_forward(
             query, key, value, mask, layout, kind, bias, sinks, query_offset, kv_lengths, seed,
             scale, softcap, dropout_p, backend,
         )  # fmt: skip
         ctx.save_for_backward(
-            query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask
+            query, key, value, out, lse, residual, bias, sinks, query_offset, kv_lengths, seed,
+            *mask,
         )
         ctx.options = (layout, kind, scale, softcap, dropout_p, deterministic, backend)
         ctx.set_materialize_grads(False)
@@ -207,13 +208,12 @@ class _BlockSparseAttention(torch.autograd.Function):
     @staticmethod
     @first_order("block_sparse_attention")
     def backward(ctx, dout, dlse):
-        query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask = (
-            ctx.saved_tensors
-        )
+        (query, key, value, out, lse, residual, bias, sinks, query_offset, kv_lengths, seed,
+         *mask) = ctx.saved_tensors  # fmt: skip
         layout, kind, *rest = ctx.options
         dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
         dquery, dkey, dvalue, dbias, dsinks = torch.ops.flashmark.block_sparse_backward(
-            dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
+            dout, dlse, query, key, value, out, lse, residual, mask, layout, kind, bias, sinks, query_offset,
             kv_lengths, seed, *rest,
         )  # fmt: skip
         dbias = dbias if bias is not None else None

@@ -20,8 +20,8 @@ def forward(
     scale: float,
     softcap: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """(out (B, Hq, Nq, Dv) in query's dtype, lse (B, Hq, Nq) float32) for a compiled `mask`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out (B, Hq, Nq, Dv) in query's dtype, lse (B, Hq, Nq) float32, its residual) for a compiled `mask`.
 
     query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), float32, bfloat16 or
     float16, stride 1 in the last dimension. `softcap` 0 means none.
@@ -38,6 +38,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    residual: Tensor,
     mask,
     bias: Tensor | None,
     sinks: Tensor | None,
@@ -55,7 +56,7 @@ def backward(
     whatever `deterministic` says.
     """
     rest = (bias, sinks, query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p)
-    arguments = (dout, dlse, query, key, value, out, lse, *_mask_arguments(mask), *rest)
+    arguments = (dout, dlse, query, key, value, out, lse, residual, *_mask_arguments(mask), *rest)
     dquery, dkey, dvalue, dbias, dsinks = operators().block_sparse_backward(*arguments)
     dbias = None if bias is None else dbias
     return dquery, dkey, dvalue, dbias, None if sinks is None else dsinks

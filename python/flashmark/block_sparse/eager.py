@@ -2,6 +2,8 @@
 whole rows.
 
 S = cap(scale q k^T) + bias, P = exp(S - lse), out = P v
+lse is kept as float32 (float64) and what rounding left of it: beside a bias of -1e9 the logarithm
+of the sum would be lost, and with it P.
 dS = P * (dO v^T - Delta), Delta = rowsum(dO * out) - dlse
 dq = scale dS k, dk = scale dS^T q, dv = P^T dO, dsink = -sum exp(sink - lse) Delta
 """
@@ -116,14 +118,15 @@ def forward(
     scale: float,
     softcap: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, residual of lse; empty without a bias) of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
     problem = _problem(
         query, key, value, mask, bias, kv_lengths, dropout_seed, scale, softcap, dropout_p
     )
     shape = tuple(query.shape[:3])
     out = query.new_zeros(*shape, value.shape[3])
     lse = query.new_full(shape, NEG_INF, dtype=problem.dtype)
+    residual = lse.new_zeros(0 if bias is None else shape)
     if sinks is not None:
         lse.copy_(sinks[:, None])  # what stays where a row sees no key
     for row in rows(mask, shape, problem.group, query_offset, kv_lengths):
@@ -143,8 +146,12 @@ def forward(
         o = problem.by_groups(p, row) @ problem.of_keys(value, row)
         o = problem.by_heads(o, row) / total.masked_fill(total == 0.0, 1.0)
         out[row.batch, row.heads, row.queries] = o.to(out.dtype)
-        lse[row.batch, row.heads, row.queries] = (m + total.log()).squeeze(-1)
-    return out, lse
+        at, log_total = (row.batch, row.heads, row.queries), total.log()
+        lse[at] = (m + log_total).squeeze(-1)
+        if bias is not None:  # 0 where the row sees nothing
+            rest = ((m - (m + log_total)) + log_total).nan_to_num_(0.0)
+            residual[at] = rest.squeeze(-1)
+    return out, lse, residual
 
 
 def backward(
@@ -155,6 +162,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    residual: Tensor,
     mask: BlockMask,
     bias: Tensor | None,
     sinks: Tensor | None,
@@ -186,7 +194,10 @@ def backward(
         )
         do = problem.of_queries(dout, row)
         s, tanh = problem.scores(q, k, row)
-        p = s.sub_(finite_lse[at].unsqueeze(-1)).exp_()
+        s.sub_(finite_lse[at].unsqueeze(-1))
+        if bias is not None:
+            s.sub_(residual[at].unsqueeze(-1))
+        p = s.exp_()
         dp = problem.by_heads(do @ v.transpose(-1, -2), row)
         weights = p
         if dropout_p > 0.0:
@@ -204,7 +215,9 @@ def backward(
         _scatter_add(dv, dv_row, row, problem)
     dsinks = None
     if sinks is not None:
-        weight = torch.exp(sinks.to(dtype)[:, None] - finite_lse)
+        weight = torch.exp(
+            sinks.to(dtype)[:, None] - finite_lse - (0.0 if bias is None else residual)
+        )
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
     dbias = None if problem.bias is None else problem.bias.gradient()
     return dq, dk.to(key.dtype), dv.to(value.dtype), dbias, dsinks

@@ -59,25 +59,27 @@ def _forward(
     )  # fmt: skip
 
 
-def _forward_fake(query, key, value, *_):
+def _forward_fake(query, key, value, mask, layout, kind, bias, *_):
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     shape = query.shape[:3]
-    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=lse_dtype)
+    lse = query.new_empty(shape, dtype=lse_dtype)
+    residual = lse.new_empty(0) if bias is None else torch.empty_like(lse)
+    return query.new_empty(*shape, value.shape[3]), lse, residual
 
 
 def _backward(
-    dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
-    kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic, backend,
+    dout, dlse, query, key, value, out, lse, residual, mask, layout, kind, bias, sinks,
+    query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic, backend,
 ):  # fmt: skip
     grads = _backend(backend, query, key).backward(
-        dout, dlse, query, key, value, out, lse, _unpack_mask(mask, layout, kind), bias, sinks,
+        dout, dlse, query, key, value, out, lse, residual, _unpack_mask(mask, layout, kind), bias, sinks,
         query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic,
     )  # fmt: skip
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _backward_fake(
-    dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, *_
+    dout, dlse, query, key, value, out, lse, residual, mask, layout, kind, bias, sinks, *_
 ):  # fmt: skip
     def like(x):
         return query.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -87,13 +89,13 @@ def _backward_fake(
 
 register(
     f"block_sparse_forward(Tensor query, Tensor key, Tensor value, {_COMMON}, str backend) "
-    "-> (Tensor out, Tensor lse)",
+    "-> (Tensor out, Tensor lse, Tensor residual)",
     _forward,
     _forward_fake,
 )
 register(
     "block_sparse_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, {_COMMON}, bool deterministic, str backend) "
+    f"Tensor out, Tensor lse, Tensor residual, {_COMMON}, bool deterministic, str backend) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dsinks)",
     _backward,
     _backward_fake,

@@ -66,9 +66,12 @@ def block_sparse_attention(
         column = sinks.to(dtype).view(1, heads, 1, 1).expand(batch, heads, q_len, 1)
         logits = torch.cat([scores, column], dim=-1)
     empty = (logits == NEG_INF).all(-1, keepdim=True)  # no key and no sink: output 0, lse -inf
-    lse = torch.logsumexp(logits.masked_fill(empty, 0.0), -1, keepdim=True)
-    weights = torch.exp(scores - lse).masked_fill(empty, 0.0)
-    lse = lse.masked_fill(empty, NEG_INF)
+    # not by exp(scores - lse): beside a bias of -1e9 the logarithm of the sum is lost in lse
+    top = logits.detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)
+    shares = torch.exp(logits - top)
+    total = shares.sum(-1, keepdim=True)
+    weights = shares[..., :kv_len] / total.masked_fill(empty, 1.0)
+    lse = (top + torch.log(total.masked_fill(empty, 1.0))).masked_fill(empty, NEG_INF)
     if dropout_p > 0.0:
         keep = dropout_keep(dropout_seed, dropout_p, batch, heads, q_len, kv_len, device)
         weights = weights * keep / (1.0 - dropout_p)
