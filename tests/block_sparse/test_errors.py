@@ -73,7 +73,6 @@ BAD = {
     "scale-inf": ({"scale": float("inf")}, ValueError, "scale.*inf"),
     "scale-string": ({"scale": "1"}, TypeError, "scale.*str"),
     "scale-tensor": ({"scale": tensor(2)}, TypeError, "scale.*Tensor"),
-    "softcap-0": ({"softcap": 0.0}, ValueError, "softcap.*0"),
     "softcap-negative": ({"softcap": -3.0}, ValueError, "softcap.*-3"),
     "softcap-nan": ({"softcap": float("nan")}, ValueError, "softcap.*nan"),
     "dropout-1": ({"dropout_p": 1.0}, ValueError, "dropout_p.*1"),

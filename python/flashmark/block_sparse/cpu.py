@@ -21,7 +21,7 @@ def forward(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, Hq, Nq, Dv) in query's dtype, lse (B, Hq, Nq) float32, its residual) for a compiled `mask`.
+    """(out (B, Hq, Nq, Dv) in query's dtype, lse (B, Hq, Nq) float32, residual of lse).
 
     query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), float32, bfloat16 or
     float16, stride 1 in the last dimension. `softcap` 0 means none.

@@ -58,7 +58,16 @@ class _Problem(NamedTuple):
         """The keys that the row sees, from a key-shaped tensor: (batch, kv heads, width, dim)."""
         x = x[row.batch, self.kv_heads(row)]
         parts = [x[:, :, start:stop].to(self.dtype) for start, stop in row.segments]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if self.kv_lengths is None:
+            return x
+        return x.masked_fill(self.beyond(row).transpose(-1, -2), 0.0)  # memory may hold anything
+
+    def beyond(self, row: Row) -> Tensor:
+        """Keys behind a sample's length, bool (batch, 1, 1, width)."""
+        device = self.query.device
+        keys = torch.cat([torch.arange(*segment, device=device) for segment in row.segments])
+        return keys >= self.kv_lengths[row.batch].view(-1, 1, 1, 1)
 
     def by_heads(self, x: Tensor, row: Row) -> Tensor:
         """(batch, kv heads, group * queries, n) seen as (batch, heads, queries, n)."""
@@ -80,9 +89,7 @@ class _Problem(NamedTuple):
             hidden = hidden.to(s.device)
             s[..., column : column + hidden.shape[1]].masked_fill_(hidden, NEG_INF)
         if self.kv_lengths is not None:
-            keys = torch.cat([torch.arange(*segment, device=s.device) for segment in row.segments])
-            lengths = self.kv_lengths[row.batch].view(-1, 1, 1, 1)
-            s.masked_fill_(keys >= lengths, NEG_INF)
+            s.masked_fill_(self.beyond(row), NEG_INF)
         return s, tanh
 
     def dropout(self, row: Row) -> Tensor:
@@ -119,7 +126,7 @@ def forward(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, residual of lse; empty without a bias) of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
+    """(out, lse, residual of lse: empty without a bias) of validated inputs."""
     problem = _problem(
         query, key, value, mask, bias, kv_lengths, dropout_seed, scale, softcap, dropout_p
     )

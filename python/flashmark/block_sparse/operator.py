@@ -72,8 +72,8 @@ def _backward(
     query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic, backend,
 ):  # fmt: skip
     grads = _backend(backend, query, key).backward(
-        dout, dlse, query, key, value, out, lse, residual, _unpack_mask(mask, layout, kind), bias, sinks,
-        query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic,
+        dout, dlse, query, key, value, out, lse, residual, _unpack_mask(mask, layout, kind), bias,
+        sinks, query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic,
     )  # fmt: skip
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 

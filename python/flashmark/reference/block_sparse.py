@@ -38,6 +38,9 @@ def block_sparse_attention(
     dtype, device = query.dtype, query.device
     key = key.repeat_interleave(heads // kv_heads, dim=1)
     value = value.repeat_interleave(heads // kv_heads, dim=1)
+    if kv_lengths is not None:
+        beyond = torch.arange(kv_len, device=device) >= kv_lengths.view(-1, 1, 1, 1)
+        key, value = (x.masked_fill(beyond.mT, 0.0) for x in (key, value))  # may hold anything
     rows = torch.arange(q_len, device=device).expand(batch, q_len)  # row of the mask, per query
     mask_rows = q_len
     if query_offset is not None:
@@ -58,7 +61,7 @@ def block_sparse_attention(
         2, rows[:, None, :, None].expand(batch, heads, q_len, kv_len).long()
     )
     if kv_lengths is not None:
-        visible = visible & (torch.arange(kv_len, device=device) < kv_lengths.view(-1, 1, 1, 1))
+        visible = visible & ~beyond
     scores = scores.masked_fill(~visible, NEG_INF)
 
     logits = scores
