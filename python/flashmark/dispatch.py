@@ -14,6 +14,8 @@ from flashmark.tracing import constant_when_traced
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
 MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+#: Triton's interpreter multiplies the bit patterns of bfloat16; who mends it adds the dtype here
+INTERPRETED = {torch.float16, torch.float32}
 
 
 class BackendUnavailable(RuntimeError):
@@ -61,6 +63,8 @@ def _why_not_triton(
     if dtype not in HALF_OR_SINGLE:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
     if interpreting():
+        if dtype not in INTERPRETED:
+            return f"Triton's interpreter (TRITON_INTERPRET=1) does not compute in {dtype}"
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 needs CPU tensors"
     if device.type != "cuda":
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device.type}"
