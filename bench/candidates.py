@@ -262,7 +262,8 @@ def _launch_block_sparse(case: Case, tokens: int) -> None:
         deterministic=case.pass_ != "backward_fused",
     )  # fmt: skip
     if case.backward:
-        saved = Saved(query, torch.zeros(1, HEADS, tokens))
+        lse = torch.zeros(1, HEADS, tokens)
+        saved = Saved(query, lse, torch.zeros_like(lse))
         block_sparse.backward(call, saved, query, None)
     else:
         block_sparse.forward(call)

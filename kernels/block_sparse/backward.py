@@ -70,7 +70,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     with args.on_device(query):
-        delta, dsinks = _delta(dout, dlse, *saved, described.modifiers.sinks)
+        delta, dsinks = _delta(dout, dlse, saved.out, saved.lse, described.modifiers.sinks)
         total = bias_gradient.start(bias, dout, value, delta, described, call.deterministic)
         operands = Operands(
             query, key, value, dout, saved.lse, delta,

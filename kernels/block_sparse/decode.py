@@ -294,4 +294,4 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
             DIM_V=dim_v,
             PAD_V=args.padded(dim_v),
         )
-    return Saved(out, lse)
+    return Saved(out, lse, args.no_residual(call, lse))

@@ -145,4 +145,4 @@ def forward(call: Call) -> Saved:
     with args.on_device(query):
         run = launcher(config.form)
         run(query, key, value, out, lse, described, problem, features, config)
-    return Saved(out, lse)
+    return Saved(out, lse, args.no_residual(call, lse))

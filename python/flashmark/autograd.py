@@ -63,11 +63,42 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def refuse_transforms(name: str) -> None:
     """Explicit backwards and operators without batching rules: torch.func cannot see through."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"{name}: expected no torch.jit.trace, got one; use torch.export or torch.compile"
+        )
+    if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{name}: expected no transform of torch.func (vmap, grad, jvp, ...), got one; put a "
             "mapped dimension into the batch, and use torch.autograd for gradients"
         )
+
+
+def _one_by_one(backward: Callable, ctx, grads: tuple) -> tuple:
+    """Gradients of a batch of incoming ones (`is_grads_batched`, vectorised Jacobians), in a loop.
+
+    These come as tensors with a hidden dimension, for which our operators have no rule.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if torch.compiler.is_compiling() or not any(x is not None and batched(x) for x in grads):
+        return backward(ctx, *grads)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    opened = [
+        torch._remove_batch_dim(x, level, 0, 0) if x is not None and batched(x) else None
+        for x in grads
+    ]
+    count = next(len(x) for x in opened if x is not None)
+    results = [
+        backward(ctx, *(g if x is None else x[n] for g, x in zip(grads, opened, strict=True)))
+        for n in range(count)
+    ]
+    return tuple(
+        None if x[0] is None else torch._add_batch_dim(torch.stack(x), 0, level)
+        for x in zip(*results, strict=True)
+    )
 
 
 def first_order(name: str) -> Callable[[Callable], Callable]:
@@ -82,7 +113,7 @@ def first_order(name: str) -> Callable[[Callable], Callable]:
         @functools.wraps(backward)
         def run(ctx, *grads):
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found = _one_by_one(backward, ctx, grads)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return found
             refuse = torch._C._functions.DelayedError(message.encode(), len(found))
@@ -122,6 +153,7 @@ def boundary(operator) -> type[torch.autograd.Function]:
             ctx.constants = tuple(None if isinstance(x, Tensor) else x for x in args)
             ctx.backend, ctx.count, ctx.like = backend, count, outputs[0].shape
             ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*outputs[len(operator.differentiable) :])
             return tuple(outputs)
 
         @staticmethod
@@ -134,7 +166,8 @@ def boundary(operator) -> type[torch.autograd.Function]:
             if at is not None:
                 flat = (*flat[:at], lists, *flat[at + 1 :])
             dout = flat[0].new_zeros(ctx.like) if douts[0] is None else unit_stride(douts[0])
-            found = operator.backward[ctx.backend](dout, *douts[1:], *saved, *flat)
+            rest = douts[1 : len(operator.differentiable)]
+            found = operator.backward[ctx.backend](dout, *rest, *saved, *flat)
             grads = [None] * (2 + len(args))
             for place, grad in zip(places, found, strict=True):
                 if flat[place] is not None:

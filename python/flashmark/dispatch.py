@@ -17,6 +17,8 @@ MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
 #: operators with C++ kernels for CPUs, and what those calls leave to plain PyTorch
 CPU_KERNELS = {"block_sparse": "", "nystrom": "is_causal=False runs in plain PyTorch"}
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+#: Triton's interpreter multiplies the bit patterns of bfloat16; who mends it adds the dtype here
+INTERPRETED = {torch.float16, torch.float32}
 
 
 class BackendUnavailable(RuntimeError):
@@ -64,6 +66,8 @@ def _why_not_triton(
     if dtype not in HALF_OR_SINGLE:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
     if interpreting():
+        if dtype not in INTERPRETED:
+            return f"Triton's interpreter (TRITON_INTERPRET=1) does not compute in {dtype}"
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 needs CPU tensors"
     if device.type != "cuda":
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device.type}"

@@ -49,6 +49,7 @@ class Operator:
             the CPU key.
         forward_fake: the outputs of a call, without values.
         kept: outputs that a backward reads; the others are None in its `saved`.
+        constants: outputs without a gradient, the last ones.
         forward_flops, backward_flops: formulas, of a call.
     """
 
@@ -62,12 +63,14 @@ class Operator:
         *,
         forward_fake: Callable[[Any], Any],
         kept: tuple[str, ...] | None = None,
+        constants: tuple[str, ...] = (),
         forward_flops: Callable[[Any], int] | None = None,
         backward_flops: Callable[[Any], int] | None = None,
     ):
         self.name, self.call, self.saved, self.grads = name, call, saved, grads
         self.outputs: tuple[str, ...] = saved._fields  # type: ignore[attr-defined]
         self.kept = self.outputs if kept is None else kept
+        self.differentiable = self.outputs[: len(self.outputs) - len(constants)]
         fields = self._fields = [field.name for field in dataclasses.fields(call)]
         masks = [n for n, x in enumerate(fields) if typing.get_type_hints(call)[x] is BlockMask]
         self.mask_at = masks[0] if masks else None
@@ -82,7 +85,7 @@ class Operator:
         if forward_flops is not None:
             FORMULAS[f"{name}_forward"] = lambda *flat, **_: forward_flops(self.unflatten(flat))
         if backward_flops is not None:
-            skip = len(self.outputs) + len(self.kept)
+            skip = len(self.differentiable) + len(self.kept)
             FORMULAS[f"{name}_backward"] = lambda *flat, **_: backward_flops(
                 self.unflatten(flat[skip:])
             )
@@ -112,7 +115,7 @@ class Operator:
     def _define(self, backends: dict[str, str | None]) -> None:
         arguments = schema_of(self.call)
         results = ", ".join(f"Tensor {x}" for x in self.outputs)
-        first, *rest = self.outputs
+        first, *rest = self.differentiable
         incoming = [f"Tensor d{first}", *(f"Tensor? d{x}" for x in rest)]
         incoming += [f"Tensor {x}" for x in self.kept]
         grads = ", ".join(f"Tensor {x}" for x in self.grads._fields)  # type: ignore[attr-defined]
@@ -150,13 +153,13 @@ class Operator:
         return tuple(flat[0].new_empty(0) if x is None else x.contiguous() for x in grads)
 
     def _fake_backward(self, *flat):
-        call = flat[len(self.outputs) + len(self.kept) :]
+        call = flat[len(self.differentiable) + len(self.kept) :]
         like = [call[place] for place in self.gradient_at]
         return tuple(flat[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
     def _split(self, flat):
         """Gradients of the outputs, saved outputs, and the call, of a backward's arguments."""
-        outs, kept = len(self.outputs), len(self.kept)
+        outs, kept = len(self.differentiable), len(self.kept)
         saved = dict.fromkeys(self.outputs)
         saved.update(zip(self.kept, flat[outs : outs + kept], strict=True))
         return flat[:outs], self.saved(**saved), self.unflatten(flat[outs + kept :])

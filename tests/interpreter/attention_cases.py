@@ -98,12 +98,12 @@ class Call:
             deterministic,
         )  # fmt: skip
 
-    def forward(self, module=block_sparse) -> Saved:
-        return module.forward(self.checked())
+    def forward(self, module=block_sparse) -> tuple[Tensor, Tensor]:
+        return module.forward(self.checked())[:2]
 
     def backward(self, out: Tensor, lse: Tensor, deterministic: bool, module=block_sparse):
         """{"d query": ..., ...}, without what has no gradient."""
-        saved = Saved(out, lse)
+        saved = Saved(out, lse, lse.new_zeros(0 if self.bias is None else lse.shape))
         grads = module.backward(self.checked(deterministic), saved, self.dout, self.dlse)
         names = ("query", "key", "value", "bias", "sinks")
         return {f"d {n}": g for n, g in zip(names, grads, strict=True) if g is not None}

@@ -32,12 +32,12 @@ Tensor workspace(int64_t n) {
 }
 
 // No query, or no key: rows of zeros, whose denominator is a sink or nothing.
-std::tuple<Tensor, Tensor> forward_of_nothing(const BlockSparseCall& a) {
+std::tuple<Tensor, Tensor, Tensor> forward_of_nothing(const BlockSparseCall& a) {
   const int64_t batch = a.query.size(0), heads = a.query.size(1), q_len = a.query.size(2);
   const Tensor out = at::zeros({batch, heads, q_len, a.value.size(3)}, a.query.options());
   const Tensor lse = at::full({batch, heads, q_len}, -INFINITY, at::kFloat);
   if (a.sinks) lse.copy_(a.sinks->unsqueeze(1));
-  return {out, lse};
+  return {out, lse, a.bias ? at::zeros_like(lse) : at::empty({0}, at::kFloat)};
 }
 
 // Only the sinks reach such an lse.
@@ -49,12 +49,13 @@ std::array<Tensor, 5> gradients_of_nothing(const BlockSparseCall& a, const Optio
           a.bias ? at::zeros_like(*a.bias) : Tensor(), dsinks};
 }
 
-std::tuple<Tensor, Tensor> forward(const BlockSparseCall& a) {
+std::tuple<Tensor, Tensor, Tensor> forward(const BlockSparseCall& a) {
   if (a.query.numel() == 0 || a.key.numel() == 0) return forward_of_nothing(a);
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
   const Tensor out = at::empty({p.batch, p.heads, p.q_len, p.v_dim}, a.query.options());
   const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, at::kFloat);
+  const Tensor residual = a.bias ? at::empty_like(lse) : at::empty({0}, at::kFloat);
   with_types(a.query.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
@@ -65,10 +66,11 @@ std::tuple<Tensor, Tensor> forward(const BlockSparseCall& a) {
     const bool direct = std::is_same_v<T, C> && padded<C>(p.dim) == p.dim;
     const Tensor key_rows = workspace<C>(direct ? 0 : pairs * p.kv_len * padded<C>(p.dim));
     block_sparse_forward<T, C>(
-        p, {out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), value_t.mutable_data_ptr(),
+        p, {out.mutable_data_ptr(), lse.mutable_data_ptr<float>(),
+            a.bias ? residual.mutable_data_ptr<float>() : nullptr, value_t.mutable_data_ptr(),
             direct ? nullptr : key_rows.mutable_data_ptr()});
   });
-  return {out, lse};
+  return {out, lse, residual};
 }
 
 // Sums the leading dimension in order.
@@ -119,7 +121,7 @@ Tensor rows_in_place(const Tensor& t, const Tensor& like) {
 
 std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout_any,
                                const OptionalTensor& dlse_any, const Tensor& out_any,
-                               const Tensor& lse_any) {
+                               const Tensor& lse_any, const Tensor& residual_any) {
   if (a.query.numel() == 0 || a.key.numel() == 0)
     return gradients_of_nothing(a, dlse_any);
   const PreparedProblem prepared(a);
@@ -141,6 +143,8 @@ std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout_any,
   BackwardTensors x{};
   x.dout = dout.const_data_ptr(), x.out = out.const_data_ptr();
   x.dout_strides = strides_of(dout), x.out_strides = strides_of(out);
+  const Tensor residual = residual_any.contiguous();
+  x.residual = residual.numel() == lse.numel() ? residual.const_data_ptr<float>() : nullptr;
   x.lse = lse.const_data_ptr<float>(),
   x.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
   x.dquery = dquery.mutable_data_ptr(), x.dkey = dkey.mutable_data_ptr(),
@@ -169,12 +173,14 @@ std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout_any,
     const Tensor query_rows = workspace<C>(copies * p.dim),
                  dout_rows = workspace<C>(copies * p.v_dim);
     const int64_t all_rows = p.batch * p.heads * p.max_tiles() * p.tile_q;
-    const Tensor lse2 = workspace<float>(all_rows), delta = workspace<float>(all_rows);
+    const Tensor row_lse = workspace<float>(all_rows), row_residual = workspace<float>(all_rows),
+                 delta = workspace<float>(all_rows);
     const Tensor dquery_t = workspace<float>(x.segments * rows * p.dim);
     const Tensor touched = at::empty({x.segments * tiles}, at::kByte);
     x.query_t = query_t.mutable_data_ptr(), x.dout_t = dout_t.mutable_data_ptr();
     x.query_rows = query_rows.mutable_data_ptr(), x.dout_rows = dout_rows.mutable_data_ptr();
-    x.lse2 = lse2.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();
+    x.row_lse = row_lse.mutable_data_ptr<float>(),
+    x.row_residual = row_residual.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();
     x.dquery_t = dquery_t.mutable_data_ptr<float>(),
     x.touched = touched.mutable_data_ptr<uint8_t>();
     block_sparse_backward<T, C>(p, x);
@@ -190,9 +196,9 @@ void block_sparse_forward_op(const c10::OperatorHandle& op, torch::jit::Stack* s
   const c10::impl::ExcludeDispatchKeyGuard guard(AUTOCAST);
   const size_t count = op.schema().arguments().size();
   Arguments arguments(*stack, count);
-  auto [out, lse] = forward(BlockSparseCall(arguments));
+  auto [out, lse, residual] = forward(BlockSparseCall(arguments));
   torch::jit::drop(*stack, count);
-  torch::jit::push(*stack, std::move(out), std::move(lse));
+  torch::jit::push(*stack, std::move(out), std::move(lse), std::move(residual));
 }
 
 void block_sparse_backward_op(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -201,9 +207,10 @@ void block_sparse_backward_op(const c10::OperatorHandle& op, torch::jit::Stack* 
   Arguments arguments(*stack, count);
   const Tensor& dout = arguments.tensor();
   const OptionalTensor dlse = arguments.optional_tensor();
-  const Tensor &out = arguments.tensor(), &lse = arguments.tensor();
+  const Tensor &out = arguments.tensor(), &lse = arguments.tensor(),
+               &residual = arguments.tensor();
   const BlockSparseCall call(arguments);
-  std::array<Tensor, 5> grads = backward(call, dout, dlse, out, lse);
+  std::array<Tensor, 5> grads = backward(call, dout, dlse, out, lse, residual);
   for (Tensor& grad : grads)
     if (!grad.defined()) grad = at::empty({0}, call.query.options());
   torch::jit::drop(*stack, count);

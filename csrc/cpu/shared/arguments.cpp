@@ -141,7 +141,7 @@ void PreparedProblem::read_bias(const BlockSparseCall& a) {
                 a.bias->sizes());
     const Tensor padded = at::zeros({p.heads, p.relative_size + p.tile_q}, at::kFloat);
     padded.narrow(1, 0, p.relative_size)
-        .copy_(a.bias->to(at::kFloat).flip(1).mul_(static_cast<double>(LOG2E)));
+        .copy_(a.bias->to(at::kFloat).flip(1));
     p.relative_bias = keep(padded).const_data_ptr<float>();
     return;
   }

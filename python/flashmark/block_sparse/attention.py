@@ -14,9 +14,9 @@ from flashmark import reference
 from flashmark.arguments import (
     check_bias,
     check_block_mask,
-    check_lengths,
-    check_offset,
+    check_kv_lengths,
     check_qkv,
+    check_query_offset,
     check_sinks,
     finite,
 )
@@ -73,15 +73,16 @@ def block_sparse_attention(
         mask: what each query sees: None (every key), an expression such as `causal() &
             sliding_window(512)`, or a BlockMask from `compile_mask`. Expressions are compiled for
             these shapes and cached on the object.
-        query_offset: int, or int32 (1,) or (B,): query i is row `query_offset + i` of a mask of the
-            full size (an expression is compiled for Nk x Nk), for decoding into a preallocated
-            cache.
-        kv_lengths: int32 (B,): keys from `kv_lengths[b]` on are not visible.
+        query_offset: int, or int32 or int64 (1,) or (B,): query i is row `query_offset + i` of a
+            mask of the full size (an expression is compiled for Nk x Nk), for decoding into a
+            preallocated cache.
+        kv_lengths: int32 or int64 (B,): keys from `kv_lengths[b]` on are not visible, and what
+            memory holds there is never read.
         bias: added to the scaled scores, differentiable. 2-d (Hq, rows + Nk - 1): entry k is added
             where j - i == k - (rows - 1), with rows the query length of the mask (Nq without
             `query_offset`) and i the row of the mask. 4-d: broadcastable to (B, Hq, Nq, Nk).
         scale: factor of q k^T; 1 / sqrt(D) when None.
-        softcap: logits become softcap * tanh(logits / softcap), before the bias.
+        softcap: logits become softcap * tanh(logits / softcap), before the bias; None or 0: none.
         sinks: (Hq,) logits that join the softmax's denominator only, differentiable.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         dropout_seed: int or int64 tensor of one element; drawn from torch's generator when None.
@@ -124,18 +125,16 @@ def block_sparse_attention(
     batch, heads, q_len, dim = query.shape
     kv_len, device = key.shape[2], query.device
     scale = 1.0 / math.sqrt(dim) if scale is None else finite("scale", scale)
-    softcap = 0.0 if softcap is None else finite("softcap", softcap, positive=True)
+    softcap = 0.0 if softcap is None else finite("softcap", softcap, negative=False)
     dropout_p = finite("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
     rows = q_len
     if query_offset is not None:
-        query_offset = check_lengths("query_offset", query_offset, batch, device)
         rows = mask.q_len if isinstance(mask, BlockMask) else kv_len
-        check_offset(query_offset, q_len, rows)
+        query_offset = check_query_offset(query_offset, batch, q_len, rows, device)
     if kv_lengths is not None:
-        kv_lengths = check_lengths("kv_lengths", kv_lengths, batch, device, scalar=False)
-        kv_lengths = kv_lengths.clamp(0, kv_len)
+        kv_lengths = check_kv_lengths(kv_lengths, batch, kv_len, device)
     if mask is not None:
         check_block_mask(mask, batch, heads, rows, kv_len, device)
     if bias is not None:
@@ -157,7 +156,7 @@ def block_sparse_attention(
         _block_mask(mask, batch, heads, rows, kv_len, device), scale, bias, sinks, query_offset,
         kv_lengths, dropout_seed, softcap, dropout_p, deterministic,
     )  # fmt: skip
-    out, lse = OPERATOR.run(call, backend)
+    out, lse, _ = OPERATOR.run(call, backend)
     return (out, lse) if return_lse else out
 
 

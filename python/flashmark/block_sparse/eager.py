@@ -2,6 +2,8 @@
 whole rows.
 
 S = cap(scale q k^T) + bias, P = exp(S - lse), out = P v
+lse is kept as float32 (float64) and what rounding left of it: beside a bias of -1e9 the logarithm
+of the sum would be lost, and with it P.
 dS = P * (dO v^T - Delta), Delta = rowsum(dO * out) - dlse
 dq = scale dS k, dk = scale dS^T q, dv = P^T dO, dsink = -sum exp(sink - lse) Delta
 """
@@ -50,7 +52,16 @@ class _Scores:
         """The keys that the row sees, from a key-shaped tensor: (batch, kv heads, width, dim)."""
         x = x[row.batch, self.kv_heads(row)]
         parts = [x[:, :, start:stop].to(self.dtype) for start, stop in row.segments]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if self.kv_lengths is None:
+            return x
+        return x.masked_fill(self.beyond(row).transpose(-1, -2), 0.0)  # memory may hold anything
+
+    def beyond(self, row: Row) -> Tensor:
+        """Keys behind a sample's length, bool (batch, 1, 1, width)."""
+        device = self.query.device
+        keys = torch.cat([torch.arange(*segment, device=device) for segment in row.segments])
+        return keys >= self.kv_lengths[row.batch].view(-1, 1, 1, 1)
 
     def by_heads(self, x: Tensor, row: Row) -> Tensor:
         """(batch, kv heads, group * queries, n) seen as (batch, heads, queries, n)."""
@@ -72,9 +83,7 @@ class _Scores:
             hidden = hidden.to(s.device)
             s[..., column : column + hidden.shape[1]].masked_fill_(hidden, NEG_INF)
         if self.kv_lengths is not None:
-            keys = torch.cat([torch.arange(*segment, device=s.device) for segment in row.segments])
-            lengths = self.kv_lengths[row.batch].view(-1, 1, 1, 1)
-            s.masked_fill_(keys >= lengths, NEG_INF)
+            s.masked_fill_(self.beyond(row), NEG_INF)
         return s, tanh
 
     def dropout(self, row: Row) -> Tensor:
@@ -89,12 +98,13 @@ class _Scores:
 
 
 def forward(call: Call) -> Saved:
-    """(out, lse) of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
+    """Outputs of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
     query, key, value, sinks = call.query, call.key, call.value, call.sinks
     scores = _Scores(call)
     shape = tuple(query.shape[:3])
     out = query.new_zeros(*shape, value.shape[3])
     lse = query.new_full(shape, NEG_INF, dtype=scores.dtype)
+    residual = lse.new_zeros(0 if call.bias is None else shape)
     if sinks is not None:
         lse.copy_(sinks[:, None])  # what stays where a row sees no key
     for row in rows(call.mask, shape, scores.group, call.query_offset, call.kv_lengths):
@@ -114,14 +124,18 @@ def forward(call: Call) -> Saved:
         o = scores.by_groups(p, row) @ scores.of_keys(value, row)
         o = scores.by_heads(o, row) / total.masked_fill(total == 0.0, 1.0)
         out[row.batch, row.heads, row.queries] = o.to(out.dtype)
-        lse[row.batch, row.heads, row.queries] = (m + total.log()).squeeze(-1)
-    return Saved(out, lse)
+        at, log_total = (row.batch, row.heads, row.queries), total.log()
+        lse[at] = (m + log_total).squeeze(-1)
+        if call.bias is not None:  # 0 where the row sees nothing
+            rest = ((m - (m + log_total)) + log_total).nan_to_num_(0.0)
+            residual[at] = rest.squeeze(-1)
+    return Saved(out, lse, residual)
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of query, key, value, bias and sinks, summed in a fixed order."""
     query, key, value, sinks = call.query, call.key, call.value, call.sinks
-    scores, (out, lse) = _Scores(call), saved
+    scores, (out, lse, residual) = _Scores(call), saved
     dtype = scores.dtype
     dq = torch.zeros_like(query, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
@@ -140,7 +154,10 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         )
         do = scores.of_queries(dout, row)
         s, tanh = scores.of(q, k, row)
-        p = s.sub_(finite_lse[at].unsqueeze(-1)).exp_()
+        s.sub_(finite_lse[at].unsqueeze(-1))
+        if call.bias is not None:
+            s.sub_(residual[at].unsqueeze(-1))
+        p = s.exp_()
         dp = scores.by_heads(do @ v.transpose(-1, -2), row)
         weights = p
         if call.dropout_p > 0.0:
@@ -158,7 +175,9 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         _scatter_add(dv, dv_row, row, scores)
     dsinks = None
     if sinks is not None:
-        weight = torch.exp(sinks.to(dtype)[:, None] - finite_lse)
+        weight = torch.exp(
+            sinks.to(dtype)[:, None] - finite_lse - (0.0 if call.bias is None else residual)
+        )
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
     dbias = None if scores.bias is None else scores.bias.gradient()
     return Grads(dq, dk.to(key.dtype), dv.to(value.dtype), dbias, dsinks)

@@ -12,7 +12,8 @@ def _forward_fake(call: Call) -> Saved:
     query, shape = call.query, call.query.shape[:3]
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(*shape, call.value.shape[3])
-    return Saved(out, query.new_empty(shape, dtype=lse_dtype))
+    lse = query.new_empty(shape, dtype=lse_dtype)
+    return Saved(out, lse, lse.new_empty(0 if call.bias is None else shape))
 
 
 def _pairs(call: Call) -> int:
@@ -48,6 +49,7 @@ OPERATOR = Operator(
         "cpu": None,
     },
     forward_fake=_forward_fake,
+    constants=("residual",),
     forward_flops=_forward_flops,
     backward_flops=_backward_flops,
 )
