@@ -14,8 +14,12 @@ from flashmark.tracing import constant_when_traced
 
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
 MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
-#: operators with C++ kernels for CPUs, and what those calls leave to plain PyTorch
-CPU_KERNELS = {"block_sparse": "", "nystrom": "is_causal=False runs in plain PyTorch"}
+#: operators with C++ kernels for CPUs, and what their calls leave to plain PyTorch
+CPU_KERNELS = {
+    "block_sparse": "",
+    "nystrom": "is_causal=False runs in plain PyTorch",
+    "hybrid": "slots and merges run in plain PyTorch",
+}
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 #: Triton's interpreter multiplies the bit patterns of bfloat16; who mends it adds the dtype here
 INTERPRETED = {torch.float16, torch.float32}
