@@ -9,6 +9,7 @@ import torch
 
 import flashmark
 from flashmark import masks
+from flashmark.dispatch import can_run_cpu
 from tests import helpers
 
 
@@ -170,8 +171,24 @@ def test_show_config_names_versions_and_reasons():
         assert backend in text
     eager = [line for line in text.splitlines() if "eager" in line]
     assert eager and all("yes" in line for line in eager)
+    for operator in ("block_sparse", "nystrom", "hybrid"):
+        assert f"{operator} on cpu" in text
     if not torch.cuda.is_available():
         triton = [
             line for line in text.splitlines() if line.split()[:1] == ["triton"] and "no:" in line
         ]
         assert all(len(line.split("no:")[1].split()) >= 3 for line in triton)
+
+
+@pytest.mark.skipif(not can_run_cpu("nystrom", torch.zeros(1)), reason="needs the C++ kernels")
+def test_show_config_says_what_the_cpu_backend_leaves_to_pytorch():
+    """A row of the C++ backend is a plain "yes" only where no call of it runs in PyTorch."""
+    rows, operator = {}, ""
+    for line in flashmark.show_config().splitlines():
+        if line.endswith(" on cpu"):
+            operator = line.removesuffix(" on cpu")
+        elif line.split()[:1] == ["cpu"] and operator:
+            rows[operator] = line.split(maxsplit=1)[1]
+    assert rows["block_sparse"] == "yes"
+    assert rows["nystrom"] == "yes, but is_causal=False runs in plain PyTorch"
+    assert rows["hybrid"].startswith("yes")

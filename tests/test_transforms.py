@@ -153,7 +153,7 @@ def test_no_step_reads_a_value_back(step, monkeypatch):
     CPU tensors get: those are switched off."""
     for module in ("attention", "checks"):
         monkeypatch.setattr(f"flashmark.nystrom.{module}.readable", lambda x: False)
-    monkeypatch.setattr("flashmark.block_sparse.attention.check_offset", lambda *_: None)
+    monkeypatch.setattr("flashmark.arguments.readable", lambda x: False)
     for name in ("tolist", "numpy"):  # which a mode does not see
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("reads values"))
     call, leaves = steps()[step], inputs()

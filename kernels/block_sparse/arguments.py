@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from flashmark.block_sparse.call import Call
+
 from . import bias as bias_gradient
 from . import configs
 
@@ -114,8 +116,8 @@ class Features:
     SHARED_KV: bool = False  # several programs add to one tile of dK and dV
 
 
-class Call(NamedTuple):
-    """Everything a launcher needs besides the operands."""
+class KernelArguments(NamedTuple):
+    """A call as kernels see it, besides operands; `over_queries` and `over_keys` fit it to one."""
 
     problem: Problem
     rows: Lists
@@ -124,39 +126,28 @@ class Call(NamedTuple):
     features: Features
 
 
-def describe(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: Tensor | None,
-    kv_lengths: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-) -> Call:
-    """Collect the arguments that all passes share; `for_pass` then fits them to one kernel."""
-    (batch, heads, q_len, dim), (kv_heads, kv_len, dim_v) = query.shape, value.shape[1:]
+def describe(call: Call) -> KernelArguments:
+    """Collect the arguments that all passes share."""
+    (batch, heads, q_len, dim), (kv_heads, kv_len, dim_v) = call.query.shape, call.value.shape[1:]
+    mask, bias, offset = call.mask, call.bias, call.query_offset
     sparse = mask.kind == "sparse"
     if bias is not None and bias.dim() == 2 and bias.stride(1) != 1:
         bias = bias.contiguous()
     kind_of_bias = "none" if bias is None else "relative" if bias.dim() == 2 else "dense"
     problem = Problem(0, 0, heads // kv_heads, q_len, kv_len, mask.q_len, 0, 0, 0, 0)
+    softcap = call.softcap
     modifiers = Modifiers(
-        scale=scale / softcap if softcap else scale * LOG2E,
+        scale=call.scale / softcap if softcap else call.scale * LOG2E,
         softcap=softcap * LOG2E,
         bias=bias,
         bias_strides=bias_gradient.strides(bias),
-        sinks=_contiguous(sinks),
-        seed=dropout_seed if dropout_p else None,
-        threshold=int(dropout_p * 2**32),
-        keep_scale=1.0 / (1.0 - dropout_p),
-        offsets=_contiguous(query_offset),
-        offset_stride=0 if query_offset is None or query_offset.numel() == 1 else 1,
-        lengths=_contiguous(kv_lengths),
+        sinks=_contiguous(call.sinks),
+        seed=call.dropout_seed,
+        threshold=int(call.dropout_p * 2**32),
+        keep_scale=1.0 / (1.0 - call.dropout_p),
+        offsets=_contiguous(offset),
+        offset_stride=0 if offset is None or offset.numel() == 1 else 1,
+        lengths=_contiguous(call.kv_lengths),
     )
     features = Features(
         DIM=dim,
@@ -173,24 +164,24 @@ def describe(
         BIAS_Q=kind_of_bias == "dense" and bias.shape[2] > 1,
         BIAS_K=kind_of_bias == "dense" and bias.shape[3] > 1,
         BIAS_OWNED=bias_gradient.owned(bias, (batch, heads, q_len, kv_len)),
-        LINEAR=scale > 0.0 and not softcap and bias is None,
-        DROPOUT=dropout_p > 0.0,
-        OFFSET=query_offset is not None,
-        LENGTHS=kv_lengths is not None,
-        CLIP=kv_lengths is not None and sparse,
-        PRECISION=dot_precision(query.dtype),
+        LINEAR=call.scale > 0.0 and not softcap and bias is None,
+        DROPOUT=call.dropout_p > 0.0,
+        OFFSET=offset is not None,
+        LENGTHS=call.kv_lengths is not None,
+        CLIP=call.kv_lengths is not None and sparse,
+        PRECISION=dot_precision(call.query.dtype),
     )
     nothing = Lists(*[None] * 7)
     rows = Lists(*mask.rows, mask.tile_bits) if sparse else nothing
     cols = Lists(*mask.cols, mask.tile_bits) if sparse else nothing
-    return Call(problem, rows, cols, modifiers, features)
+    return KernelArguments(problem, rows, cols, modifiers, features)
 
 
 def inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
     return Inputs(query, key, value, strides(query), strides(key), strides(value))
 
 
-def choose_config(pass_: str, query: Tensor, call: Call) -> configs.Config:
+def choose_config(pass_: str, query: Tensor, call: KernelArguments) -> configs.Config:
     """The config of one pass over these operands."""
     features = call.features
     block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
@@ -202,7 +193,7 @@ def choose_config(pass_: str, query: Tensor, call: Call) -> configs.Config:
 
 
 def over_queries(
-    call: Call, mask, query: Tensor, config: configs.Config
+    call: KernelArguments, mask, query: Tensor, config: configs.Config
 ) -> tuple[Problem, Features]:
     """A call as seen by a kernel that holds a tile of queries and walks keys."""
     features = dataclasses.replace(
@@ -231,7 +222,7 @@ def over_queries(
 
 
 def over_keys(
-    call: Call, mask, query: Tensor, config: configs.Config, *, atomic: bool
+    call: KernelArguments, mask, query: Tensor, config: configs.Config, *, atomic: bool
 ) -> tuple[Problem, Features]:
     """A call as seen by a kernel that holds a tile of keys and walks queries."""
     grouped = call.problem.group > 1 and not atomic
@@ -260,6 +251,11 @@ def over_keys(
         tiles=tiles,
         section=_section(batch * heads, streamed * (problem.group if grouped else 1)),
     ), features
+
+
+def no_residual(call: Call, lse: Tensor) -> Tensor:
+    """These kernels round lse once."""
+    return lse.new_zeros(0) if call.bias is None else torch.zeros_like(lse)
 
 
 def padded(dim: int) -> int:

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashmark.block_sparse import eager
+from flashmark.block_sparse.call import Call, Grads, Saved
+
 from . import arguments as args
 from . import bias as bias_gradient
 from .backward_kv import Operands, backward_kv_kernel
@@ -54,51 +57,33 @@ def delta_kernel(
         tl.store(dsinks_ptr + pid, -tl.sum(weight * delta, 0))
 
 
-def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: Tensor | None,
-    kv_lengths: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `forward`: (dquery, dkey, dvalue, dbias or None, dsinks or None).
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
+    """Gradients of `forward`.
 
-    `deterministic` computes dQ in a pass of its own and the bias gradient in fixed point, so that
-    results repeat bitwise; otherwise both go through float32 atomics, which is faster.
+    A deterministic call computes dQ in a pass of its own and the bias gradient in fixed point, so
+    that results repeat bitwise; otherwise both go through float32 atomics, which is faster.
     """
-    call = args.describe(
-        query, key, value, mask, bias, sinks, query_offset, kv_lengths, dropout_seed,
-        scale, softcap, dropout_p,
-    )  # fmt: skip
+    query, key, value, bias = call.query, call.key, call.value, call.bias
+    if not query.numel() or not key.numel():
+        return eager.backward(call, saved, dout, dlse)  # nothing to launch
+    described = args.describe(call)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     with args.on_device(query):
-        delta, dsinks = _delta(dout, dlse, out, lse, call.modifiers.sinks)
-        total = bias_gradient.start(bias, dout, value, delta, call, deterministic)
+        delta, dsinks = _delta(dout, dlse, saved.out, saved.lse, described.modifiers.sinks)
+        total = bias_gradient.start(bias, dout, value, delta, described, call.deterministic)
         operands = Operands(
-            query, key, value, dout, lse, delta,
+            query, key, value, dout, saved.lse, delta,
             args.strides(query), args.strides(key), args.strides(value), args.strides(dout),
         )  # fmt: skip
-        if deterministic:
-            dkey, dvalue = _keys_and_values(operands, None, total, mask, call, scale)
-            dquery = _queries(operands, mask, call, scale)
+        if call.deterministic:
+            dkey, dvalue = _keys_and_values(operands, None, total, call, described)
+            dquery = _queries(operands, call, described)
         else:
             dquery = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-            dkey, dvalue = _keys_and_values(operands, dquery, total, mask, call, scale)
-            dquery = dquery.mul_(scale).to(query.dtype)
-    return dquery, dkey, dvalue, bias_gradient.finish(total, bias), dsinks
+            dkey, dvalue = _keys_and_values(operands, dquery, total, call, described)
+            dquery = dquery.mul_(call.scale).to(query.dtype)
+    return Grads(dquery, dkey, dvalue, bias_gradient.finish(total, bias), dsinks)
 
 
 def _delta(
@@ -133,15 +118,14 @@ def _keys_and_values(
     operands: Operands,
     dquery: Tensor | None,
     total: bias_gradient.BiasGradient,
-    mask,
-    call: args.Call,
-    scale: float,
+    call: Call,
+    described: args.KernelArguments,
 ) -> tuple[Tensor, Tensor]:
     key, value, atomic = operands.key, operands.value, dquery is not None
-    grouped = call.problem.group > 1
+    grouped = described.problem.group > 1
     pass_ = "backward_fused" if atomic else "backward_grouped" if grouped else "backward_kv"
-    config = args.choose_config(pass_, key, call)
-    problem, features = args.over_keys(call, mask, operands.query, config, atomic=atomic)
+    config = args.choose_config(pass_, key, described)
+    problem, features = args.over_keys(described, call.mask, operands.query, config, atomic=atomic)
     if features.SHARED_KV:
         dkey = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         dvalue = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
@@ -154,9 +138,9 @@ def _keys_and_values(
         dkey,
         dvalue,
         total,
-        call.cols,
-        call.modifiers,
-        scale,
+        described.cols,
+        described.modifiers,
+        call.scale,
         *problem,
         F=features,
         **config.options,
@@ -164,17 +148,17 @@ def _keys_and_values(
     return dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
-def _queries(operands: Operands, mask, call: args.Call, scale: float) -> Tensor:
+def _queries(operands: Operands, call: Call, described: args.KernelArguments) -> Tensor:
     query = operands.query
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    config = args.choose_config("backward_q", query, call)
-    problem, features = args.over_queries(call, mask, query, config)
+    config = args.choose_config("backward_q", query, described)
+    problem, features = args.over_queries(described, call.mask, query, config)
     backward_q_kernel[(problem.tiles * problem.pairs,)](
         operands,
         dquery,
-        call.rows,
-        call.modifiers,
-        scale,
+        described.rows,
+        described.modifiers,
+        call.scale,
         *problem,
         F=features,
         **config.options,

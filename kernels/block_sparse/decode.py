@@ -9,7 +9,8 @@ import dataclasses
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from flashmark.block_sparse.call import Call, Saved
 
 from . import arguments as args
 from . import configs
@@ -232,24 +233,24 @@ def number_of_splits(device: torch.device, programs: int, tiles: int) -> int:
     return max(1, min(wanted, tiles // TILES_PER_SPLIT, MAX_SPLITS))
 
 
-def is_decode(call: args.Call) -> bool:
+def is_decode(described: args.KernelArguments) -> bool:
     """Whether a call has few queries and many keys."""
-    return call.problem.q_len <= MAX_QUERIES and call.problem.kv_len >= MIN_KEYS
+    problem = described.problem
+    return problem.q_len <= MAX_QUERIES and problem.kv_len >= MIN_KEYS
 
 
-def decode(
-    query: Tensor, key: Tensor, value: Tensor, mask, call: args.Call
-) -> tuple[Tensor, Tensor]:
-    """Launch the decode kernels: (out, lse)."""
+def decode(call: Call, described: args.KernelArguments) -> Saved:
+    """Launch the decode kernels."""
+    query, key, value, mask = call.query, call.key, call.value, call.mask
     batch, heads, q_len, _ = query.shape
-    kv_len, dim_v, group = key.shape[2], value.shape[-1], call.problem.group
+    kv_len, dim_v, group = key.shape[2], value.shape[-1], described.problem.group
     window = triton.next_power_of_2(q_len)
     one_mask = mask.kind != "sparse" or mask.heads == 1
     packed = group > 1 and one_mask and group * window <= MAX_ROWS
-    config = args.choose_config("decode", query, call)
+    config = args.choose_config("decode", query, described)
     block_m = max(16, triton.next_power_of_2(group * window if packed else window))
-    features = dataclasses.replace(call.features, BLOCK_M=block_m, BLOCK_N=config.block_n)
-    problem = call.problem._replace(
+    features = dataclasses.replace(described.features, BLOCK_M=block_m, BLOCK_N=config.block_n)
+    problem = described.problem._replace(
         pairs=batch * (key.shape[1] if packed else heads),
         heads=key.shape[1] if packed else heads,
         line_batch=mask.heads * mask.q_blocks if mask.batch > 1 else 0,
@@ -269,8 +270,8 @@ def decode(
             args.inputs(query, key, value),
             part,
             part_lse,
-            call.rows,
-            call.modifiers,
+            described.rows,
+            described.modifiers,
             splits,
             *problem,
             WINDOW=window,
@@ -281,16 +282,16 @@ def decode(
         merge_kernel[(rows,)](
             part,
             part_lse,
-            call.modifiers.sinks,
+            described.modifiers.sinks,
             out,
             lse,
             rows,
             q_len,
             heads,
             splits,
-            call.modifiers.keep_scale,
+            described.modifiers.keep_scale,
             SPLITS=triton.next_power_of_2(splits),
             DIM_V=dim_v,
             PAD_V=args.padded(dim_v),
         )
-    return out, lse
+    return Saved(out, lse, args.no_residual(call, lse))

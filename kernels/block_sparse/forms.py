@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .arguments import Call
+from .arguments import KernelArguments
 
 ALIGNMENT = 16  # bytes, of what a tensor descriptor points to and of its strides
 MAX_DIM = 128
 
 
 def can_use_form(
-    form: str, query: Tensor, key: Tensor, value: Tensor, call: Call, *, raise_error: bool = False
+    form: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: KernelArguments,
+    *,
+    raise_error: bool = False,
 ) -> bool:
     """Whether a form of the forward kernel, one of `configs.FORMS`, can compute a call.
 
@@ -29,7 +35,7 @@ def can_use_form(
 
 
 def _objection(
-    form: str, query: Tensor, key: Tensor, value: Tensor, call: Call
+    form: str, query: Tensor, key: Tensor, value: Tensor, call: KernelArguments
 ) -> Exception | None:
     if form not in configs.FORMS:
         return ValueError(f"form: expected one of {', '.join(configs.FORMS)}, got {form!r}")
@@ -48,7 +54,7 @@ def _objection(
     return None
 
 
-def _lacking(form: str, call: Call) -> list[str]:
+def _lacking(form: str, call: KernelArguments) -> list[str]:
     """Names of the features of a call that a form does not have."""
     features = call.features
     asked = {

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashmark.block_sparse import eager
+from flashmark.block_sparse.call import Call, Saved
+
 from . import arguments as args
 from . import configs
 from .arguments import Problem
@@ -99,7 +102,7 @@ def launch(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    call: args.Call,
+    call: args.KernelArguments,
     problem: Problem,
     features: args.Features,
     config: configs.Config,
@@ -117,21 +120,6 @@ def launch(
     )
 
 
-def forward_tiles(
-    query: Tensor, key: Tensor, value: Tensor, mask, call: args.Call
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel: (out, lse)."""
-    config = args.choose_config("forward", query, call)
-    can_use_form(config.form, query, key, value, call, raise_error=True)
-    problem, features = args.over_queries(call, mask, query, config)
-    batch, heads, q_len, _ = query.shape
-    out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
-    with args.on_device(query):
-        launcher(config.form)(query, key, value, out, lse, call, problem, features, config)
-    return out, lse
-
-
 def launcher(form: str) -> Callable[..., None]:
     """What runs a form of the kernel. Gluon is imported by those who ask for it alone."""
     if form == "pointers":
@@ -140,30 +128,21 @@ def launcher(form: str) -> Callable[..., None]:
     return module.launch
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: Tensor | None,
-    kv_lengths: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the keys that `mask` (a BlockMask) shows.
-
-    query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), last strides 1, float16,
-    bfloat16 or float32; the rest as `flashmark.block_sparse_attention`, validated there. Returns
-    out (B, Hq, Nq, Dv) in query's dtype and lse (B, Hq, Nq) float32, the natural log of the whole
-    denominator.
-    """
-    call = args.describe(
-        query, key, value, mask, bias, sinks, query_offset, kv_lengths, dropout_seed,
-        scale, softcap, dropout_p,
-    )  # fmt: skip
-    launch = decode if is_decode(call) else forward_tiles
-    return launch(query, key, value, mask, call)
+def forward(call: Call) -> Saved:
+    """Softmax attention over the keys that the mask shows: out in query's dtype, lse float32."""
+    query, key, value = call.query, call.key, call.value
+    if not query.numel() or not key.numel():
+        return eager.forward(call)  # nothing to launch
+    described = args.describe(call)
+    if is_decode(described):
+        return decode(call, described)
+    config = args.choose_config("forward", query, described)
+    can_use_form(config.form, query, key, value, described, raise_error=True)
+    problem, features = args.over_queries(described, call.mask, query, config)
+    batch, heads, q_len, _ = query.shape
+    out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
+    with args.on_device(query):
+        run = launcher(config.form)
+        run(query, key, value, out, lse, described, problem, features, config)
+    return Saved(out, lse, args.no_residual(call, lse))

@@ -99,7 +99,7 @@ def launch(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    call: args.Call,
+    call: args.KernelArguments,
     problem: Problem,
     features: args.Features,
     config: configs.Config,

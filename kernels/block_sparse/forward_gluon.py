@@ -361,7 +361,7 @@ def launch(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    call: args.Call,
+    call: args.KernelArguments,
     problem: Problem,
     features: args.Features,
     config: configs.Config,

@@ -18,6 +18,11 @@ LARGEST = sys.float_info.max
 def check_tensor(name: str, value, dims: int) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one: pack the sequences along one "
+            "dimension (masks.documents, cu_seqlens), or pad them (kv_lengths, key_mask)"
+        )
     if value.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
 
@@ -40,18 +45,20 @@ def one_or(got: int, want: int) -> bool:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Sizes are read once: this is a good part of a small call's time on the host."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x, 4)
-        if x.dtype not in DTYPES:
+        dtype, dim = x.dtype, x.size(3)
+        if dtype not in DTYPES:
             allowed = "float16, bfloat16, float32 or float64"
-            raise TypeError(f"{name}: expected {allowed}, got {x.dtype}")
-        check_same(name, x, dtype=query.dtype, device=query.device)
-        if not 1 <= x.shape[3] <= MAX_DIM:
-            raise ValueError(
-                f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {x.shape[3]}"
-            )
+            raise TypeError(f"{name}: expected {allowed}, got {dtype}")
+        if dtype != query.dtype or x.device != query.device:
+            check_same(name, x, dtype=query.dtype, device=query.device)
+        if not 1 <= dim <= MAX_DIM:
+            raise ValueError(f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {dim}")
     batch, heads, _, dim = query.shape
     kv_batch, kv_heads, kv_len, key_dim = key.shape
+    value_batch, value_heads, value_len, _ = value.shape
     if kv_batch != batch:
         raise ValueError(f"key: expected a batch of {batch} like query, got {kv_batch}")
     if key_dim != dim:
@@ -60,36 +67,77 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError("query: expected at least one head, got 0")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"key: expected a number of heads that divides {heads}, got {kv_heads}")
-    if tuple(value.shape[:3]) != (batch, kv_heads, kv_len):
+    if value_batch != batch or value_heads != kv_heads or value_len != kv_len:
         raise ValueError(
             f"value: expected {(batch, kv_heads, kv_len)} in the first dimensions like key, "
-            f"got {tuple(value.shape[:3])}"
+            f"got {(value_batch, value_heads, value_len)}"
         )
 
 
-def finite(name: str, value: float, *, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat):
+def finite(name: str, value: float, *, positive: bool = False, negative: bool = True) -> float:
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat)
+    ):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    expected = "a finite number > 0" if positive else "a finite number"
+    bound = " > 0" if positive else "" if negative else " >= 0"
     # comparisons, because torch.compile may trace the number as a symbol; False for NaN
-    if not -LARGEST <= value <= LARGEST or (positive and value <= 0):
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+    least = -LARGEST if negative and not positive else 0.0
+    if not least <= value <= LARGEST or (positive and value == 0):
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
     return float(value)
 
 
-def check_lengths(
-    name: str, value: int | Tensor | None, batch: int, device: torch.device, *, scalar: bool = True
+def check_kv_lengths(lengths, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
+    """int32 (batch,) from 0 to `kv_len`, or None. A greater length means every key."""
+    lengths = _integers("kv_lengths", lengths, batch, device, scalar=False)
+    return None if lengths is None else lengths.clamp(0, kv_len).to(torch.int32)
+
+
+def check_query_offset(
+    offset, batch: int, q_len: int, rows: int, device: torch.device
 ) -> Tensor | None:
-    """An int32 tensor of 1 or `batch` entries on `device`, or None."""
+    """int32 of 1 or `batch` entries that keep the queries inside the mask's rows, or None.
+
+    The values of a tensor are checked on a CPU alone: on a GPU this would be a host sync, and under
+    torch.compile a break. There they are clamped.
+    """
+    last = rows - q_len
+    if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
+        _check_offset_range(int(offset), int(offset), q_len, rows)
+        return torch.full((1,), int(offset), dtype=torch.int32, device=device)
+    offset = _integers("query_offset", offset, batch, device, scalar=True)
+    if offset is None:
+        return None
+    if readable(offset) and offset.numel():
+        low, high = (int(x) for x in offset.aminmax())
+        _check_offset_range(low, high, q_len, rows)
+    if offset.dtype == torch.int64:
+        offset = offset.clamp(0, max(0, last)).to(torch.int32)
+    return offset
+
+
+def _check_offset_range(low: int, high: int, q_len: int, rows: int) -> None:
+    if low < 0 or high + q_len > rows:
+        raise ValueError(
+            f"query_offset: expected 0 to {rows - q_len} for {q_len} queries of {rows} rows, "
+            f"got {low if low < 0 else high}"
+        )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be read: without waiting for a GPU or breaking a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _integers(
+    name: str, value: Tensor | None, batch: int, device: torch.device, *, scalar: bool
+) -> Tensor | None:
+    """An int32 or int64 tensor of `batch` entries (or 1 with `scalar`) on `device`, or None."""
     if value is None:
         return None
     expected = f"an int32 tensor of shape ({batch},)"
     if scalar:
         expected = f"an int, or {expected} or (1,)"
-        if isinstance(value, int) and not isinstance(value, bool):
-            if value < 0:
-                raise ValueError(f"{name}: expected an int >= 0, got {value}")
-            return torch.full((1,), value, dtype=torch.int32, device=device)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if value.dtype not in (torch.int32, torch.int64):
@@ -102,7 +150,7 @@ def check_lengths(
         fits = scalar and value.dim() == 0
     if not fits:
         raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
-    return value.reshape(-1).to(torch.int32)
+    return value.reshape(-1)
 
 
 def check_key_mask(key_mask, shape: tuple[int, int], device: torch.device) -> None:
@@ -117,18 +165,6 @@ def check_key_mask(key_mask, shape: tuple[int, int], device: torch.device) -> No
         )
     if tuple(key_mask.shape) != shape:
         raise ValueError(f"key_mask: expected shape {shape}, got {tuple(key_mask.shape)}")
-
-
-def check_offset(offset: Tensor | None, q_len: int, rows: int) -> None:
-    """On a GPU this would be a host sync, and under torch.compile a break: not checked there."""
-    if offset is None or offset.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    low, high = (int(x) for x in offset.aminmax()) if offset.numel() else (0, 0)
-    if low < 0 or high + q_len > rows:
-        raise ValueError(
-            f"query_offset: expected 0 to {rows - q_len} for {q_len} queries of {rows} rows, "
-            f"got {low if low < 0 else high}"
-        )
 
 
 def check_block_mask(

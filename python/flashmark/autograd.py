@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashmark.tracing import constant_when_traced
 
@@ -32,7 +33,10 @@ def autocast_is_on(device_type: str) -> bool:
 @constant_when_traced
 def has_autocast(device_type: str) -> bool:
     """Whether autocast knows the device: torch.compile cannot ask, in torch 2.11."""
-    return torch.amp.is_autocast_available(device_type)
+    return _is_available(device_type)
+
+
+_is_available = functools.cache(torch.amp.is_autocast_available)
 
 
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,11 +63,42 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def refuse_transforms(name: str) -> None:
     """Explicit backwards and operators without batching rules: torch.func cannot see through."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"{name}: expected no torch.jit.trace, got one; use torch.export or torch.compile"
+        )
+    if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{name}: expected no transform of torch.func (vmap, grad, jvp, ...), got one; put a "
             "mapped dimension into the batch, and use torch.autograd for gradients"
         )
+
+
+def _one_by_one(backward: Callable, ctx, grads: tuple) -> tuple:
+    """Gradients of a batch of incoming ones (`is_grads_batched`, vectorised Jacobians), in a loop.
+
+    These come as tensors with a hidden dimension, for which our operators have no rule.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if torch.compiler.is_compiling() or not any(x is not None and batched(x) for x in grads):
+        return backward(ctx, *grads)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    opened = [
+        torch._remove_batch_dim(x, level, 0, 0) if x is not None and batched(x) else None
+        for x in grads
+    ]
+    count = next(len(x) for x in opened if x is not None)
+    results = [
+        backward(ctx, *(g if x is None else x[n] for g, x in zip(grads, opened, strict=True)))
+        for n in range(count)
+    ]
+    return tuple(
+        None if x[0] is None else torch._add_batch_dim(torch.stack(x), 0, level)
+        for x in zip(*results, strict=True)
+    )
 
 
 def first_order(name: str) -> Callable[[Callable], Callable]:
@@ -78,7 +113,7 @@ def first_order(name: str) -> Callable[[Callable], Callable]:
         @functools.wraps(backward)
         def run(ctx, *grads):
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found = _one_by_one(backward, ctx, grads)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return found
             refuse = torch._C._functions.DelayedError(message.encode(), len(found))
@@ -87,3 +122,68 @@ def first_order(name: str) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def needs_gradient(flat: Sequence, places: Sequence[int]) -> bool:
+    """Whether autograd must see a call: some of the tensors at these places ask for gradients."""
+    if forward_ad._current_level >= 0:
+        return True  # the boundary refuses tangents, an operator would drop them
+    if not torch.is_grad_enabled():
+        return False
+    for place in places:
+        x = flat[place]
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+def boundary(operator) -> type[torch.autograd.Function]:
+    """The differentiable form of a `flashmark.library.Operator`; see `boundary_arguments`."""
+    at, places, kept = operator.mask_at, operator.gradient_at, operator.kept
+
+    class Boundary(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, backend, count, *args):
+            flat, tensors = args[:count], args[count:]
+            if at is not None:
+                flat = (*flat[:at], tensors, *flat[at + 1 :])
+            outputs = operator.forward[backend](*flat)
+            read = (x for x, name in zip(outputs, operator.outputs, strict=True) if name in kept)
+            ctx.save_for_backward(*read, *(x if isinstance(x, Tensor) else None for x in args))
+            ctx.constants = tuple(None if isinstance(x, Tensor) else x for x in args)
+            ctx.backend, ctx.count, ctx.like = backend, count, outputs[0].shape
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*outputs[len(operator.differentiable) :])
+            return tuple(outputs)
+
+        @staticmethod
+        @first_order(f"{operator.name}_attention")
+        def backward(ctx, *douts):
+            stored = ctx.saved_tensors
+            saved, tensors = stored[: len(kept)], stored[len(kept) :]
+            args = tuple(c if x is None else x for x, c in zip(tensors, ctx.constants, strict=True))
+            flat, lists = args[: ctx.count], args[ctx.count :]
+            if at is not None:
+                flat = (*flat[:at], lists, *flat[at + 1 :])
+            dout = flat[0].new_zeros(ctx.like) if douts[0] is None else unit_stride(douts[0])
+            rest = douts[1 : len(operator.differentiable)]
+            found = operator.backward[ctx.backend](dout, *rest, *saved, *flat)
+            grads = [None] * (2 + len(args))
+            for place, grad in zip(places, found, strict=True):
+                if flat[place] is not None:
+                    grads[2 + place] = grad
+            return tuple(grads)
+
+    return Boundary
+
+
+def boundary_arguments(flat: tuple, at: int | None, places: Sequence[int]) -> tuple:
+    """What `Boundary.apply` takes after the backend: a count, and the arguments with the list of
+    tensors at place `at` moved to the end."""
+    if torch.compiler.is_compiling():  # it refuses one tensor that is passed twice
+        flat = tuple(
+            x.view_as(x) if n in places and x is not None else x for n, x in enumerate(flat)
+        )
+    if at is None:
+        return (len(flat), *flat)
+    return (len(flat), *flat[:at], None, *flat[at + 1 :], *flat[at])

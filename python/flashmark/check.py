@@ -178,10 +178,10 @@ def _detached(x):
 
 
 def _largest_score(op: Callable, args, kwargs) -> float:
-    """max |score|, which bounds what rounding an exponent must cost."""
+    """max |score| + max |bias|, which bounds what rounding an exponent must cost."""
     given = inspect.signature(op).bind(*args, **kwargs).arguments
-    names = ("query", "key", "landmarks")
-    query, key, landmarks = pytree.tree_map(_detached, [given.get(name) for name in names])
+    names = ("query", "key", "landmarks", "bias")
+    query, key, landmarks, bias = pytree.tree_map(_detached, [given.get(name) for name in names])
     if query is None or key is None or not query.numel() or not key.numel():
         return 0.0
     scale = given.get("scale")
@@ -193,4 +193,4 @@ def _largest_score(op: Callable, args, kwargs) -> float:
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         pairs = [(grouped, tilde_k), (key, tilde_q)]
     products = ((a.double() @ b.double().transpose(-1, -2)).abs().max() for a, b in pairs)
-    return scale * max(float(x) for x in products)
+    return scale * max(float(x) for x in products) + (0.0 if bias is None else _largest(bias))

@@ -8,9 +8,9 @@ import platform
 import torch
 
 from flashmark import native
-from flashmark.dispatch import CAN_RUN, BackendUnavailable
+from flashmark.dispatch import CAN_RUN, CPU_KERNELS, MOST_TRITON_LANDMARKS, BackendUnavailable
 
-OPERATORS = ("block_sparse", "nystrom")
+OPERATORS = ("block_sparse", "nystrom", "hybrid")
 
 
 def show_config() -> str:
@@ -44,7 +44,17 @@ def _answer(operator: str, backend: str, sample: torch.Tensor) -> str:
         CAN_RUN[backend](operator, sample, raise_error=True)
     except BackendUnavailable as error:
         return f"no: {str(error).split(': ', 2)[-1]}"
-    return "yes"
+    limit = _limit(operator, backend)
+    return f"yes, but {limit}" if limit else "yes"
+
+
+def _limit(operator: str, backend: str) -> str:
+    """The part of an operator that a backend leaves to plain PyTorch, or refuses."""
+    if backend == "cpu":
+        return CPU_KERNELS[operator]
+    if backend == "triton" and operator in MOST_TRITON_LANDMARKS:
+        return f"with at most {MOST_TRITON_LANDMARKS[operator]} landmarks on a GPU"
+    return ""
 
 
 def _version(package: str) -> str:

@@ -9,11 +9,20 @@ import os
 import torch
 from torch import Tensor
 
+from flashmark import cpu
 from flashmark.tracing import constant_when_traced
 
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
 MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
+#: operators with C++ kernels for CPUs, and what their calls leave to plain PyTorch
+CPU_KERNELS = {
+    "block_sparse": "",
+    "nystrom": "is_causal=False runs in plain PyTorch",
+    "hybrid": "slots and merges run in plain PyTorch",
+}
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+#: Triton's interpreter multiplies the bit patterns of bfloat16; who mends it adds the dtype here
+INTERPRETED = {torch.float16, torch.float32}
 
 
 class BackendUnavailable(RuntimeError):
@@ -61,6 +70,8 @@ def _why_not_triton(
     if dtype not in HALF_OR_SINGLE:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
     if interpreting():
+        if dtype not in INTERPRETED:
+            return f"Triton's interpreter (TRITON_INTERPRET=1) does not compute in {dtype}"
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 needs CPU tensors"
     if device.type != "cuda":
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device.type}"
@@ -85,11 +96,9 @@ def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str
         return f"it needs CPU tensors, not {device.type}"
     if dtype not in HALF_OR_SINGLE:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
-    if not _is_installed(f"flashmark.{operator}.cpu"):
-        return f"this build has no C++ kernels for {operator}"
-    from flashmark import cpu
-
-    return None if cpu.available() else cpu.why_not()
+    if operator not in CPU_KERNELS:
+        return f"there are no C++ kernels for {operator}"
+    return cpu.why_not() or None
 
 
 def can_run_eager(

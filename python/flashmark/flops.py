@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _registered: set[str] = set()
@@ -33,42 +33,5 @@ def register_if_counting() -> None:
                     counter.flop_registry.setdefault(operator, module.flop_registry[operator])
 
 
-def _pairs(query: Tensor, key: Tensor, mask: list[Tensor], layout: list[int], kind: str) -> int:
-    """(query, key) pairs of all samples and heads: whole tiles for a compiled mask."""
-    (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
-    if kind == "sparse" and not isinstance(mask[4], torch._subclasses.FakeTensor):
-        _, _, block_q, block_kv, mask_batch, mask_heads = layout
-        repeats = (batch // mask_batch) * (heads // mask_heads)
-        return int(mask[4].sum()) * block_q * block_kv * repeats
-    if kind == "causal":
-        seen = min(q_len, kv_len)
-        return (
-            batch
-            * heads
-            * (
-                q_len * kv_len - seen * (seen - 1) // 2
-                if kv_len >= q_len
-                else seen * (seen + 1) // 2
-            )
-        )
-    return batch * heads * q_len * kv_len
-
-
-def _forward_flops(query, key, value, mask, layout, kind, *args, **kwargs) -> int:
-    pairs = _pairs(query, key, mask, layout, kind)
-    return 2 * pairs * (query.shape[3] + value.shape[3])
-
-
-def _backward_flops(
-    dout, dlse, query, key, value, out, lse, mask, layout, kind, *args, **kwargs
-) -> int:
-    """S, dQ, dK over D; dP, dV over Dv: the five products of the mathematics."""
-    pairs = _pairs(query, key, mask, layout, kind)
-    return 2 * pairs * (3 * query.shape[3] + 2 * value.shape[3])
-
-
-#: operator name -> formula; the modules of other operators add theirs
-FORMULAS = {
-    "block_sparse_forward": _forward_flops,
-    "block_sparse_backward": _backward_flops,
-}
+#: operator name -> formula of its raw arguments; each operator adds its own
+FORMULAS: dict[str, Callable[..., int]] = {}

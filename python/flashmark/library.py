@@ -1,15 +1,178 @@
-"""Defining an operator once for all devices."""
+"""Registered operators: one schema made from a dataclass, one overload a backend."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
+import typing
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from flashmark.autograd import autocast_is_on
+from flashmark.autograd import autocast_is_on, boundary, boundary_arguments, needs_gradient
+from flashmark.flops import FORMULAS, register_if_counting
+from flashmark.masks.block_mask import BlockMask, pack_mask, unpack_mask
 
 _LIBRARY = torch.library.Library("flashmark", "FRAGMENT")
+_TYPES = {
+    Tensor: ("Tensor {}",),
+    Tensor | None: ("Tensor? {}",),
+    int: ("SymInt {}",),
+    float: ("float {}",),
+    bool: ("bool {}",),
+    str: ("str {}",),
+    BlockMask: ("Tensor[] {}", "SymInt[] {}_layout", "str {}_kind"),
+}
+_load = functools.cache(importlib.import_module)
+
+
+def schema_of(call: type) -> str:
+    """Arguments of a schema, from the fields of a dataclass."""
+    types = typing.get_type_hints(call)
+    names = (field.name for field in dataclasses.fields(call))
+    return ", ".join(part.format(name) for name in names for part in _TYPES[types[name]])
+
+
+class Operator:
+    """`flashmark::<name>_forward` and `flashmark::<name>_backward`, an overload for each backend.
+
+    Args:
+        name: of the operator, such as "block_sparse".
+        call: a dataclass that holds all checked arguments; its fields make the schema.
+        saved: NamedTuple of the forward's outputs, all tensors.
+        grads: NamedTuple of gradients; `dkey` is that of the field `key`.
+        backends: module of each backend, with `forward(call) -> saved` and `backward(call, saved,
+            *gradients of the outputs) -> grads`; None for one in C++, which registers itself under
+            the CPU key.
+        forward_fake: the outputs of a call, without values.
+        kept: outputs that a backward reads; the others are None in its `saved`.
+        constants: outputs without a gradient, the last ones.
+        forward_flops, backward_flops: formulas, of a call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: type,
+        saved: type,
+        grads: type,
+        backends: dict[str, str | None],
+        *,
+        forward_fake: Callable[[Any], Any],
+        kept: tuple[str, ...] | None = None,
+        constants: tuple[str, ...] = (),
+        forward_flops: Callable[[Any], int] | None = None,
+        backward_flops: Callable[[Any], int] | None = None,
+    ):
+        self.name, self.call, self.saved, self.grads = name, call, saved, grads
+        self.outputs: tuple[str, ...] = saved._fields  # type: ignore[attr-defined]
+        self.kept = self.outputs if kept is None else kept
+        self.differentiable = self.outputs[: len(self.outputs) - len(constants)]
+        fields = self._fields = [field.name for field in dataclasses.fields(call)]
+        masks = [n for n, x in enumerate(fields) if typing.get_type_hints(call)[x] is BlockMask]
+        self.mask_at = masks[0] if masks else None
+        wanted = [fields.index(x[1:]) for x in grads._fields]  # type: ignore[attr-defined]
+        #: places among the flat arguments that have a gradient
+        self.gradient_at = [n + 2 if masks and n > masks[0] else n for n in wanted]
+        self.forward: dict[str, Any] = {}
+        self.backward: dict[str, Any] = {}
+        self._forward_fake = forward_fake
+        self._define(backends)
+        self._boundary = boundary(self)
+        if forward_flops is not None:
+            FORMULAS[f"{name}_forward"] = lambda *flat, **_: forward_flops(self.unflatten(flat))
+        if backward_flops is not None:
+            skip = len(self.differentiable) + len(self.kept)
+            FORMULAS[f"{name}_backward"] = lambda *flat, **_: backward_flops(
+                self.unflatten(flat[skip:])
+            )
+
+    def flatten(self, call) -> tuple:
+        """Arguments of the overloads."""
+        flat, at = tuple([getattr(call, name) for name in self._fields]), self.mask_at
+        return flat if at is None else (*flat[:at], *pack_mask(flat[at]), *flat[at + 1 :])
+
+    def unflatten(self, flat):
+        """The call that was flattened."""
+        at = self.mask_at
+        if at is None:
+            return self.call(*flat)
+        return self.call(*flat[:at], unpack_mask(*flat[at : at + 3]), *flat[at + 3 :])
+
+    def run(self, call, backend: str):
+        """Outputs of a call, differentiable where an argument needs a gradient."""
+        flat = self.flatten(call)
+        if not torch.compiler.is_compiling():
+            register_if_counting()
+        if needs_gradient(flat, self.gradient_at):
+            given = boundary_arguments(flat, self.mask_at, self.gradient_at)
+            return self.saved(*self._boundary.apply(backend, *given))
+        return self.saved(*self.forward[backend](*flat))
+
+    def _define(self, backends: dict[str, str | None]) -> None:
+        arguments = schema_of(self.call)
+        results = ", ".join(f"Tensor {x}" for x in self.outputs)
+        first, *rest = self.differentiable
+        incoming = [f"Tensor d{first}", *(f"Tensor? d{x}" for x in rest)]
+        incoming += [f"Tensor {x}" for x in self.kept]
+        grads = ", ".join(f"Tensor {x}" for x in self.grads._fields)  # type: ignore[attr-defined]
+        for backend, module in backends.items():
+            self.forward[backend] = _overload(
+                f"{self.name}_forward.{backend}({arguments}) -> ({results})",
+                module and functools.partial(self._run_forward, module),
+                self._fake_forward,
+            )
+            self.backward[backend] = _overload(
+                f"{self.name}_backward.{backend}({', '.join(incoming)}, {arguments}) -> ({grads})",
+                module and functools.partial(self._run_backward, module),
+                self._fake_backward,
+            )
+
+    def _run_forward(self, module: str, *flat):
+        call = self.unflatten(flat)
+        device = flat[0].device.type
+        if not autocast_is_on(device):
+            return tuple(_load(module).forward(call))
+        with torch.autocast(device, enabled=False):  # dtypes are chosen already
+            return tuple(_load(module).forward(call))
+
+    def _fake_forward(self, *flat):
+        return tuple(self._forward_fake(self.unflatten(flat)))
+
+    def _run_backward(self, module: str, *flat):
+        douts, saved, call = self._split(flat)
+        device = flat[0].device.type
+        if not autocast_is_on(device):
+            grads = _load(module).backward(call, saved, *douts)
+        else:
+            with torch.autocast(device, enabled=False):
+                grads = _load(module).backward(call, saved, *douts)
+        return tuple(flat[0].new_empty(0) if x is None else x.contiguous() for x in grads)
+
+    def _fake_backward(self, *flat):
+        call = flat[len(self.differentiable) + len(self.kept) :]
+        like = [call[place] for place in self.gradient_at]
+        return tuple(flat[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+
+    def _split(self, flat):
+        """Gradients of the outputs, saved outputs, and the call, of a backward's arguments."""
+        outs, kept = len(self.differentiable), len(self.kept)
+        saved = dict.fromkeys(self.outputs)
+        saved.update(zip(self.kept, flat[outs : outs + kept], strict=True))
+        return flat[:outs], self.saved(**saved), self.unflatten(flat[outs + kept :])
+
+
+def _overload(schema: str, implementation: Callable | None, fake: Callable):
+    """Define an overload, and return it. Without an implementation a C++ library brings it."""
+    name, overload = schema.split("(", 1)[0].split(".")
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if implementation is not None:
+        _LIBRARY.impl(f"{name}.{overload}", implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashmark::{name}.{overload}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops.flashmark, name), overload)
 
 
 def _without_autocast(implementation: Callable) -> Callable:

@@ -13,19 +13,6 @@ if TYPE_CHECKING:
 Landmarks = Tensor | tuple[Tensor, Tensor]
 
 
-class BlockSparseOptions(TypedDict, total=False):
-    query_offset: int | Tensor | None
-    kv_lengths: Tensor | None
-    bias: Tensor | None
-    scale: float | None
-    softcap: float | None
-    sinks: Tensor | None
-    dropout_p: float
-    dropout_seed: int | Tensor | None
-    deterministic: bool | None
-    backend: str
-
-
 class NystromOptions(TypedDict, total=False):
     core: Tensor | None
     is_causal: bool

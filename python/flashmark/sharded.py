@@ -19,12 +19,17 @@ def over_shards(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args, **kwargs):
         if is_sharded(*args, *kwargs.values()):
-            from flashmark.distributed.dtensor import call_on_shards
-
             return call_on_shards(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     return cast(Function, call)
+
+
+def call_on_shards(function: Callable[..., Any], *args, **kwargs) -> Any:
+    """`flashmark.distributed.dtensor.call_on_shards`, imported where there are DTensors alone."""
+    from flashmark.distributed import dtensor
+
+    return dtensor.call_on_shards(function, *args, **kwargs)
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -39,7 +44,10 @@ def local_part(x: Tensor) -> Tensor:
 def is_sharded(*arguments) -> bool:
     """Is there a DTensor among the arguments?"""
     for x in arguments:
-        if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter:
+        kind = type(x)
+        if kind is Tensor or x is None or kind is Parameter:  # most, and quickly told
+            continue
+        if isinstance(x, Tensor):
             module = sys.modules.get("torch.distributed.tensor")
             if module is not None and isinstance(x, module.DTensor):
                 return True

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from flashmark import cpu, masks, reference
+from flashmark.block_sparse.call import Call, Grads, Saved
+from flashmark.block_sparse.operator import OPERATOR
+from flashmark.masks.block_mask import plain_mask
 from tests import helpers
 
 if not cpu.available():
     pytest.skip(cpu.why_not(), allow_module_level=True)
-
-from flashmark.block_sparse import cpu as block_sparse  # noqa: E402
 
 FORWARD, GRADIENT = 1e-5, 5e-5  # relative, float32
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -31,6 +32,14 @@ def lengths(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def forward(call: Call) -> Saved:
+    return Saved(*OPERATOR.forward["cpu"](*OPERATOR.flatten(call)))
+
+
+def backward(call: Call, saved: Saved, dout: torch.Tensor, dlse: torch.Tensor | None) -> Grads:
+    return Grads(*OPERATOR.backward["cpu"](dout, dlse, *saved, *OPERATOR.flatten(call)))
+
+
 class Case:
     """Inputs of one call, and what it gives by the kernels and by the definition."""
 
@@ -44,24 +53,16 @@ class Case:
         self.dout = helpers.randn(*shape, dtype=query.dtype, seed=50)
         self.dlse = helpers.randn(*shape[:3], seed=51)
 
-    def _arguments(self):
-        o, t = self.options, self.tensors
-        dim = t["query"].shape[3]
-        return (
-            self.mask, t.get("bias"), t.get("sinks"), o.get("query_offset"), o.get("kv_lengths"),
-            o.get("dropout_seed"), o.get("scale", dim**-0.5), o.get("softcap", 0.0),
-            o.get("dropout_p", 0.0),
-        )  # fmt: skip
-
     def run(self) -> dict[str, torch.Tensor]:
-        qkv = tuple(self.tensors[name] for name in NAMES[:3])
-        out, lse = block_sparse.forward(*qkv, *self._arguments())
-        grads = block_sparse.backward(
-            self.dout, self.dlse, *qkv, out, lse, *self._arguments(), True
-        )
-        named = {f"d {name}": g for name, g in zip(NAMES, grads, strict=True) if g is not None}
-        assert {f"d {name}" for name in self.tensors} == set(named)
-        return {"out": out, "lse": lse, **named}
+        options = {"scale": self.tensors["query"].shape[3] ** -0.5} | self.options
+        call = Call(**self.tensors, mask=self.mask, **options)
+        saved = forward(call)
+        grads = backward(call, saved, self.dout, self.dlse)
+        given = {name: g for name, g in zip(NAMES, grads, strict=True) if name in self.tensors}
+        absent = [g for name, g in zip(NAMES, grads, strict=True) if name not in self.tensors]
+        assert all(g.numel() == 0 for g in absent)
+        named = {f"d {name}": g for name, g in given.items()}
+        return {"out": saved.out, "lse": saved.lse, **named}
 
     def define(self, dtype=torch.float64) -> dict[str, torch.Tensor]:
         leaves = {n: t.to(dtype).requires_grad_() for n, t in self.tensors.items()}
@@ -284,18 +285,24 @@ def test_empty_tensors(batch, q_len, kv_len):
     query, key, value = query[:, :, :q_len], key[:, :, :kv_len], value[:, :, :kv_len]
     compiled = masks.compile_mask(
         mask, max(batch, 1), 2, q_len, kv_len, device="cpu", block_size=64
-    ) if min(q_len, kv_len) else plain(q_len, kv_len)  # fmt: skip
-    rest = (compiled, None, None, None, None, None, 1.0, 0.0, 0.0)
-    out, lse = block_sparse.forward(query, key, value, *rest)
-    grads = block_sparse.backward(out, None, query, key, value, out, lse, *rest, True)
-    assert out.shape == query.shape and not out.any()
-    assert (lse == float("-inf")).all() if kv_len == 0 else lse.numel() == 0
+    ) if min(q_len, kv_len) else plain_mask("dense", q_len, kv_len)  # fmt: skip
+    call = Call(query, key, value, compiled, 1.0)
+    saved = forward(call)
+    grads = backward(call, saved, saved.out, None)
+    assert saved.out.shape == query.shape and not saved.out.any()
+    assert (saved.lse == float("-inf")).all() if kv_len == 0 else saved.lse.numel() == 0
     for grad, tensor in zip(grads, (query, key, value), strict=False):
         assert grad.shape == tensor.shape and not grad.any()
 
 
-def plain(q_len: int, kv_len: int) -> masks.BlockMask:
-    return masks.BlockMask(None, None, None, None, q_len, kv_len, 128, 128, 1, 1, "dense")
+def test_sinks_of_a_call_without_keys_have_the_gradient_of_lse():
+    query, key = torch.randn(2, 2, 3, 8), torch.empty(2, 2, 0, 8)
+    sinks, dlse = torch.tensor([0.5, -1.0]), torch.randn(2, 2, 3)
+    call = Call(query, key, key, plain_mask("dense", 3, 0), 1.0, sinks=sinks)
+    saved = forward(call)
+    helpers.assert_identical(saved.lse, sinks[:, None].expand(2, 2, 3), "lse")
+    grads = backward(call, saved, torch.randn_like(query), dlse)
+    helpers.assert_close(grads.dsinks, dlse.sum((0, 2)), 1e-6, "d sinks")
 
 
 PROGRAM = """
@@ -303,16 +310,15 @@ import sys, torch
 from flashmark import cpu
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 2, 90, 24).to(getattr(torch, sys.argv[1])) for _ in range(3))
-from flashmark import masks, reference
-from flashmark.block_sparse import cpu as block_sparse
+from flashmark import masks, reference, block_sparse_attention
 assert torch.backends.cpu.get_cpu_capability() == "AVX2", "capability"
 mask = masks.compile_mask(masks.sliding_window(20, 0), 1, 2, 90, 90, device="cpu", block_size=32)
-rest = (mask, None, None, None, None, None, 0.2, 0.0, 0.0)
-out, lse = block_sparse.forward(q, k, v, *rest)
-grads = block_sparse.backward(out, lse, q, k, v, out, lse, *rest, True)
-leaves = [t.double().requires_grad_() for t in (q, k, v)]
+inputs = [t.requires_grad_() for t in (q, k, v)]
+out, lse = block_sparse_attention(*inputs, mask, scale=0.2, return_lse=True, backend="cpu")
+grads = torch.autograd.grad((out, lse), inputs, (out.detach(), lse.detach()))
+leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
 expected = reference.block_sparse_attention(*leaves, mask=mask, scale=0.2, return_lse=True)
-wanted = torch.autograd.grad(expected, leaves, (out.double(), lse.double()))
+wanted = torch.autograd.grad(expected, leaves, (out.double().detach(), lse.double().detach()))
 for a, e in zip((out, lse, *grads), (*expected, *wanted)):
     print(((a - e).abs().max() / e.abs().max()).item())
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,7 +75,11 @@ BAD = {
     "scale-inf": ({"scale": float("inf")}, ValueError, "scale.*inf"),
     "scale-string": ({"scale": "1"}, TypeError, "scale.*str"),
     "scale-tensor": ({"scale": tensor(2)}, TypeError, "scale.*Tensor"),
-    "softcap-0": ({"softcap": 0.0}, ValueError, "softcap.*0"),
+    "nested-key": (
+        {"key": torch.nested.nested_tensor([tensor(2, 8, 16)] * 2)},
+        TypeError,
+        "key.*nested",
+    ),
     "softcap-negative": ({"softcap": -3.0}, ValueError, "softcap.*-3"),
     "softcap-nan": ({"softcap": float("nan")}, ValueError, "softcap.*nan"),
     "dropout-1": ({"dropout_p": 1.0}, ValueError, "dropout_p.*1"),
@@ -211,3 +217,27 @@ def test_the_reference_backend_checks_its_arguments_too(name):
     changes, error, match = BAD[name]
     with pytest.raises(error, match=match):
         call(**changes | {"backend": "reference"})
+
+
+def test_jit_trace_is_refused_in_a_sentence():
+    with pytest.raises(NotImplementedError, match="torch.jit.trace.*torch.export"):
+        torch.jit.trace(lambda x: flashmark.block_sparse_attention(x, x, x), tensor(1, 2, 8, 16))
+
+
+INTERPRETED = """
+import torch, flashmark
+x = torch.zeros(1, 1, 16, 16, dtype=torch.bfloat16)
+try:
+    flashmark.block_sparse_attention(x, x, x, backend="triton")
+except flashmark.BackendUnavailable as error:
+    print(error)
+"""
+
+
+def test_the_interpreter_refuses_bfloat16():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert "TRITON_INTERPRET=1" in done.stdout and "bfloat16" in done.stdout, done.stderr

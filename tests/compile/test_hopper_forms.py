@@ -17,6 +17,7 @@ import triton
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect
 from flashmark import masks
+from flashmark.block_sparse.call import Call
 from flashmark.kernels.block_sparse import configs, forward
 
 FORMS = ("descriptors", "gluon")
@@ -57,7 +58,7 @@ class Launch:
         shape = (1, 1, LENGTH, LENGTH)
         mask = masks.compile_mask(KINDS[self.kind], *shape, device="cpu", block_size=self.block)
         with configs.using(forward=self.config):
-            forward(query, key, value, mask, None, sinks, None, None, None, 0.125, 0.0, 0.0)
+            forward(Call(query, key, value, mask, 0.125, sinks=sinks))
 
 
 LAUNCHES = [

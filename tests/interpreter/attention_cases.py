@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from flashmark import masks, reference
+from flashmark.block_sparse.call import Call as SparseCall
+from flashmark.block_sparse.call import Saved
 from flashmark.kernels import block_sparse
 from tests.helpers import poisoned, relative_error
 
@@ -89,19 +91,20 @@ class Call:
         shape = (case.batch, case.heads, rows, kv_len)
         self.mask = masks.compile_mask(case.mask, *shape, device=device, block_size=case.block)
 
-    def forward(self, module=block_sparse) -> tuple[Tensor, Tensor]:
-        return module.forward(
-            self.query, self.key, self.value, self.mask, self.bias, self.sinks, self.offset,
-            self.lengths, self.seed, self.scale, self.case.softcap, self.case.dropout_p,
+    def checked(self, deterministic: bool = True) -> SparseCall:
+        return SparseCall(
+            self.query, self.key, self.value, self.mask, self.scale, self.bias, self.sinks,
+            self.offset, self.lengths, self.seed, self.case.softcap, self.case.dropout_p,
+            deterministic,
         )  # fmt: skip
+
+    def forward(self, module=block_sparse) -> tuple[Tensor, Tensor]:
+        return module.forward(self.checked())[:2]
 
     def backward(self, out: Tensor, lse: Tensor, deterministic: bool, module=block_sparse):
         """{"d query": ..., ...}, without what has no gradient."""
-        grads = module.backward(
-            self.dout, self.dlse, self.query, self.key, self.value, out, lse, self.mask,
-            self.bias, self.sinks, self.offset, self.lengths, self.seed, self.scale,
-            self.case.softcap, self.case.dropout_p, deterministic,
-        )  # fmt: skip
+        saved = Saved(out, lse, lse.new_zeros(0 if self.bias is None else lse.shape))
+        grads = module.backward(self.checked(deterministic), saved, self.dout, self.dlse)
         names = ("query", "key", "value", "bias", "sinks")
         return {f"d {n}": g for n, g in zip(names, grads, strict=True) if g is not None}
 

@@ -10,8 +10,13 @@ from __future__ import annotations
 import inspect
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from flashmark import dispatch
+
+dispatch.INTERPRETED.add(torch.bfloat16)
 
 Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
 

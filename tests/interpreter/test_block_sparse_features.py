@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashmark import masks, reference
+from flashmark.block_sparse.call import Call as SparseCall
 from flashmark.kernels.block_sparse import forward
 from tests.helpers import assert_identical
 from tests.interpreter.attention_cases import Call, Case, check
@@ -148,7 +149,8 @@ def test_dropout_keeps_what_the_definition_says(device):
     for seed in (0, 7, -1, 2**62 + 12345):
         seeds = torch.tensor([seed], device=device)
         mask = masks.compile_mask(WINDOW, 1, 2, q_len, q_len, device=device, block_size=32)
-        out, _ = forward(query, query, value, mask, None, None, None, None, seeds, 1.0, 0.0, p)
+        call = SparseCall(query, query, value, mask, 1.0, dropout_seed=seeds, dropout_p=p)
+        out = forward(call).out
         keep = reference.dropout_keep(seed, p, 1, 2, q_len, q_len, device)
         assert torch.equal(out > 0, keep & mask.to_dense())
 
@@ -185,9 +187,9 @@ def test_more_query_tiles_than_65535(device):
     query = torch.zeros(1, 1, 1, 1, device=device).expand(1, 1, q_len, 1)
     value = torch.tensor([1.0, 2.0, 6.0], device=device).view(1, 1, 3, 1)
     mask = masks.compile_mask(None, 1, 1, q_len, 3, device=device)
-    arguments = (query, value, value, mask, *[None] * 5, 1.0, 0.0, 0.0)
+    call = SparseCall(query, value, value, mask, 1.0)
     if device.type == "cuda":
-        out, _ = forward(*arguments)
+        out = forward(call).out
         assert ((out - 3.0).abs() < 1e-5).all()
         return
     grids = []
@@ -199,7 +201,7 @@ def test_more_query_tiles_than_65535(device):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "forward_kernel", Recorder())
-        forward(*arguments)
+        forward(call)
     assert grids == [(tiles,)]
 
 

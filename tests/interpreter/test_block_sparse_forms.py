@@ -219,7 +219,7 @@ def test_what_a_form_cannot_do_is_refused(form, name, device):
 def test_the_question_and_the_message_are_one(device, monkeypatch):
     call = Call(PLAIN, device)
     tensors = (call.query, call.key, call.value)
-    described = describe(*tensors, call.mask, *[None] * 5, call.scale, 0.0, 0.0)
+    described = describe(call.checked())
     assert forms.can_use_form("pointers", *tensors, described)
     monkeypatch.setattr(configs, "device_arch", lambda device: 80)
     assert not forms.can_use_form("gluon", *tensors, described)

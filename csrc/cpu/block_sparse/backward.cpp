@@ -79,6 +79,7 @@ void sum_dquery(const QueryTiles<T, C, W>& tiles) {
 template <typename T, typename C, int64_t W>
 void sum_dsinks(const QueryTiles<T, C, W>& tiles) {
   const Problem& p = tiles.p;
+  const float unit = needs_logits(p) ? LOG2E : 1.f, sink_unit = needs_logits(p) ? 1.f : LOG2E;
   at::parallel_for(0, p.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; h++) {
       double sum = 0.0;
@@ -86,7 +87,8 @@ void sum_dsinks(const QueryTiles<T, C, W>& tiles) {
         for (int64_t tile = 0; tile < p.tiles(b); tile++) {
           const int64_t row = tiles.row(b, h, p.first_tile(b) + tile);
           for (int64_t i = row; i < row + W; i++)
-            sum += std::exp2(p.sinks[h] * LOG2E - tiles.x.lse2[i]) *
+            sum += std::exp2((p.sinks[h] * sink_unit - tiles.x.row_lse[i]) * unit -
+                             tiles.x.row_residual[i]) *
                    static_cast<double>(tiles.x.delta[i]);
         }
       }

@@ -1,10 +1,10 @@
-// What the backward needs of each tile of queries, made once: Q and dO as operands, lse in base 2,
-// Delta.
+// What the backward needs of each tile of queries, made once: Q and dO as operands, lse, Delta.
 #pragma once
 #include <utility>
 #include <vector>
 
 #include "block_sparse/kernels.h"
+#include "block_sparse/logits.h"
 #include "shared/pack.h"
 
 namespace flashmark {
@@ -111,14 +111,17 @@ void prepare_tile(const QueryTiles<T, C, W>& tiles, int64_t b, int64_t h, int64_
                      tiles.dout_rows(i), scratch);
   const T* out = static_cast<const T*>(x.out) + b * x.out_strides.batch + h * x.out_strides.head;
   const int64_t row0 = (b * p.heads + h) * p.q_len + columns.query0;
-  float *lse2 = x.lse2 + tiles.row(b, h, tile), *delta = x.delta + tiles.row(b, h, tile);
+  const int64_t to = tiles.row(b, h, tile);
+  float *lse = x.row_lse + to, *residual = x.row_residual + to, *delta = x.delta + to;
+  const float unit = needs_logits(p) ? 1.f : LOG2E;
   for (int64_t c = 0; c < W; c++) {
     // A column without a query, or whose query sees nothing, weighs 2^(x - inf) = 0.
-    lse2[c] = std::numeric_limits<float>::infinity();
-    delta[c] = 0.f;
+    lse[c] = std::numeric_limits<float>::infinity();
+    residual[c] = delta[c] = 0.f;
     if (c < columns.lo || c >= columns.hi || x.lse[row0 + c] == NEG_INF) continue;
     const int64_t q = columns.query0 + c;
-    lse2[c] = x.lse[row0 + c] * LOG2E;
+    lse[c] = x.lse[row0 + c] * unit;
+    if (x.residual) residual[c] = x.residual[row0 + c] * LOG2E;
     delta[c] =
         row_dot(dout + q * x.dout_strides.row, out + q * x.out_strides.row, p.v_dim, floats) -
         (x.dlse ? x.dlse[row0 + c] : 0.f);

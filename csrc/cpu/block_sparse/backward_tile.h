@@ -139,12 +139,14 @@ class KeyTile {
   // P^T and dS^T of n keys, from S^T and dP^T; general: dropout, and left in float32.
   template <bool GENERAL>
   void weigh(int64_t tile, int64_t n, const KeyBits& bits) {
-    const Vec factor(logits ? 1.f : p.scale * LOG2E), zero(0.f), keep_scale(p.keep_scale);
+    const Vec factor(p.scale * LOG2E), log2e(LOG2E), zero(0.f), keep_scale(p.keep_scale);
     const int64_t row = tiles.row(b, h, tile);
-    const float *lse2 = x.lse2 + row, *delta = x.delta + row;
+    const float *lse = x.row_lse + row, *residual = x.row_residual + row, *delta = x.delta + row;
     const auto element = [&](int64_t j, int64_t c, uint64_t seen, Vec& weight, Vec& slope) {
-      weight =
-          exp2_vec(at::vec::fmsub(Vec::loadu(scores + j * W + c), factor, Vec::loadu(lse2 + c)));
+      const Vec s = Vec::loadu(scores + j * W + c), low = Vec::loadu(residual + c);
+      const Vec top = Vec::loadu(lse + c);
+      weight = GENERAL && logits ? exp2_vec(at::vec::fmsub(s - top, log2e, low))
+                                 : exp2_vec(at::vec::fmsub(s, factor, top));
       Vec dp = Vec::loadu(slopes + j * W + c);
       Vec kept = weight;
       if (GENERAL && p.dropout) {

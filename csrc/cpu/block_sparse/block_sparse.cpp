@@ -1,12 +1,16 @@
 // The operators' bodies: allocate, choose the types, call the kernels.
-#include "block_sparse/block_sparse.h"
-
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
 
 #include "block_sparse/kernels.h"
-#include "shared/pack.h"
 #include "block_sparse/segments.h"
+#include "shared/arguments.h"
+#include "shared/pack.h"
 
 namespace flashmark {
 namespace {
@@ -27,13 +31,31 @@ Tensor workspace(int64_t n) {
   return at::empty({n}, c10::CppTypeToScalarType<C>::value);
 }
 
-}  // namespace
+// No query, or no key: rows of zeros, whose denominator is a sink or nothing.
+std::tuple<Tensor, Tensor, Tensor> forward_of_nothing(const BlockSparseCall& a) {
+  const int64_t batch = a.query.size(0), heads = a.query.size(1), q_len = a.query.size(2);
+  const Tensor out = at::zeros({batch, heads, q_len, a.value.size(3)}, a.query.options());
+  const Tensor lse = at::full({batch, heads, q_len}, -INFINITY, at::kFloat);
+  if (a.sinks) lse.copy_(a.sinks->unsqueeze(1));
+  return {out, lse, a.bias ? at::zeros_like(lse) : at::empty({0}, at::kFloat)};
+}
 
-std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
+// Only the sinks reach such an lse.
+std::array<Tensor, 5> gradients_of_nothing(const BlockSparseCall& a, const OptionalTensor& dlse) {
+  Tensor dsinks;
+  if (a.sinks)
+    dsinks = dlse ? dlse->sum({0, 2}).to(a.sinks->scalar_type()) : at::zeros_like(*a.sinks);
+  return {at::zeros_like(a.query), at::zeros_like(a.key), at::zeros_like(a.value),
+          a.bias ? at::zeros_like(*a.bias) : Tensor(), dsinks};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const BlockSparseCall& a) {
+  if (a.query.numel() == 0 || a.key.numel() == 0) return forward_of_nothing(a);
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
   const Tensor out = at::empty({p.batch, p.heads, p.q_len, p.v_dim}, a.query.options());
   const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, at::kFloat);
+  const Tensor residual = a.bias ? at::empty_like(lse) : at::empty({0}, at::kFloat);
   with_types(a.query.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
@@ -44,13 +66,12 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
     const bool direct = std::is_same_v<T, C> && padded<C>(p.dim) == p.dim;
     const Tensor key_rows = workspace<C>(direct ? 0 : pairs * p.kv_len * padded<C>(p.dim));
     block_sparse_forward<T, C>(
-        p, {out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), value_t.mutable_data_ptr(),
+        p, {out.mutable_data_ptr(), lse.mutable_data_ptr<float>(),
+            a.bias ? residual.mutable_data_ptr<float>() : nullptr, value_t.mutable_data_ptr(),
             direct ? nullptr : key_rows.mutable_data_ptr()});
   });
-  return {out, lse};
+  return {out, lse, residual};
 }
-
-namespace {
 
 // Sums the leading dimension in order.
 Tensor sum_in_order(const Tensor& parts) {
@@ -98,13 +119,11 @@ Tensor rows_in_place(const Tensor& t, const Tensor& like) {
   return same.stride(3) == 1 || same.size(3) == 1 ? same : same.contiguous();
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArguments& a,
-                                                            const Tensor& dout_any,
-                                                            const OptionalTensor& dlse_any,
-                                                            const Tensor& out_any,
-                                                            const Tensor& lse_any) {
+std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout_any,
+                               const OptionalTensor& dlse_any, const Tensor& out_any,
+                               const Tensor& lse_any, const Tensor& residual_any) {
+  if (a.query.numel() == 0 || a.key.numel() == 0)
+    return gradients_of_nothing(a, dlse_any);
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
   TORCH_CHECK(dout_any.sizes() == at::IntArrayRef({p.batch, p.heads, p.q_len, p.v_dim}) &&
@@ -124,6 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArgum
   BackwardTensors x{};
   x.dout = dout.const_data_ptr(), x.out = out.const_data_ptr();
   x.dout_strides = strides_of(dout), x.out_strides = strides_of(out);
+  const Tensor residual = residual_any.contiguous();
+  x.residual = residual.numel() == lse.numel() ? residual.const_data_ptr<float>() : nullptr;
   x.lse = lse.const_data_ptr<float>(),
   x.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
   x.dquery = dquery.mutable_data_ptr(), x.dkey = dkey.mutable_data_ptr(),
@@ -152,18 +173,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const AttentionArgum
     const Tensor query_rows = workspace<C>(copies * p.dim),
                  dout_rows = workspace<C>(copies * p.v_dim);
     const int64_t all_rows = p.batch * p.heads * p.max_tiles() * p.tile_q;
-    const Tensor lse2 = workspace<float>(all_rows), delta = workspace<float>(all_rows);
+    const Tensor row_lse = workspace<float>(all_rows), row_residual = workspace<float>(all_rows),
+                 delta = workspace<float>(all_rows);
     const Tensor dquery_t = workspace<float>(x.segments * rows * p.dim);
     const Tensor touched = at::empty({x.segments * tiles}, at::kByte);
     x.query_t = query_t.mutable_data_ptr(), x.dout_t = dout_t.mutable_data_ptr();
     x.query_rows = query_rows.mutable_data_ptr(), x.dout_rows = dout_rows.mutable_data_ptr();
-    x.lse2 = lse2.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();
+    x.row_lse = row_lse.mutable_data_ptr<float>(),
+    x.row_residual = row_residual.mutable_data_ptr<float>(), x.delta = delta.mutable_data_ptr<float>();
     x.dquery_t = dquery_t.mutable_data_ptr<float>(),
     x.touched = touched.mutable_data_ptr<uint8_t>();
     block_sparse_backward<T, C>(p, x);
   });
   return {dquery, dkey, dvalue, dbias.result(),
           dsinks.defined() ? dsinks.to(a.sinks->scalar_type()) : dsinks};
+}
+
+// The operators, boxed: gradients of the outputs and outputs come before a call.
+const c10::DispatchKeySet AUTOCAST(c10::DispatchKey::AutocastCPU);  // dtypes are chosen already
+
+void block_sparse_forward_op(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(AUTOCAST);
+  const size_t count = op.schema().arguments().size();
+  Arguments arguments(*stack, count);
+  auto [out, lse, residual] = forward(BlockSparseCall(arguments));
+  torch::jit::drop(*stack, count);
+  torch::jit::push(*stack, std::move(out), std::move(lse), std::move(residual));
+}
+
+void block_sparse_backward_op(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(AUTOCAST);
+  const size_t count = op.schema().arguments().size();
+  Arguments arguments(*stack, count);
+  const Tensor& dout = arguments.tensor();
+  const OptionalTensor dlse = arguments.optional_tensor();
+  const Tensor &out = arguments.tensor(), &lse = arguments.tensor(),
+               &residual = arguments.tensor();
+  const BlockSparseCall call(arguments);
+  std::array<Tensor, 5> grads = backward(call, dout, dlse, out, lse, residual);
+  for (Tensor& grad : grads)
+    if (!grad.defined()) grad = at::empty({0}, call.query.options());
+  torch::jit::drop(*stack, count);
+  for (Tensor& grad : grads) torch::jit::push(*stack, std::move(grad));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flashmark, CPU, m) {
+  m.impl("block_sparse_forward.cpu",
+         torch::CppFunction::makeFromBoxedFunction<&block_sparse_forward_op>());
+  m.impl("block_sparse_backward.cpu",
+         torch::CppFunction::makeFromBoxedFunction<&block_sparse_backward_op>());
 }
 
 }  // namespace flashmark

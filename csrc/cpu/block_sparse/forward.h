@@ -22,6 +22,7 @@ class ForwardTile {
       : p(problem),
         to(outputs),
         logits(needs_logits(problem)),
+        units(problem),
         scores(CHUNK * W),
         bias(p.dense_bias ? CHUNK * W : 0),
         weights(PAIRED<C> || NARROW ? CHUNK * W : 0),
@@ -208,7 +209,7 @@ class ForwardTile {
 
   // Weights of the chunk against the running reference m; l and O^T follow when m moves.
   void softmax_step() {
-    const Vec factor(logits ? 1.f : p.scale * LOG2E);
+    const Vec factor(units.product), unit(units.to_base2);
     Vec top[NV], shift[NV];
     for (int64_t v = 0; v < NV; v++) top[v] = Vec(NEG_INF);
     for (int64_t j = 0; j < used; j++)
@@ -217,11 +218,11 @@ class ForwardTile {
     bool moved = false;
     for (int64_t v = 0; v < NV; v++) {
       const Vec grown = top[v] * factor;
-      const Vec moves = (grown - m[v]) > Vec(LAZY);
+      const Vec moves = (grown - m[v]) > Vec(units.lazy);
       const Vec next = Vec::blendv(m[v], grown, moves);
       shift[v] = Vec::blendv(next, Vec(0.f), next == Vec(NEG_INF));
       if (moves.zero_mask() != (1 << LANES) - 1) {
-        const Vec shrink = Vec::blendv(Vec(1.f), exp2_vec(m[v] - next), moves);
+        const Vec shrink = Vec::blendv(Vec(1.f), exp2_vec((m[v] - next) * unit), moves);
         l[v] = l[v] * shrink;
         shrink.store(alpha + v * LANES);
         moved = true;
@@ -231,10 +232,10 @@ class ForwardTile {
       m[v] = next;
     }
     if (moved && started) scale_output();
-    if (p.dropout) {
-      weigh<true>(factor, shift);
+    if (logits) {
+      p.dropout ? weigh<true, true>(unit, shift) : weigh<false, true>(unit, shift);
     } else {
-      weigh<false>(factor, shift);
+      p.dropout ? weigh<true, false>(factor, shift) : weigh<false, false>(factor, shift);
     }
   }
 
@@ -259,24 +260,25 @@ class ForwardTile {
     }
   }
 
-  template <bool DROPOUT>
+  template <bool DROPOUT, bool NATURAL>
   Vec weight(int64_t j, int64_t v, Vec factor, const Vec* shift) {
-    const Vec w =
-        exp2_vec(at::vec::fmsub(Vec::loadu(scores + j * W + v * LANES), factor, shift[v]));
+    const Vec s = Vec::loadu(scores + j * W + v * LANES);
+    const Vec w = exp2_vec(NATURAL ? (s - shift[v]) * factor
+                                   : at::vec::fmsub(s, factor, shift[v]));
     l[v] = l[v] + w;
     if constexpr (DROPOUT) return select_bits(keep[j], v * LANES, w, Vec(0.f));
     return w;
   }
 
-  template <bool DROPOUT>
+  template <bool DROPOUT, bool NATURAL>
   void weigh(Vec factor, const Vec* shift) {
     if constexpr (PAIRED<C>) {
 #if defined(CPU_CAPABILITY_AVX512)
       for (int64_t j = 0; j < used; j += 2) {
         for (int64_t v = 0; v < NV; v++) {
-          const __m512i even = round_bfloat16(weight<DROPOUT>(j, v, factor, shift));
+          const __m512i even = round_bfloat16(weight<DROPOUT, NATURAL>(j, v, factor, shift));
           const __m512i odd = j + 1 < used
-                                  ? round_bfloat16(weight<DROPOUT>(j + 1, v, factor, shift))
+                                  ? round_bfloat16(weight<DROPOUT, NATURAL>(j + 1, v, factor, shift))
                                   : _mm512_setzero_si512();
           store_pairs(weights + j * W + v * LANES * 2, even, odd);
         }
@@ -285,19 +287,19 @@ class ForwardTile {
     } else {
       for (int64_t j = 0; j < used; j++)
         for (int64_t v = 0; v < NV; v++)
-          weight<DROPOUT>(j, v, factor, shift).store(scores + j * W + v * LANES);
+          weight<DROPOUT, NATURAL>(j, v, factor, shift).store(scores + j * W + v * LANES);
     }
   }
 
   // Adds a part's sums; columns that see none of its keys keep their bits.
   void merge(const float* part) {
-    const Vec zero(0.f), none(NEG_INF);
+    const Vec zero(0.f), none(NEG_INF), unit(units.to_base2);
     float own[W];
     bool empty = true;
     for (int64_t v = 0; v < NV; v++) {
       const Vec top = Vec::loadu(part + v * LANES), next = max_vec(m[v], top);
-      const Vec old = Vec::blendv(exp2_vec(m[v] - next), Vec(1.f), m[v] == next);
-      const Vec add = Vec::blendv(exp2_vec(top - next), Vec(1.f), top == next);
+      const Vec old = Vec::blendv(exp2_vec((m[v] - next) * unit), Vec(1.f), m[v] == next);
+      const Vec add = Vec::blendv(exp2_vec((top - next) * unit), Vec(1.f), top == next);
       const Vec share = Vec::blendv(add, zero, top == none);
       l[v] = l[v] * old + Vec::loadu(part + W + v * LANES) * share;
       m[v] = next;
@@ -321,13 +323,13 @@ class ForwardTile {
   void finish() {
     float top[W], sum[W];
     for (int64_t v = 0; v < NV; v++) m[v].store(top + v * LANES), l[v].store(sum + v * LANES);
-    float* lse = to.lse + (b * p.heads + h) * p.q_len + columns.query0;
+    const int64_t row0 = (b * p.heads + h) * p.q_len + columns.query0;
     for (int64_t c = 0; c < W; c++) {
       const RowEnd end = end_row(p, h, top[c], sum[c]);
       alpha[c] = end.factor;
-      if (c >= columns.lo && c < columns.hi) lse[c] = end.lse;
+      if (c >= columns.lo && c < columns.hi) to.store(row0 + c, end.lse, end.residual);
     }
-    T* out = static_cast<T*>(to.out) + ((b * p.heads + h) * p.q_len + columns.query0) * p.v_dim;
+    T* out = static_cast<T*>(to.out) + row0 * p.v_dim;
     if (!started) {
       std::fill(out + columns.lo * p.v_dim, out + columns.hi * p.v_dim, T(0.f));
       return;
@@ -345,6 +347,7 @@ class ForwardTile {
   const Problem& p;
   const ForwardOutputs& to;
   const bool logits;
+  const Units units;
   bool direct_key, started = false;
   int64_t b = 0, h = 0, tile = 0, kv_head = 0, used = 0;
   TileColumns columns{};

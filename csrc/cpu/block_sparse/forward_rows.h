@@ -26,6 +26,7 @@ class ForwardRows {
       : p(problem),
         to(outputs),
         logits(needs_logits(problem)),
+        units(problem),
         dim(whole_vectors(p.dim)),
         v_dim(whole_vectors(p.v_dim)),
         heads(heads_together(p)),
@@ -145,8 +146,7 @@ class ForwardRows {
   // As make_logits, for one query.
   void make_row_logits(int64_t r, int64_t first, int64_t n) {
     const int64_t c = column(r), own = head(r);
-    const Vec scale(p.scale * LOG2E), inner(p.softcap > 0.f ? p.scale / p.softcap : 0.f),
-        outer(p.softcap * LOG2E);
+    const Vec scale(p.scale), inner(p.softcap > 0.f ? p.scale / p.softcap : 0.f), outer(p.softcap);
     float* s = scores + r * CHUNK;
     for (int64_t j = 0; j < n; j += LANES) {
       const Vec x = Vec::loadu(s + j);
@@ -161,14 +161,14 @@ class ForwardRows {
       const int64_t* stride = p.dense_strides;
       const float* bias = p.dense_bias + b * stride[0] + own * stride[1] +
                           (columns.query0 + c) * stride[2] + first * stride[3];
-      for (int64_t j = 0; j < n; j++) s[j] += bias[j * stride[3]] * LOG2E;
+      for (int64_t j = 0; j < n; j++) s[j] += bias[j * stride[3]];
     }
   }
 
   // Weights of row r against its running reference m; l and O follow when m moves.
   void softmax_row(int64_t r, int64_t n, const KeyBits& bits) {
     const int64_t c = column(r), whole = whole_vectors(n);
-    const float factor = logits ? 1.f : p.scale * LOG2E;
+    const float factor = units.product, unit = units.to_base2;
     float* s = scores + r * CHUNK;
     if (bits.masked())
       for (int64_t j = 0; j < n; j++)
@@ -177,8 +177,8 @@ class ForwardRows {
     Vec top(NEG_INF);
     for (int64_t j = 0; j < whole; j += LANES) top = max_vec(top, Vec::loadu(s + j));
     const float grown = factor * at::vec::vec_reduce_all<float>(max_vec, top);
-    if (grown - m[r] > LAZY) {
-      const float shrink = std::exp2(m[r] - grown);
+    if (grown - m[r] > units.lazy) {
+      const float shrink = std::exp2((m[r] - grown) * unit);
       l[r] *= shrink;
       scale_row(r, shrink);
       m[r] = grown;
@@ -186,7 +186,9 @@ class ForwardRows {
     const Vec shift(m[r] == NEG_INF ? 0.f : m[r]);
     Vec sum(0.f);
     for (int64_t j = 0; j < whole; j += LANES) {
-      const Vec w = exp2_vec(at::vec::fmsub(Vec::loadu(s + j), Vec(factor), shift));
+      const Vec x = Vec::loadu(s + j);
+      const Vec w =
+          exp2_vec(logits ? (x - shift) * Vec(unit) : at::vec::fmsub(x, Vec(factor), shift));
       sum = sum + w;
       w.store(s + j);
     }
@@ -232,9 +234,9 @@ class ForwardRows {
     for (int64_t r = 0; r < rows; r++) {
       const float top = part[r], next = std::max(m[r], top);
       if (top == NEG_INF) continue;
-      const float share = top == next ? 1.f : std::exp2(top - next);
+      const float share = top == next ? 1.f : std::exp2((top - next) * units.to_base2);
       if (m[r] != next) {
-        const float shrink = std::exp2(m[r] - next);
+        const float shrink = std::exp2((m[r] - next) * units.to_base2);
         l[r] *= shrink;
         scale_row(r, shrink);
       }
@@ -250,7 +252,7 @@ class ForwardRows {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = (b * p.heads + head(r)) * p.q_len + columns.query0 + column(r);
       const RowEnd end = end_row(p, head(r), m[r], l[r]);
-      to.lse[row] = end.lse;
+      to.store(row, end.lse, end.residual);
       scale_row(r, end.factor);
       convert_row(acc + r * v_dim, static_cast<T*>(to.out) + row * p.v_dim, p.v_dim);
     }
@@ -259,6 +261,7 @@ class ForwardRows {
   const Problem& p;
   const ForwardOutputs& to;
   const bool logits;
+  const Units units;
   const int64_t dim, v_dim;  // padded to whole vectors
   const int64_t heads;       // taken together, from h on
   int64_t b = 0, h = 0, tile = 0, width = 0, rows = 0;

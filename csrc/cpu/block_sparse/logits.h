@@ -1,12 +1,14 @@
-// From raw products to logits in base 2: scale, softcap, bias. Tiles are transposed: row j is a
-// key, column c a query.
+// From raw products to logits: scale, softcap, bias, in that order and each rounded to float32, so
+// that a bias of any size means what it means in PyTorch. Tiles are transposed: row j is a key,
+// column c a query.
 #pragma once
 #include "shared/pack.h"
 #include "shared/problem.h"
 
 namespace flashmark {
 
-// True where logits are more than a positive multiple of the products.
+// True where logits are more than a positive multiple of the products. They are formed then, and
+// a tile's running maxima are natural logits; else both are products in base 2.
 inline bool needs_logits(const Problem& p) {
   return p.softcap > 0.f || p.relative_bias || p.dense_bias || !(p.scale > 0.f);
 }
@@ -14,21 +16,37 @@ inline bool needs_logits(const Problem& p) {
 // The reference of an online softmax follows the maximum only when that grew by 2^LAZY.
 constexpr float LAZY = 8.f;
 
-struct RowEnd {
-  float factor, lse;  // of the row's sum of values; natural log
+// How maxima and sums of a row are counted.
+struct Units {
+  float to_base2;  // of a difference of maxima
+  float product;   // a product, as it is compared with a maximum
+  float lazy;
+  explicit Units(const Problem& p)
+      : to_base2(needs_logits(p) ? LOG2E : 1.f),
+        product(needs_logits(p) ? 1.f : p.scale * LOG2E),
+        lazy(needs_logits(p) ? LAZY * LN2 : LAZY) {}
 };
 
-// From a row's reference and sum of weights, both in base 2.
+struct RowEnd {
+  float factor;         // of the row's sum of values
+  float lse, residual;  // natural log, and what float32 left of it
+};
+
+// From a row's reference and sum of weights.
 inline RowEnd end_row(const Problem& p, int64_t h, float top, float sum) {
+  const bool natural = needs_logits(p);
+  const float unit = natural ? LOG2E : 1.f;
   float reference = top, total = sum, factor = 1.f;
   if (p.sinks) {  // one more logit, in the denominator only
-    const float sink = p.sinks[h] * LOG2E;
+    const float sink = natural ? p.sinks[h] : p.sinks[h] * LOG2E;
     reference = std::max(top, sink);
-    factor = top == NEG_INF ? 0.f : std::exp2(top - reference);
-    total = reference == NEG_INF ? 0.f : total * factor + std::exp2(sink - reference);
+    factor = top == NEG_INF ? 0.f : std::exp2((top - reference) * unit);
+    total = reference == NEG_INF ? 0.f : total * factor + std::exp2((sink - reference) * unit);
   }
-  if (reference == NEG_INF) return {0.f, NEG_INF};
-  return {factor * (p.dropout ? p.keep_scale : 1.f) / total, reference * LN2 + std::log(total)};
+  if (reference == NEG_INF) return {0.f, NEG_INF, 0.f};
+  const float whole = natural ? reference : reference * LN2, part = std::log(total);
+  const float lse = whole + part;
+  return {factor * (p.dropout ? p.keep_scale : 1.f) / total, lse, (whole - lse) + part};
 }
 
 // The dense bias of keys [key0, key0 + n) for a tile of queries, as to (n, W).
@@ -47,7 +65,7 @@ void gather_dense_bias(const Problem& p, int64_t b, int64_t h, const TileColumns
     for (int64_t c = tile.lo; c < tile.hi; c++) to[j * W + c] = first[(c - tile.lo) * stride[2]];
 }
 
-// s (n, W) <- log2(e) * logits. `capped`, when given, receives tanh of the softcap. `bias` (n, W)
+// s (n, W) <- logits. `capped`, when given, receives tanh of the softcap. `bias` (n, W)
 // is scratch.
 template <int64_t W>
 void make_logits(const Problem& p, int64_t b, int64_t h, int64_t tile, int64_t key0, int64_t n,
@@ -57,9 +75,7 @@ void make_logits(const Problem& p, int64_t b, int64_t h, int64_t tile, int64_t k
   const float* relative =
       p.relative_bias ? p.relative_bias + h * (p.relative_size + W) + tile * W + p.kv_len - 1 - key0
                       : nullptr;
-  const Vec scale(p.scale * LOG2E), inner(p.softcap > 0.f ? p.scale / p.softcap : 0.f),
-      outer(p.softcap * LOG2E);
-  const Vec log2e(LOG2E);
+  const Vec scale(p.scale), inner(p.softcap > 0.f ? p.scale / p.softcap : 0.f), outer(p.softcap);
   for (int64_t j = 0; j < n; j++) {
     for (int64_t c = 0; c < W; c += LANES) {
       float* at = s + j * W + c;
@@ -72,7 +88,7 @@ void make_logits(const Problem& p, int64_t b, int64_t h, int64_t tile, int64_t k
         x = x * scale;
       }
       if (relative) x = x + Vec::loadu(relative - j + c);
-      if (p.dense_bias) x = at::vec::fmadd(Vec::loadu(bias + j * W + c), log2e, x);
+      if (p.dense_bias) x = x + Vec::loadu(bias + j * W + c);
       x.store(at);
     }
   }

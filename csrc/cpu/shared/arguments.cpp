@@ -40,7 +40,7 @@ const Tensor& PreparedProblem::keep(Tensor tensor) {
   return kept_.back();
 }
 
-PreparedProblem::PreparedProblem(const AttentionArguments& a) {
+PreparedProblem::PreparedProblem(const BlockSparseCall& a) {
   Problem& p = problem;
   TORCH_CHECK(a.query.dim() == 4 && a.key.dim() == 4 && a.value.dim() == 4,
               "query, key, value: expected 4 dimensions each");
@@ -87,7 +87,7 @@ PreparedProblem::PreparedProblem(const AttentionArguments& a) {
   }
 }
 
-void PreparedProblem::read_mask(const AttentionArguments& a) {
+void PreparedProblem::read_mask(const BlockSparseCall& a) {
   Problem& p = problem;
   BlockMaskView& mask = p.mask;
   TORCH_CHECK(a.mask_layout.size() == 6, "mask: expected 6 integers of layout, got ",
@@ -131,7 +131,7 @@ void PreparedProblem::read_mask(const AttentionArguments& a) {
                       reinterpret_cast<uint64_t*>(rows), reinterpret_cast<Extent*>(extents));
 }
 
-void PreparedProblem::read_bias(const AttentionArguments& a) {
+void PreparedProblem::read_bias(const BlockSparseCall& a) {
   Problem& p = problem;
   p.relative_size = p.mask.rows + p.kv_len - 1;
   if (!a.bias) return;
@@ -141,7 +141,7 @@ void PreparedProblem::read_bias(const AttentionArguments& a) {
                 a.bias->sizes());
     const Tensor padded = at::zeros({p.heads, p.relative_size + p.tile_q}, at::kFloat);
     padded.narrow(1, 0, p.relative_size)
-        .copy_(a.bias->to(at::kFloat).flip(1).mul_(static_cast<double>(LOG2E)));
+        .copy_(a.bias->to(at::kFloat).flip(1));
     p.relative_bias = keep(padded).const_data_ptr<float>();
     return;
   }

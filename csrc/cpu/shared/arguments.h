@@ -1,36 +1,37 @@
-// From the operator's tensors to a Problem. Keeps alive what the Problem points into.
+// A call of block-sparse attention: its arguments, and what its kernels are given.
 #pragma once
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
 #include "shared/problem.h"
+#include "shared/stack.h"
 
 namespace flashmark {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+// The fields of flashmark.block_sparse.call.Call, read in their order.
+struct BlockSparseCall {
+  explicit BlockSparseCall(Arguments& arguments) : from(arguments) {}
 
-struct AttentionArguments {
-  const Tensor &query, &key, &value;
-  at::TensorList mask_tensors;  // BlockMask.tensors(), or empty
-  at::IntArrayRef mask_layout;  // BlockMask.layout
-  std::string mask_kind;
-  const OptionalTensor &bias, &sinks, &query_offset, &kv_lengths, &dropout_seed;
-  double scale, softcap, dropout_p;
+  Arguments& from;
+  const Tensor &query = from.tensor(), &key = from.tensor(), &value = from.tensor();
+  const std::vector<Tensor> mask_tensors = from.tensors();  // BlockMask.tensors(), or empty
+  const std::vector<int64_t> mask_layout = from.integers();
+  const std::string mask_kind = from.string();
+  const double scale = from.number();
+  const OptionalTensor bias = from.optional_tensor(), sinks = from.optional_tensor(),
+                       query_offset = from.optional_tensor(), kv_lengths = from.optional_tensor(),
+                       dropout_seed = from.optional_tensor();
+  const double softcap = from.number(), dropout_p = from.number();
+  const bool deterministic = from.boolean();  // sums run in a fixed order either way
 };
 
+// A Problem, and the tensors it points into.
 class PreparedProblem {
  public:
-  explicit PreparedProblem(const AttentionArguments& arguments);
+  explicit PreparedProblem(const BlockSparseCall& call);
   Problem problem{};
 
  private:
   const Tensor& keep(Tensor tensor);
-  void read_mask(const AttentionArguments& arguments);
-  void read_bias(const AttentionArguments& arguments);
+  void read_mask(const BlockSparseCall& call);
+  void read_bias(const BlockSparseCall& call);
   std::vector<Tensor> kept_;
 };
 

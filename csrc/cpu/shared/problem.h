@@ -53,7 +53,7 @@ struct Problem {
   const int32_t* query_offset;  // per batch, or null
   int64_t query_offset_stride;  // 0 when one offset serves all samples
   const int32_t* kv_lengths;    // (batch,), or null
-  const float* relative_bias;   // (heads, relative_size): log2(e) * bias, entries reversed; or null
+  const float* relative_bias;   // (heads, relative_size): the bias, entries reversed; or null
   int64_t relative_size;        // mask.rows + kv_len - 1, and tile_q entries of padding
   const float* dense_bias;      // or null
   int64_t dense_strides[4];     // 0 along a broadcast dimension
@@ -99,15 +99,20 @@ inline TileColumns tile_columns(const Problem& p, int64_t b, int64_t tile) {
 
 struct ForwardOutputs {
   void* out;      // (batch, heads, q_len, v_dim)
-  float* lse;     // (batch, heads, q_len)
+  float *lse, *residual;  // (batch, heads, q_len); residual may be null
   void* value_t;  // workspace: see forward.cpp
   void* key_rows;
+
+  void store(int64_t row, float log_sum, float rest) const {
+    lse[row] = log_sum;
+    if (residual) residual[row] = rest;
+  }
 };
 
 struct BackwardTensors {
   const void *dout, *out;
   Strides dout_strides, out_strides;
-  const float *lse, *dlse;       // contiguous; dlse may be null
+  const float *lse, *residual, *dlse;  // contiguous; residual and dlse may be null
   void *dquery, *dkey, *dvalue;  // contiguous
   float* dsinks;                 // (heads,) or null
   float* drelative;  // (batch, segments, heads, relative_size + tile_q) zeros, entries reversed; or
@@ -118,7 +123,9 @@ struct BackwardTensors {
   int64_t key_tile;           // keys of a tile
   int64_t segments;  // segment s of a key head: tiles [segment_starts[s], segment_starts[s + 1])
   const int32_t* segment_starts;  // (batch, kv_heads, segments + 1)
-  float *lse2, *delta;  // workspaces (batch, heads, max_tiles, tile_q)
+  // Workspaces (batch, heads, max_tiles, tile_q): lse in the unit of the scores, its residual in
+  // base 2.
+  float *row_lse, *row_residual, *delta;
   // Workspaces (at_once, group, max_tiles, ...), of the (sample, key head) pairs under way.
   int64_t at_once;
   void *query_t, *dout_t, *query_rows, *dout_rows;

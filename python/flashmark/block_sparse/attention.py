@@ -1,7 +1,8 @@
-"""Block-sparse attention: the public function and its autograd boundary."""
+"""Block-sparse attention: the public function and what it checks."""
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Literal, Unpack, overload
@@ -13,45 +14,38 @@ from flashmark import reference
 from flashmark.arguments import (
     check_bias,
     check_block_mask,
-    check_lengths,
-    check_offset,
+    check_kv_lengths,
     check_qkv,
+    check_query_offset,
     check_sinks,
     finite,
 )
-from flashmark.autograd import (
-    distinct,
-    first_order,
-    refuse_transforms,
-    under_autocast,
-    unit_stride,
-)
-from flashmark.block_sparse.operator import pack_mask, plain_mask
+from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
+from flashmark.block_sparse.call import Call, Options
+from flashmark.block_sparse.operator import OPERATOR
 from flashmark.dispatch import choose_backend
-from flashmark.flops import register_if_counting
 from flashmark.masks import BlockMask, Mask
+from flashmark.masks.block_mask import pack_mask, plain_mask, unpack_mask
 from flashmark.masks.cache import compiled
 from flashmark.masks.positions import is_plain_causal
-from flashmark.options import BlockSparseOptions
-from flashmark.sharded import over_shards
+from flashmark.sharded import call_on_shards, is_sharded
 
 
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
-    return_lse: Literal[False] = False, **options: Unpack[BlockSparseOptions],
+    return_lse: Literal[False] = False, **options: Unpack[Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
-    return_lse: Literal[True], **options: Unpack[BlockSparseOptions],
+    return_lse: Literal[True], **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | BlockMask | None = None, *,
-    return_lse: bool, **options: Unpack[BlockSparseOptions],
+    return_lse: bool, **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-@over_shards
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -79,15 +73,16 @@ def block_sparse_attention(
         mask: what each query sees: None (every key), an expression such as `causal() &
             sliding_window(512)`, or a BlockMask from `compile_mask`. Expressions are compiled for
             these shapes and cached on the object.
-        query_offset: int, or int32 (1,) or (B,): query i is row `query_offset + i` of a mask of the
-            full size (an expression is compiled for Nk x Nk), for decoding into a preallocated
-            cache.
-        kv_lengths: int32 (B,): keys from `kv_lengths[b]` on are not visible.
+        query_offset: int, or int32 or int64 (1,) or (B,): query i is row `query_offset + i` of a
+            mask of the full size (an expression is compiled for Nk x Nk), for decoding into a
+            preallocated cache.
+        kv_lengths: int32 or int64 (B,): keys from `kv_lengths[b]` on are not visible, and what
+            memory holds there is never read.
         bias: added to the scaled scores, differentiable. 2-d (Hq, rows + Nk - 1): entry k is added
             where j - i == k - (rows - 1), with rows the query length of the mask (Nq without
             `query_offset`) and i the row of the mask. 4-d: broadcastable to (B, Hq, Nq, Nk).
         scale: factor of q k^T; 1 / sqrt(D) when None.
-        softcap: logits become softcap * tanh(logits / softcap), before the bias.
+        softcap: logits become softcap * tanh(logits / softcap), before the bias; None or 0: none.
         sinks: (Hq,) logits that join the softmax's denominator only, differentiable.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         dropout_seed: int or int64 tensor of one element; drawn from torch's generator when None.
@@ -121,30 +116,32 @@ def block_sparse_attention(
     query i sits at position i + Nk - Nq. Algorithm: Dao et al., "FlashAttention" (2022), over the
     visible tiles only.
     """
+    if is_sharded(query, key, value, bias, sinks, query_offset, kv_lengths):
+        return call_on_shards(block_sparse_attention, **locals())
     refuse_transforms("block_sparse_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     backend = choose_backend("block_sparse", backend, query)
     batch, heads, q_len, dim = query.shape
-    kv_len = key.shape[2]
+    kv_len, device = key.shape[2], query.device
     scale = 1.0 / math.sqrt(dim) if scale is None else finite("scale", scale)
-    softcap = 0.0 if softcap is None else finite("softcap", softcap, positive=True)
+    softcap = 0.0 if softcap is None else finite("softcap", softcap, negative=False)
     dropout_p = finite("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
-    query_offset = check_lengths("query_offset", query_offset, batch, query.device)
-    kv_lengths = check_lengths("kv_lengths", kv_lengths, batch, query.device, scalar=False)
-    if kv_lengths is not None:
-        kv_lengths = kv_lengths.clamp(0, kv_len)
     rows = q_len
     if query_offset is not None:
         rows = mask.q_len if isinstance(mask, BlockMask) else kv_len
-    check_offset(query_offset, q_len, rows)
-    check_block_mask(mask, batch, heads, rows, kv_len, query.device)
-    check_bias(bias, (batch, heads, q_len, kv_len), rows, query.device)
-    check_sinks(sinks, heads, query.device)
-    if dropout_p > 0.0:
-        dropout_seed = _seed(dropout_seed, query.device)
+        query_offset = check_query_offset(query_offset, batch, q_len, rows, device)
+    if kv_lengths is not None:
+        kv_lengths = check_kv_lengths(kv_lengths, batch, kv_len, device)
+    if mask is not None:
+        check_block_mask(mask, batch, heads, rows, kv_len, device)
+    if bias is not None:
+        check_bias(bias, (batch, heads, q_len, kv_len), rows, device)
+    if sinks is not None:
+        check_sinks(sinks, heads, device)
+    dropout_seed = _seed(dropout_seed, device) if dropout_p > 0.0 else None
 
     if backend == "reference":
         return reference.block_sparse_attention(
@@ -152,73 +149,45 @@ def block_sparse_attention(
             scale=scale, softcap=softcap or None, sinks=sinks, dropout_p=dropout_p,
             dropout_seed=dropout_seed, return_lse=return_lse,
         )  # fmt: skip
-    if mask is None:
-        tensors, layout, kind = pack_mask(plain_mask("dense", rows, kv_len))
-    elif isinstance(mask, BlockMask):
-        tensors, layout, kind = pack_mask(mask)
-    elif is_plain_causal(mask):
-        tensors, layout, kind = pack_mask(plain_mask("causal", rows, kv_len))
-    else:
-        if torch.compiler.is_compiling():
-            if mask.tensors():
-                raise NotImplementedError(
-                    "mask: expected a BlockMask from compile_mask inside torch.compile, "
-                    "got an expression that reads tensors"
-                )
-            id(mask)  # a graph is that of one expression: this is what guards it
-        # torch.compile may trace sizes as symbols: an expression is compiled for their values
-        sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
-        tensors, layout, kind = mask.given_to(_compiled, sizes, query.device)
-    if not torch.compiler.is_compiling():
-        register_if_counting()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    query, key, value = distinct(*(unit_stride(x) for x in (query, key, value)))
-    out, lse = _BlockSparseAttention.apply(
-        query, key, value, bias, sinks, query_offset,
-        kv_lengths, dropout_seed if dropout_p > 0.0 else None, layout, kind, scale, softcap,
-        dropout_p, deterministic, backend, *tensors,
+    call = Call(
+        unit_stride(query), unit_stride(key), unit_stride(value),
+        _block_mask(mask, batch, heads, rows, kv_len, device), scale, bias, sinks, query_offset,
+        kv_lengths, dropout_seed, softcap, dropout_p, deterministic,
     )  # fmt: skip
+    out, lse, _ = OPERATOR.run(call, backend)
     return (out, lse) if return_lse else out
 
 
+def _block_mask(
+    mask: Mask | BlockMask | None, batch: int, heads: int, rows: int, kv_len: int, device
+) -> BlockMask:
+    """A compiled mask; causal and dense ones without lists, which backends do not read."""
+    if isinstance(mask, BlockMask):
+        return mask
+    tracing = torch.compiler.is_compiling()
+    if mask is None or is_plain_causal(mask):
+        kind = "dense" if mask is None else "causal"
+        return (plain_mask if tracing else _plain_mask)(kind, rows, kv_len)
+    if not tracing:
+        return compiled(mask, batch, heads, rows, kv_len, device)
+    if mask.tensors():
+        raise NotImplementedError(
+            "mask: expected a BlockMask from compile_mask inside torch.compile, "
+            "got an expression that reads tensors"
+        )
+    id(mask)  # a graph is that of one expression: this is what guards it
+    # torch.compile may trace sizes as symbols: an expression is compiled for their values
+    sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
+    return unpack_mask(*mask.given_to(_compiled, sizes, device))
+
+
+_plain_mask = functools.lru_cache(plain_mask)
+
+
 def _compiled(mask: Mask, sizes: list[int], device: torch.device):
-    batch, heads, q_len, kv_len = sizes
-    return pack_mask(compiled(mask, batch, heads, q_len, kv_len, device))
-
-
-class _BlockSparseAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, query, key, value, bias, sinks, query_offset, kv_lengths, seed, layout, kind, scale,
-        softcap, dropout_p, deterministic, backend, *mask,
-    ):  # fmt: skip
-        out, lse = torch.ops.flashmark.block_sparse_forward(
-            query, key, value, mask, layout, kind, bias, sinks, query_offset, kv_lengths, seed,
-            scale, softcap, dropout_p, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(
-            query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask
-        )
-        ctx.options = (layout, kind, scale, softcap, dropout_p, deterministic, backend)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @first_order("block_sparse_attention")
-    def backward(ctx, dout, dlse):
-        query, key, value, out, lse, bias, sinks, query_offset, kv_lengths, seed, *mask = (
-            ctx.saved_tensors
-        )
-        layout, kind, *rest = ctx.options
-        dout = torch.zeros_like(out) if dout is None else unit_stride(dout)
-        dquery, dkey, dvalue, dbias, dsinks = torch.ops.flashmark.block_sparse_backward(
-            dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
-            kv_lengths, seed, *rest,
-        )  # fmt: skip
-        dbias = dbias if bias is not None else None
-        dsinks = dsinks if sinks is not None else None
-        return (dquery, dkey, dvalue, dbias, dsinks, *[None] * (10 + len(mask)))
+    return pack_mask(compiled(mask, *sizes, device))
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -2,37 +2,33 @@
 whole rows.
 
 S = cap(scale q k^T) + bias, P = exp(S - lse), out = P v
+lse is kept as float32 (float64) and what rounding left of it: beside a bias of -1e9 the logarithm
+of the sum would be lost, and with it P.
 dS = P * (dO v^T - Delta), Delta = rowsum(dO * out) - dlse
 dq = scale dS k, dk = scale dS^T q, dv = P^T dO, dsink = -sum exp(sink - lse) Delta
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from flashmark.block_sparse.call import Call, Grads, Saved
 from flashmark.block_sparse.eager_bias import Bias
 from flashmark.block_sparse.eager_tiles import Row, rows
 from flashmark.block_sparse.philox import keep_mask
-from flashmark.masks.block_mask import BlockMask
 
 NEG_INF = float("-inf")
 
 
-class _Problem(NamedTuple):
-    """What both passes need to form the scores of a row."""
+class _Scores:
+    """Scores of a call, row by row: both passes form them."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Bias | None
-    kv_lengths: Tensor | None
-    seed: int
-    scale: float
-    softcap: float
-    dropout_p: float
+    def __init__(self, call: Call):
+        self.query, self.key, self.kv_lengths = call.query, call.key, call.kv_lengths
+        self.softcap, self.dropout_p = call.softcap, call.dropout_p
+        self.seed = int(call.dropout_seed) if call.dropout_p > 0.0 else 0
+        self.bias = None if call.bias is None else Bias(call.bias, call.mask.q_len, self.dtype)
 
     @property
     def group(self) -> int:
@@ -56,7 +52,16 @@ class _Problem(NamedTuple):
         """The keys that the row sees, from a key-shaped tensor: (batch, kv heads, width, dim)."""
         x = x[row.batch, self.kv_heads(row)]
         parts = [x[:, :, start:stop].to(self.dtype) for start, stop in row.segments]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if self.kv_lengths is None:
+            return x
+        return x.masked_fill(self.beyond(row).transpose(-1, -2), 0.0)  # memory may hold anything
+
+    def beyond(self, row: Row) -> Tensor:
+        """Keys behind a sample's length, bool (batch, 1, 1, width)."""
+        device = self.query.device
+        keys = torch.cat([torch.arange(*segment, device=device) for segment in row.segments])
+        return keys >= self.kv_lengths[row.batch].view(-1, 1, 1, 1)
 
     def by_heads(self, x: Tensor, row: Row) -> Tensor:
         """(batch, kv heads, group * queries, n) seen as (batch, heads, queries, n)."""
@@ -66,7 +71,7 @@ class _Problem(NamedTuple):
         count = row.heads.stop - row.heads.start
         return x.unflatten(1, (-1, min(self.group, count))).flatten(2, 3)
 
-    def scores(self, q: Tensor, k: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
+    def of(self, q: Tensor, k: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
         """Masked scores (batch, heads, queries, width), and tanh(S / softcap) or None."""
         s, tanh = self.by_heads(q @ k.transpose(-1, -2), row), None
         if self.softcap:
@@ -78,9 +83,7 @@ class _Problem(NamedTuple):
             hidden = hidden.to(s.device)
             s[..., column : column + hidden.shape[1]].masked_fill_(hidden, NEG_INF)
         if self.kv_lengths is not None:
-            keys = torch.cat([torch.arange(*segment, device=s.device) for segment in row.segments])
-            lengths = self.kv_lengths[row.batch].view(-1, 1, 1, 1)
-            s.masked_fill_(keys >= lengths, NEG_INF)
+            s.masked_fill_(self.beyond(row), NEG_INF)
         return s, tanh
 
     def dropout(self, row: Row) -> Tensor:
@@ -94,83 +97,46 @@ class _Problem(NamedTuple):
         return torch.cat(parts, dim=-1).to(self.dtype) / (1.0 - self.dropout_p)
 
 
-def _problem(
-    query, key, value, mask, bias, kv_lengths, seed, scale, softcap, dropout_p
-) -> _Problem:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    tiles = None if bias is None else Bias(bias, mask.q_len, dtype)
-    seed = int(seed) if dropout_p > 0.0 else 0
-    return _Problem(query, key, value, tiles, kv_lengths, seed, scale, softcap, dropout_p)
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: Tensor | None,
-    kv_lengths: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
-    problem = _problem(
-        query, key, value, mask, bias, kv_lengths, dropout_seed, scale, softcap, dropout_p
-    )
+def forward(call: Call) -> Saved:
+    """Outputs of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
+    query, key, value, sinks = call.query, call.key, call.value, call.sinks
+    scores = _Scores(call)
     shape = tuple(query.shape[:3])
     out = query.new_zeros(*shape, value.shape[3])
-    lse = query.new_full(shape, NEG_INF, dtype=problem.dtype)
+    lse = query.new_full(shape, NEG_INF, dtype=scores.dtype)
+    residual = lse.new_zeros(0 if call.bias is None else shape)
     if sinks is not None:
         lse.copy_(sinks[:, None])  # what stays where a row sees no key
-    for row in rows(mask, shape, problem.group, query_offset, kv_lengths):
-        q = problem.of_queries(query, row) * scale
-        s, _ = problem.scores(q, problem.of_keys(key, row), row)
+    for row in rows(call.mask, shape, scores.group, call.query_offset, call.kv_lengths):
+        q = scores.of_queries(query, row) * call.scale
+        s, _ = scores.of(q, scores.of_keys(key, row), row)
         m = s.amax(-1, keepdim=True)
         if sinks is not None:
-            sink = sinks[row.heads].to(problem.dtype).view(-1, 1, 1)
+            sink = sinks[row.heads].to(scores.dtype).view(-1, 1, 1)
             m = torch.maximum(m, sink)
         m = m.masked_fill(m == NEG_INF, 0.0)  # a row that sees no key
         p = s.sub_(m).exp_()
         total = p.sum(-1, keepdim=True)
         if sinks is not None:
             total = total + torch.exp(sink - m)
-        if dropout_p > 0.0:
-            p *= problem.dropout(row)
-        o = problem.by_groups(p, row) @ problem.of_keys(value, row)
-        o = problem.by_heads(o, row) / total.masked_fill(total == 0.0, 1.0)
+        if call.dropout_p > 0.0:
+            p *= scores.dropout(row)
+        o = scores.by_groups(p, row) @ scores.of_keys(value, row)
+        o = scores.by_heads(o, row) / total.masked_fill(total == 0.0, 1.0)
         out[row.batch, row.heads, row.queries] = o.to(out.dtype)
-        lse[row.batch, row.heads, row.queries] = (m + total.log()).squeeze(-1)
-    return out, lse
+        at, log_total = (row.batch, row.heads, row.queries), total.log()
+        lse[at] = (m + log_total).squeeze(-1)
+        if call.bias is not None:  # 0 where the row sees nothing
+            rest = ((m - (m + log_total)) + log_total).nan_to_num_(0.0)
+            residual[at] = rest.squeeze(-1)
+    return Saved(out, lse, residual)
 
 
-def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: BlockMask,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    query_offset: Tensor | None,
-    kv_lengths: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of query, key, value, bias and sinks, summed in a fixed order."""
-    problem = _problem(
-        query, key, value, mask, bias, kv_lengths, dropout_seed, scale, softcap, dropout_p
-    )
-    dtype = problem.dtype
+    query, key, value, sinks = call.query, call.key, call.value, call.sinks
+    scores, (out, lse, residual) = _Scores(call), saved
+    dtype = scores.dtype
     dq = torch.zeros_like(query, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
@@ -178,40 +144,47 @@ def backward(
         delta = delta - dlse
     unseen = lse == NEG_INF
     finite_lse = lse.masked_fill(unseen, float("inf"))  # exp(S - inf) = 0
-    for row in rows(mask, tuple(query.shape[:3]), problem.group, query_offset, kv_lengths):
+    for row in rows(
+        call.mask, tuple(query.shape[:3]), scores.group, call.query_offset, call.kv_lengths
+    ):
         at = (row.batch, row.heads, row.queries)
         q, k, v = (
-            problem.of_queries(query, row) * scale,
-            *(problem.of_keys(x, row) for x in (key, value)),
+            scores.of_queries(query, row) * call.scale,
+            *(scores.of_keys(x, row) for x in (key, value)),
         )
-        do = problem.of_queries(dout, row)
-        s, tanh = problem.scores(q, k, row)
-        p = s.sub_(finite_lse[at].unsqueeze(-1)).exp_()
-        dp = problem.by_heads(do @ v.transpose(-1, -2), row)
+        do = scores.of_queries(dout, row)
+        s, tanh = scores.of(q, k, row)
+        s.sub_(finite_lse[at].unsqueeze(-1))
+        if call.bias is not None:
+            s.sub_(residual[at].unsqueeze(-1))
+        p = s.exp_()
+        dp = scores.by_heads(do @ v.transpose(-1, -2), row)
         weights = p
-        if dropout_p > 0.0:
-            keep = problem.dropout(row)
+        if call.dropout_p > 0.0:
+            keep = scores.dropout(row)
             weights, dp = p * keep, dp * keep
-        dv_row = problem.by_groups(weights, row).transpose(-1, -2) @ do
+        dv_row = scores.by_groups(weights, row).transpose(-1, -2) @ do
         ds = dp.sub_(delta[at].unsqueeze(-1)).mul_(p)  # dS = P * (dP - Delta)
-        if problem.bias is not None:
-            problem.bias.accumulate(ds, row)
+        if scores.bias is not None:
+            scores.bias.accumulate(ds, row)
         if tanh is not None:
             ds *= 1.0 - tanh * tanh
-        ds = problem.by_groups(ds, row)
-        dq[at] = problem.by_heads((ds @ k) * scale, row).to(dq.dtype)
-        _scatter_add(dk, ds.transpose(-1, -2) @ q, row, problem)  # q carries the scale
-        _scatter_add(dv, dv_row, row, problem)
+        ds = scores.by_groups(ds, row)
+        dq[at] = scores.by_heads((ds @ k) * call.scale, row).to(dq.dtype)
+        _scatter_add(dk, ds.transpose(-1, -2) @ q, row, scores)  # q carries the scale
+        _scatter_add(dv, dv_row, row, scores)
     dsinks = None
     if sinks is not None:
-        weight = torch.exp(sinks.to(dtype)[:, None] - finite_lse)
+        weight = torch.exp(
+            sinks.to(dtype)[:, None] - finite_lse - (0.0 if call.bias is None else residual)
+        )
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-    dbias = None if problem.bias is None else problem.bias.gradient()
-    return dq, dk.to(key.dtype), dv.to(value.dtype), dbias, dsinks
+    dbias = None if scores.bias is None else scores.bias.gradient()
+    return Grads(dq, dk.to(key.dtype), dv.to(value.dtype), dbias, dsinks)
 
 
-def _scatter_add(total: Tensor, part: Tensor, row: Row, problem: _Problem) -> None:
-    target, column = total[row.batch, problem.kv_heads(row)], 0
+def _scatter_add(total: Tensor, part: Tensor, row: Row, scores: _Scores) -> None:
+    target, column = total[row.batch, scores.kv_heads(row)], 0
     for start, stop in row.segments:
         target[:, :, start:stop] += part[:, :, column : column + stop - start]
         column += stop - start

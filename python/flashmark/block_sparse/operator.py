@@ -1,100 +1,55 @@
-"""`flashmark::block_sparse_forward` and `flashmark::block_sparse_backward`.
-
-A BlockMask crosses the boundary as its tensors, its layout and its kind (`pack_mask`); masks that a
-comparison decides ("causal", "dense") send no tensors at all.
-"""
+"""`flashmark::block_sparse_forward` and `flashmark::block_sparse_backward`."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from flashmark.library import register
-from flashmark.masks.block_mask import BlockMask
-
-_MODULES = {
-    "eager": "flashmark.block_sparse.eager",
-    "triton": "flashmark.kernels.block_sparse",
-    "cpu": "flashmark.block_sparse.cpu",
-}
-
-_COMMON = (
-    "Tensor[] mask, SymInt[] layout, str kind, Tensor? bias, Tensor? sinks, Tensor? query_offset, "
-    "Tensor? kv_lengths, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
-)
+from flashmark.block_sparse.call import Call, Grads, Saved
+from flashmark.library import Operator
 
 
-def pack_mask(mask: BlockMask) -> tuple[list[Tensor], list[int], str]:
-    return (mask.tensors() if mask.kind == "sparse" else []), mask.layout, mask.kind
-
-
-def plain_mask(kind: str, q_len: int, kv_len: int) -> BlockMask:
-    """A causal or dense mask without lists: backends compare positions."""
-    no_lists: Any = None
-    return BlockMask(no_lists, no_lists, no_lists, no_lists, q_len, kv_len, 128, 128, 1, 1, kind)
-
-
-def _unpack_mask(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMask:
-    if kind == "sparse":
-        return BlockMask.from_tensors(tensors, layout, kind)
-    return plain_mask(kind, layout[0], layout[1])
-
-
-def _backend(name: str, query: Tensor, key: Tensor):
-    """The module that runs. Empty tensors leave kernels nothing to launch."""
-    empty = query.numel() == 0 or key.numel() == 0
-    return importlib.import_module(_MODULES["eager" if empty else name])
-
-
-def _forward(
-    query, key, value, mask, layout, kind, bias, sinks, query_offset, kv_lengths, dropout_seed,
-    scale, softcap, dropout_p, backend,
-):  # fmt: skip
-    return _backend(backend, query, key).forward(
-        query, key, value, _unpack_mask(mask, layout, kind), bias, sinks, query_offset, kv_lengths,
-        dropout_seed, scale, softcap, dropout_p,
-    )  # fmt: skip
-
-
-def _forward_fake(query, key, value, *_):
+def _forward_fake(call: Call) -> Saved:
+    query, shape = call.query, call.query.shape[:3]
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    shape = query.shape[:3]
-    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=lse_dtype)
+    out = query.new_empty(*shape, call.value.shape[3])
+    lse = query.new_empty(shape, dtype=lse_dtype)
+    return Saved(out, lse, lse.new_empty(0 if call.bias is None else shape))
 
 
-def _backward(
-    dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, query_offset,
-    kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic, backend,
-):  # fmt: skip
-    grads = _backend(backend, query, key).backward(
-        dout, dlse, query, key, value, out, lse, _unpack_mask(mask, layout, kind), bias, sinks,
-        query_offset, kv_lengths, dropout_seed, scale, softcap, dropout_p, deterministic,
-    )  # fmt: skip
-    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+def _pairs(call: Call) -> int:
+    """(query, key) pairs of all samples and heads: whole tiles for a compiled mask."""
+    (batch, heads, q_len, _), kv_len, mask = call.query.shape, call.key.shape[2], call.mask
+    if mask.kind == "sparse" and not isinstance(mask.kept, torch._subclasses.FakeTensor):
+        repeats = (batch // mask.batch) * (heads // mask.heads)
+        return int(mask.rows.counts.sum()) * mask.block_q * mask.block_kv * repeats
+    if mask.kind == "causal":
+        seeing = min(q_len, kv_len)  # the first of more queries than keys see nothing
+        return batch * heads * (seeing * kv_len - seeing * (seeing - 1) // 2)
+    return batch * heads * q_len * kv_len
 
 
-def _backward_fake(
-    dout, dlse, query, key, value, out, lse, mask, layout, kind, bias, sinks, *_
-):  # fmt: skip
-    def like(x):
-        return query.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    return tuple(like(x) for x in (query, key, value, bias, sinks))
+def _forward_flops(call: Call) -> int:
+    """S over D and out over Dv."""
+    return 2 * _pairs(call) * (call.query.shape[3] + call.value.shape[3])
 
 
-register(
-    f"block_sparse_forward(Tensor query, Tensor key, Tensor value, {_COMMON}, str backend) "
-    "-> (Tensor out, Tensor lse)",
-    _forward,
-    _forward_fake,
-)
-register(
-    "block_sparse_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, "
-    f"Tensor out, Tensor lse, {_COMMON}, bool deterministic, str backend) "
-    "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dsinks)",
-    _backward,
-    _backward_fake,
+def _backward_flops(call: Call) -> int:
+    """S, dQ, dK over D; dP, dV over Dv: the five products of the mathematics."""
+    return 2 * _pairs(call) * (3 * call.query.shape[3] + 2 * call.value.shape[3])
+
+
+OPERATOR = Operator(
+    "block_sparse",
+    Call,
+    Saved,
+    Grads,
+    {
+        "eager": "flashmark.block_sparse.eager",
+        "triton": "flashmark.kernels.block_sparse",
+        "cpu": None,
+    },
+    forward_fake=_forward_fake,
+    constants=("residual",),
+    forward_flops=_forward_flops,
+    backward_flops=_backward_flops,
 )

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flashmark.block_sparse import block_sparse_attention
-from flashmark.block_sparse.operator import pack_mask
 from flashmark.hybrid import far_field
 from flashmark.hybrid.far_field import Totals
 from flashmark.masks import BlockMask
+from flashmark.masks.block_mask import pack_mask
 from flashmark.masks.cache import compiled
 from flashmark.masks.positions import LocalChunks
 from flashmark.tracing import constant_when_traced

@@ -13,10 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention as _torch_attention
 from flashmark import masks
 from flashmark.arguments import MAX_DIM, one_or
 from flashmark.block_sparse import block_sparse_attention
+from flashmark.block_sparse.call import Options as BlockSparseOptions
 from flashmark.dispatch import HALF_OR_SINGLE, choose_backend
 from flashmark.masks import BlockMask
 from flashmark.masks.cache import compiled_tensor
-from flashmark.options import BlockSparseOptions
 
 FEWEST_PAIRS = 1 << 14  # (query, key) pairs of a head, on the CPU
 
@@ -44,7 +44,9 @@ def scaled_dot_product_attention(
     - on the CPU, where the C++ kernels were built: all calls of 16384 (query, key) pairs or more;
     - on a GPU with Triton: calls with a bool mask, or with a float mask that needs a gradient.
 
-    PyTorch's: everything else, arguments it refuses included.
+    PyTorch's: everything else: arguments it refuses, nested tensors, transforms of `torch.func`,
+    `torch.jit.trace`, and calls under `sdpa_kernel(SDPBackend.MATH)`, which has derivatives of all
+    orders.
 
     A bool mask over queries and keys is compiled to tiles once per tensor and version (inside
     `torch.compile` and under graph capture it is read as a bias instead): keep the mask of many
@@ -81,8 +83,10 @@ def _ours(
 ) -> bool:  # fmt: skip
     tensors = [x for x in (query, key, value, attn_mask) if x is not None]
     if not all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
-        return False  # nested, distributed, ...
-    if not torch.compiler.is_compiling() and _transformed(tensors):
+        return False  # jagged, distributed, ...
+    if any(x.is_nested for x in tensors):
+        return False
+    if not torch.compiler.is_compiling() and (_transformed(tensors) or _asks_for_math()):
         return False
     simple = (
         isinstance(is_causal, bool)
@@ -101,9 +105,19 @@ def _ours(
 
 
 def _transformed(tensors: list[Tensor]) -> bool:
-    """Under vmap, jvp or forward-mode differentiation."""
-    return torch._C._are_functorch_transforms_active() or any(
-        unpack_dual(x).tangent is not None for x in tensors
+    """Whether the call is under vmap, jvp, forward-mode differentiation or jit.trace."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or any(unpack_dual(x).tangent is not None for x in tensors)
+    )
+
+
+def _asks_for_math() -> bool:
+    """Whether `sdpa_kernel` leaves PyTorch's MATH alone, which has derivatives of all orders."""
+    fused = torch.backends.cuda
+    return not (
+        fused.flash_sdp_enabled() or fused.mem_efficient_sdp_enabled() or fused.cudnn_sdp_enabled()
     )
 
 
@@ -166,10 +180,7 @@ def _mask_and_bias(
     if attn_mask is None:
         return None, None
     if attn_mask.dtype != torch.bool:
-        # The lowest numbers of the dtype are no -inf to PyTorch; kernels multiply by log2(e).
-        low = torch.finfo(attn_mask.dtype).min / 2
-        bias = torch.where(attn_mask == -torch.inf, attn_mask, attn_mask.clamp_min(low))
-        return None, _four_dims(bias)
+        return None, _four_dims(attn_mask)
     if tuple(attn_mask.shape[-2:]) != (q_len, kv_len) or not _may_compile(attn_mask):
         hidden = attn_mask.new_full((), -torch.inf, dtype=torch.float32)
         return None, _four_dims(torch.where(attn_mask, 0.0, hidden))

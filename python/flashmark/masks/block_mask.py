@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -183,6 +183,24 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """int32 (..., words) -> bool (..., n), the inverse of `pack_bits`."""
     shifts = torch.arange(32, dtype=torch.int32, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :n].bool()
+
+
+def plain_mask(kind: str, q_len: int, kv_len: int) -> BlockMask:
+    """A causal or dense mask without lists: kernels compare positions."""
+    no_lists: Any = None
+    return BlockMask(no_lists, no_lists, no_lists, no_lists, q_len, kv_len, 128, 128, 1, 1, kind)
+
+
+def pack_mask(mask: BlockMask) -> tuple[list[Tensor], list[int], str]:
+    """A mask as the arguments of an operator; no tensors where comparison decides."""
+    return (mask.tensors() if mask.kind == "sparse" else []), mask.layout, mask.kind
+
+
+def unpack_mask(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMask:
+    """The inverse of `pack_mask`."""
+    if kind == "sparse":
+        return BlockMask.from_tensors(tensors, layout, kind)
+    return plain_mask(kind, layout[0], layout[1])
 
 
 def _flatten(mask: BlockMask):

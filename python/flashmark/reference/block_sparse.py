@@ -38,6 +38,9 @@ def block_sparse_attention(
     dtype, device = query.dtype, query.device
     key = key.repeat_interleave(heads // kv_heads, dim=1)
     value = value.repeat_interleave(heads // kv_heads, dim=1)
+    if kv_lengths is not None:
+        beyond = torch.arange(kv_len, device=device) >= kv_lengths.view(-1, 1, 1, 1)
+        key, value = (x.masked_fill(beyond.mT, 0.0) for x in (key, value))  # may hold anything
     rows = torch.arange(q_len, device=device).expand(batch, q_len)  # row of the mask, per query
     mask_rows = q_len
     if query_offset is not None:
@@ -58,7 +61,7 @@ def block_sparse_attention(
         2, rows[:, None, :, None].expand(batch, heads, q_len, kv_len).long()
     )
     if kv_lengths is not None:
-        visible = visible & (torch.arange(kv_len, device=device) < kv_lengths.view(-1, 1, 1, 1))
+        visible = visible & ~beyond
     scores = scores.masked_fill(~visible, NEG_INF)
 
     logits = scores
@@ -66,9 +69,12 @@ def block_sparse_attention(
         column = sinks.to(dtype).view(1, heads, 1, 1).expand(batch, heads, q_len, 1)
         logits = torch.cat([scores, column], dim=-1)
     empty = (logits == NEG_INF).all(-1, keepdim=True)  # no key and no sink: output 0, lse -inf
-    lse = torch.logsumexp(logits.masked_fill(empty, 0.0), -1, keepdim=True)
-    weights = torch.exp(scores - lse).masked_fill(empty, 0.0)
-    lse = lse.masked_fill(empty, NEG_INF)
+    # not by exp(scores - lse): beside a bias of -1e9 the logarithm of the sum is lost in lse
+    top = logits.detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)
+    shares = torch.exp(logits - top)
+    total = shares.sum(-1, keepdim=True)
+    weights = shares[..., :kv_len] / total.masked_fill(empty, 1.0)
+    lse = (top + torch.log(total.masked_fill(empty, 1.0))).masked_fill(empty, NEG_INF)
     if dropout_p > 0.0:
         keep = dropout_keep(dropout_seed, dropout_p, batch, heads, q_len, kv_len, device)
         weights = weights * keep / (1.0 - dropout_p)
