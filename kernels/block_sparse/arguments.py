@@ -69,8 +69,8 @@ class Modifiers(NamedTuple):
     None.
     """
 
-    scale: float  # times log2(e), or over softcap where there is one
-    softcap: float  # times log2(e)
+    scale: float  # times log2(e) unless there is a bias, or over softcap where there is one
+    softcap: float  # times log2(e) unless there is a bias
     bias: Tensor | None
     bias_strides: tuple[
         int, int, int, int
@@ -115,6 +115,11 @@ class Features:
     GROUPED: bool = False  # one program walks all query heads of a group
     SHARED_KV: bool = False  # several programs add to one tile of dK and dV
 
+    @property
+    def NATURAL(self) -> bool:
+        """Whether logits and sums are kept in the natural domain; else in that of log2."""
+        return self.BIAS != "none"
+
 
 class KernelArguments(NamedTuple):
     """A call as kernels see it, besides operands; `over_queries` and `over_keys` fit it to one."""
@@ -135,10 +140,10 @@ def describe(call: Call) -> KernelArguments:
         bias = bias.contiguous()
     kind_of_bias = "none" if bias is None else "relative" if bias.dim() == 2 else "dense"
     problem = Problem(0, 0, heads // kv_heads, q_len, kv_len, mask.q_len, 0, 0, 0, 0)
-    softcap = call.softcap
+    softcap, unit = call.softcap, LOG2E if bias is None else 1.0
     modifiers = Modifiers(
-        scale=call.scale / softcap if softcap else call.scale * LOG2E,
-        softcap=softcap * LOG2E,
+        scale=call.scale / softcap if softcap else call.scale * unit,
+        softcap=softcap * unit,
         bias=bias,
         bias_strides=bias_gradient.strides(bias),
         sinks=_contiguous(call.sinks),
@@ -253,9 +258,9 @@ def over_keys(
     ), features
 
 
-def no_residual(call: Call, lse: Tensor) -> Tensor:
-    """These kernels round lse once."""
-    return lse.new_zeros(0) if call.bias is None else torch.zeros_like(lse)
+def residual_of(call: Call, lse: Tensor) -> Tensor:
+    """Room for what float32 leaves of lse; none without a bias."""
+    return lse.new_empty(0) if call.bias is None else torch.empty_like(lse)
 
 
 def padded(dim: int) -> int:

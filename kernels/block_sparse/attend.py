@@ -12,6 +12,8 @@ from .primitives import (
     LN2,
     LOG2E,
     dropout_keep,
+    fall,
+    keep_seen,
     load_tile,
     log2_factor,
     logits,
@@ -90,9 +92,11 @@ def attend_tile(
         s = tl.where(shown(bits, start_n, r2, n2, end_n, problem, F), s, float("-inf"))
     elif BOUND:
         seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
-        s = tl.where(seen, s, float("-inf"))
+        s = keep_seen(seen, s, float("-inf"), MASKED, F)
     safe: tl.constexpr = BOUND or F.BIAS != "none"
-    p, alpha, m_i, l_i = online_softmax(s, log2_factor(modifiers, F), m_i, l_i, safe)
+    p, alpha, m_i, l_i = online_softmax(
+        s, log2_factor(modifiers, F), m_i, l_i, safe, NATURAL=F.NATURAL
+    )
     if F.DROPOUT:
         keep = dropout_keep(r2 - offset, start_n, pair, modifiers, F.BLOCK_N)
         p = tl.where(keep, p, 0.0)
@@ -102,32 +106,53 @@ def attend_tile(
 
 
 @triton.jit
-def add_sink(m_i, l_i, sink):
+def add_sink(m_i, l_i, sink, NATURAL: tl.constexpr):
     """Let one more logit join the denominator: (m_i, l_i, rescale of the sums so far)."""
+    if not NATURAL:
+        sink = sink * LOG2E
     m_i_new = tl.maximum(m_i, sink)
     pivot = tl.where(m_i_new == float("-inf"), 0.0, m_i_new)
-    alpha = tl.exp2(m_i - pivot)
-    return m_i_new, l_i * alpha + tl.exp2(sink - pivot), alpha
+    alpha = fall(m_i, pivot, NATURAL)
+    return m_i_new, l_i * alpha + fall(sink, pivot, NATURAL), alpha
 
 
 @triton.jit
-def normalise(acc, l_i, m_i, h, modifiers):
-    """(output, lse) of a tile of queries that has seen all its keys."""
+def log_sum(m_i, l_i, NATURAL: tl.constexpr):
+    """(lse, residual): the natural log of a row's sum and, where it is asked for, what float32 left
+    of it.
+    """
+    if NATURAL:
+        log_l = tl.log2(l_i) * LN2
+        lse = m_i + log_l
+        residual = tl.where(l_i == 0.0, 0.0, (m_i - lse) + log_l)
+    else:
+        lse = (m_i + tl.log2(l_i)) * LN2  # no key and no sink: log2(0) = -inf
+        residual = lse
+    return lse, residual
+
+
+@triton.jit
+def normalise(acc, l_i, m_i, h, modifiers, NATURAL: tl.constexpr = False):
+    """(output, lse, residual) of a tile of queries that has seen all its keys."""
     if modifiers.sinks is not None:
-        sink = tl.load(modifiers.sinks + h).to(tl.float32) * LOG2E
-        m_i, l_i, alpha = add_sink(m_i, l_i, sink)
+        sink = tl.load(modifiers.sinks + h).to(tl.float32)
+        m_i, l_i, alpha = add_sink(m_i, l_i, sink, NATURAL)
         acc = acc * alpha[:, None]
     acc = acc * (modifiers.keep_scale / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
-    lse = (m_i + tl.log2(l_i)) * LN2  # no key and no sink: log2(0) = -inf
-    return acc, lse
+    lse, residual = log_sum(m_i, l_i, NATURAL)
+    return acc, lse, residual
 
 
 @triton.jit
-def store_rows(out_ptr, lse_ptr, acc, lse, start_i, pair, problem, F: tl.constexpr):
-    """Store a tile of outputs and its lse, both contiguous over (batch, head, query)."""
+def store_rows(
+    out_ptr, lse_ptr, residual_ptr, acc, lse, residual, start_i, pair, problem, F: tl.constexpr
+):
+    """Store a tile of outputs and its lse, contiguous over (batch, head, query)."""
     pair64 = tl.cast(pair, tl.int64)
     out_ptr += pair64 * problem.q_len * F.DIM_V
     store_tile(out_ptr, start_i, F.DIM_V, problem.q_len, acc, F.BLOCK_M, F.DIM_V, F.PAD_V)
     offs_i = start_i + tl.arange(0, F.BLOCK_M)
     inside = (offs_i >= 0) & (offs_i < problem.q_len)
     tl.store(lse_ptr + pair64 * problem.q_len + offs_i, lse, mask=inside)
+    if F.NATURAL:
+        tl.store(residual_ptr + pair64 * problem.q_len + offs_i, residual, mask=inside)

@@ -15,8 +15,8 @@ from flashmark.block_sparse.call import Call, Saved
 from . import arguments as args
 from . import configs
 from .arguments import Problem
-from .attend import add_sink, attend
-from .primitives import LN2, LOG2E, keys_of, load_run, masked_tile, sample_bounds
+from .attend import add_sink, attend, log_sum
+from .primitives import fall, keys_of, load_run, masked_tile, sample_bounds
 
 MAX_QUERIES = 16
 MIN_KEYS = 256  # below this one program does a row in no time, and merging would cost more
@@ -78,7 +78,7 @@ def compared_span(problem, row0, offset, end_n, WINDOW: tl.constexpr, F: tl.cons
 def decode_kernel(
     inputs,
     part_ptr,
-    part_lse_ptr,
+    part_sums_ptr,
     lists,
     modifiers,
     splits,
@@ -184,16 +184,18 @@ def decode_kernel(
     offs_v = tl.arange(0, PAD_V)
     parts = part_ptr + (row * F.DIM_V)[:, None] + offs_v[None, :]
     tl.store(parts, acc, mask=inside[:, None] & (offs_v < F.DIM_V)[None, :])
-    tl.store(part_lse_ptr + row, m_i + tl.log2(l_i), mask=inside)
+    tl.store(part_sums_ptr + 2 * row, m_i, mask=inside)
+    tl.store(part_sums_ptr + 2 * row + 1, l_i, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "q_len", "heads", "splits"])
 def merge_kernel(
     part_ptr,
-    part_lse_ptr,
+    part_sums_ptr,
     sinks_ptr,
     out_ptr,
     lse_ptr,
+    residual_ptr,
     rows,
     q_len,
     heads,
@@ -202,27 +204,33 @@ def merge_kernel(
     SPLITS: tl.constexpr,
     DIM_V: tl.constexpr,
     PAD_V: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
-    """One row: the parts weighed by exp(lse of the part - lse)."""
+    """One row: the parts weighed by their share of its sum."""
     row = tl.cast(tl.program_id(0), tl.int64)
     split = tl.arange(0, SPLITS)
     offs_v = tl.arange(0, PAD_V)
     part_row = split.to(tl.int64) * rows + row
-    part_lse = tl.load(part_lse_ptr + part_row, mask=split < splits, other=float("-inf"))
-    m_i = tl.max(part_lse, 0)
-    weight = tl.exp2(part_lse - tl.where(m_i == float("-inf"), 0.0, m_i))
+    exists = split < splits
+    part_m = tl.load(part_sums_ptr + 2 * part_row, mask=exists, other=float("-inf"))
+    part_l = tl.load(part_sums_ptr + 2 * part_row + 1, mask=exists, other=0.0)
+    m_i = tl.max(part_m, 0)
+    weight = part_l * fall(part_m, tl.where(m_i == float("-inf"), 0.0, m_i), NATURAL)
     l_i = tl.sum(weight, 0)
     parts = part_ptr + (part_row * DIM_V)[:, None] + offs_v[None, :]
     inside = (split < splits)[:, None] & (offs_v < DIM_V)[None, :]
     acc = tl.sum(tl.load(parts, mask=inside, other=0.0) * weight[:, None], 0)
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + row // q_len % heads).to(tl.float32) * LOG2E
-        m_i, l_i, alpha = add_sink(m_i, l_i, sink)
+        sink = tl.load(sinks_ptr + row // q_len % heads).to(tl.float32)
+        m_i, l_i, alpha = add_sink(m_i, l_i, sink, NATURAL)
         acc = acc * alpha
     acc = acc * (keep_scale / tl.where(l_i == 0.0, 1.0, l_i))
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * DIM_V + offs_v, out, mask=offs_v < DIM_V)
-    tl.store(lse_ptr + row, (m_i + tl.log2(l_i)) * LN2)
+    lse, residual = log_sum(m_i, l_i, NATURAL)
+    tl.store(lse_ptr + row, lse)
+    if NATURAL:
+        tl.store(residual_ptr + row, residual)
 
 
 def number_of_splits(device: torch.device, programs: int, tiles: int) -> int:
@@ -262,14 +270,15 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
 
     rows, device = batch * heads * q_len, query.device
     part = torch.empty(splits, rows, dim_v, dtype=torch.float32, device=device)
-    part_lse = torch.empty(splits, rows, dtype=torch.float32, device=device)
+    part_sums = torch.empty(splits, rows, 2, dtype=torch.float32, device=device)
     out = torch.empty(batch, heads, q_len, dim_v, dtype=query.dtype, device=device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=device)
+    residual = args.residual_of(call, lse)
     with args.on_device(query):
         decode_kernel[(programs * splits,)](
             args.inputs(query, key, value),
             part,
-            part_lse,
+            part_sums,
             described.rows,
             described.modifiers,
             splits,
@@ -281,10 +290,11 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
         )
         merge_kernel[(rows,)](
             part,
-            part_lse,
+            part_sums,
             described.modifiers.sinks,
             out,
             lse,
+            residual,
             rows,
             q_len,
             heads,
@@ -293,5 +303,6 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
             SPLITS=triton.next_power_of_2(splits),
             DIM_V=dim_v,
             PAD_V=args.padded(dim_v),
+            NATURAL=features.NATURAL,
         )
-    return Saved(out, lse, args.no_residual(call, lse))
+    return Saved(out, lse, residual)

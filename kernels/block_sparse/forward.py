@@ -39,6 +39,7 @@ def forward_kernel(
     inputs,
     out_ptr,
     lse_ptr,
+    residual_ptr,
     lists,
     modifiers,
     pairs,
@@ -78,21 +79,24 @@ def forward_kernel(
         problem, lists, line, row0, end_n, F
     )
     full_start = start
-    for _ in range(n_full):
-        acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
-            r2, offset, end_n, pair, base, problem, modifiers, False, F,
-        )  # fmt: skip
-        run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
-    for t in range(n_masked):
-        start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
-        acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
-            r2, offset, end_n, pair, base, problem, modifiers, True, F,
-        )  # fmt: skip
+    # a loop that may run zero times makes ptxas wait for every product before the next
+    if n_full > 0:
+        for _ in range(n_full):
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
+                r2, offset, end_n, pair, base, problem, modifiers, False, F,
+            )  # fmt: skip
+            run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
+    if n_masked > 0:
+        for t in range(n_masked):
+            start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
+                r2, offset, end_n, pair, base, problem, modifiers, True, F,
+            )  # fmt: skip
 
-    acc, lse = normalise(acc, l_i, m_i, h, modifiers)
-    store_rows(out_ptr, lse_ptr, acc, lse, start_i, pair, problem, F)
+    acc, lse, residual = normalise(acc, l_i, m_i, h, modifiers, F.NATURAL)
+    store_rows(out_ptr, lse_ptr, residual_ptr, acc, lse, residual, start_i, pair, problem, F)
 
 
 def launch(
@@ -100,8 +104,7 @@ def launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    saved: Saved,
     call: args.KernelArguments,
     problem: Problem,
     features: args.Features,
@@ -110,8 +113,9 @@ def launch(
     """Run a kernel that takes the arguments of `forward_kernel`."""
     kernel[(problem.tiles * problem.pairs,)](
         args.inputs(query, key, value),
-        out,
-        lse,
+        saved.out,
+        saved.lse,
+        saved.residual,
         call.rows,
         call.modifiers,
         *problem,
@@ -142,7 +146,8 @@ def forward(call: Call) -> Saved:
     batch, heads, q_len, _ = query.shape
     out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
+    saved = Saved(out, lse, args.residual_of(call, lse))
     with args.on_device(query):
         run = launcher(config.form)
-        run(query, key, value, out, lse, described, problem, features, config)
-    return Saved(out, lse, args.no_residual(call, lse))
+        run(query, key, value, saved, described, problem, features, config)
+    return saved

@@ -40,6 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashmark.block_sparse.call import Saved
+
 from . import arguments as args
 from . import configs
 from .arguments import Problem
@@ -249,7 +251,7 @@ def compute(
         acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, last, q, rings, r2, work, True, F, STAGES)
         acc, p = warpgroup_mma_wait(0, [acc, p])
 
-    acc, lse = normalise(acc, rows_of(l_i, acc), rows_of(m_i, acc), work.h, work.modifiers)
+    acc, lse, _ = normalise(acc, rows_of(l_i, acc), rows_of(m_i, acc), work.h, work.modifiers)
     i = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
     d = gl.arange(0, F.PAD_V, gl.SliceLayout(0, o_layout))
     row = gl.cast(work.pair, gl.int64) * problem.q_len + i
@@ -359,8 +361,7 @@ def launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    saved: Saved,
     call: args.KernelArguments,
     problem: Problem,
     features: args.Features,
@@ -373,8 +374,8 @@ def launch(
         describe(query, ROWS.value, features.PAD),
         describe(key, config.block_n, features.PAD),
         describe(value, config.block_n, features.PAD_V),
-        out,
-        lse,
+        saved.out,
+        saved.lse,
         call.rows,
         call.modifiers,
         *problem,
