@@ -15,6 +15,7 @@ from . import bias as bias_gradient
 from . import configs
 
 LOG2E = math.log2(math.e)
+WIDE = 1 << 24  # elements from row to row from which on a tile of 128 rows needs 64 bits
 L2_BYTES = (
     24 << 20
 )  # keys and values that run side by side should fit in about half of a Hopper's L2
@@ -105,9 +106,9 @@ class Features:
     OFFSET: bool
     LENGTHS: bool
     CLIP: bool  # FULL tiles may reach beyond a sample's keys
+    WIDE: bool  # offsets within a tile take 64 bits
     PRECISION: str
     SLACK: int = 0  # how far, in log2, a maximum may grow before the output is rescaled
-    WORDS: bool = False  # the bits of a tile come as words, which FULL tiles have too
     BIAS_GRADIENT: bool = False
     ATOMIC: bool = False  # dQ, and dK and dV of a group of heads, through float32 atomics
     GROUPED: bool = False  # one program walks all query heads of a group
@@ -178,6 +179,7 @@ def describe(
         OFFSET=query_offset is not None,
         LENGTHS=kv_lengths is not None,
         CLIP=kv_lengths is not None and sparse,
+        WIDE=max(tensor.stride(2) for tensor in (query, key, value)) >= WIDE,
         PRECISION=dot_precision(query.dtype),
     )
     nothing = Lists(*[None] * 7)
@@ -209,7 +211,6 @@ def over_queries(
         call.features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        WORDS=config.form != "pointers",
         SLACK=configs.SLACK if config.lazy else 0,
     )
     (batch, heads), problem = query.shape[:2], call.problem
@@ -275,8 +276,8 @@ def strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed, after torch.set_float32_matmul_precision."""
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    """How float32 products are computed: as PyTorch's own on a GPU, however that was set."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 
 

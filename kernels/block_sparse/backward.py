@@ -87,7 +87,7 @@ def backward(
         query, key, value, mask, bias, sinks, query_offset, kv_lengths, dropout_seed,
         scale, softcap, dropout_p,
     )  # fmt: skip
-    if dout.stride(-1) != 1:
+    if dout.stride(-1) != 1 or dout.stride(2) >= args.WIDE:
         dout = dout.contiguous()
     with args.on_device(query):
         delta, lse2, dsinks = _delta(dout, dlse, out, lse, call.modifiers.sinks)
