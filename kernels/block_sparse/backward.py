@@ -79,7 +79,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     if not query.numel() or not key.numel():
         return eager.backward(call, saved, dout, dlse)  # nothing to launch
     described = args.describe(call)
-    if dout.stride(-1) != 1:
+    if dout.stride(-1) != 1 or dout.stride(2) >= args.WIDE:
         dout = dout.contiguous()
     with args.on_device(query):
         delta, lse, dsinks = _row_sums(dout, dlse, saved, described.modifiers.sinks)

@@ -30,6 +30,7 @@ from .primitives import (
     masked_tile,
     next_tile,
     place,
+    row_stride,
     walk_keys,
 )
 
@@ -62,10 +63,10 @@ def forward_kernel(
         return
 
     q_ptr = head_of(inputs.query, inputs.query_strides, b, h)
-    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // problem.group)
+    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // problem.group, F)
     base = bias_base(modifiers, b, h, F)
     start_i = row0 - offset
-    q_stride = inputs.query_strides[2]
+    q_stride = row_stride(inputs.query_strides, F)
     q = load_tile(q_ptr, start_i, q_stride, problem.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
