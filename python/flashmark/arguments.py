@@ -44,21 +44,27 @@ def one_or(got: int, want: int) -> bool:
     return got == 1 or got == want
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Sizes are read once: this is a good part of a small call's time on the host."""
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
+    """(B, Hq, Nq, D, Nk) of tensors that fit.
+
+    Attributes are read once: on the host this is a good part of a small call's time.
+    """
+    check_tensor("query", query, 4)
+    dtype, device, shapes = query.dtype, query.device, []
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x, 4)
-        dtype, dim = x.dtype, x.size(3)
-        if dtype not in DTYPES:
+        shape = x.shape
+        if x.dtype not in DTYPES:
             allowed = "float16, bfloat16, float32 or float64"
-            raise TypeError(f"{name}: expected {allowed}, got {dtype}")
-        if dtype != query.dtype or x.device != query.device:
-            check_same(name, x, dtype=query.dtype, device=query.device)
-        if not 1 <= dim <= MAX_DIM:
-            raise ValueError(f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {dim}")
-    batch, heads, _, dim = query.shape
-    kv_batch, kv_heads, kv_len, key_dim = key.shape
-    value_batch, value_heads, value_len, _ = value.shape
+            raise TypeError(f"{name}: expected {allowed}, got {x.dtype}")
+        if x.dtype != dtype or x.device != device:
+            check_same(name, x, dtype=dtype, device=device)
+        if not 1 <= shape[3] <= MAX_DIM:
+            raise ValueError(f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {shape[3]}")
+        shapes.append(shape)
+    batch, heads, q_len, dim = shapes[0]
+    kv_batch, kv_heads, kv_len, key_dim = shapes[1]
+    value_batch, value_heads, value_len, _ = shapes[2]
     if kv_batch != batch:
         raise ValueError(f"key: expected a batch of {batch} like query, got {kv_batch}")
     if key_dim != dim:
@@ -72,6 +78,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"value: expected {(batch, kv_heads, kv_len)} in the first dimensions like key, "
             f"got {(value_batch, value_heads, value_len)}"
         )
+    return batch, heads, q_len, dim, kv_len
 
 
 def finite(name: str, value: float, *, positive: bool = False, negative: bool = True) -> float:

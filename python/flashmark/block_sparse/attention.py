@@ -120,10 +120,8 @@ def block_sparse_attention(
         return call_on_shards(block_sparse_attention, **locals())
     refuse_transforms("block_sparse_attention")
     query, key, value = under_autocast(query, key, value)
-    check_qkv(query, key, value)
-    backend = choose_backend("block_sparse", backend, query)
-    batch, heads, q_len, dim = query.shape
-    kv_len, device = key.shape[2], query.device
+    batch, heads, q_len, dim, kv_len = check_qkv(query, key, value)
+    backend, device = choose_backend("block_sparse", backend, query), query.device
     scale = 1.0 / math.sqrt(dim) if scale is None else finite("scale", scale)
     softcap = 0.0 if softcap is None else finite("softcap", softcap, negative=False)
     dropout_p = finite("dropout_p", dropout_p)
