@@ -6,6 +6,7 @@ from flashmark.masks.data import blocks, dense, key_padding
 from flashmark.masks.expression import Mask
 from flashmark.masks.flex import from_flex, to_flex
 from flashmark.masks.functions import mask_mod
+from flashmark.masks.loading import register
 from flashmark.masks.packed import documents, packed
 from flashmark.masks.positions import (
     causal,
@@ -16,6 +17,8 @@ from flashmark.masks.positions import (
     prefix,
     sliding_window,
 )
+
+register()
 
 __all__ = [
     "BlockMask",

@@ -34,13 +34,21 @@ def block_mask_for(
 ) -> BlockMask:
     """The mask that kernels read. Causal and dense ones come without lists."""
     if isinstance(mask, BlockMask):
-        return mask
+        return mask if torch.compiler.is_compiling() else _for_training(mask)
     kind = "dense" if mask is None else plain_kind(mask)
     if kind is not None:
         return (plain_mask if torch.compiler.is_compiling() else _plain)(kind, q_len, kv_len)
     # torch.compile may trace sizes as symbols: an expression is compiled for their values
     sizes = tuple(operator.index(n) for n in (batch, heads, q_len, kv_len))
     return compiled(mask, *sizes, device)
+
+
+def _for_training(mask: BlockMask) -> BlockMask:
+    """Tensors made in inference mode, as by a tree_map there, cannot be saved for a backward."""
+    inference = mask.kind == "sparse" and mask.tile_bits.is_inference()
+    if not inference or torch.is_inference_mode_enabled():
+        return mask
+    return mask.mapped(Tensor.clone)
 
 
 _plain = functools.lru_cache(plain_mask)

@@ -17,7 +17,8 @@ from flashmark.masks.positions import Band, plain_kind
 
 COARSE = 64  # a coarse look covers COARSE x COARSE tiles
 FINE_LIMIT = 1 << 16  # tile grids up to this size are classified without a coarse look
-BAND = 1 << 22  # elements evaluated at a time
+LOOKED_AT = 1 << 22  # tiles classified at a time
+BAND = 1 << 20  # elements evaluated at a time: few enough for a cache
 
 
 def compile_mask(
@@ -170,7 +171,7 @@ def _classify(mask: Mask, grid: Grid, leading: tuple[int, int]) -> tuple[_FullTi
     squares, uncertain = _look(mask, coarse, leading, *_all_tiles(coarse, leading_size))
     inside = torch.arange(COARSE, device=grid.device)
     full, partial = [none], [none]
-    for some in uncertain.split(BAND // COARSE**2, dim=1):
+    for some in uncertain.split(LOOKED_AT // COARSE**2, dim=1):
         bh, row, column = (x.view(-1, 1, 1) for x in some)
         bh, row, column = torch.broadcast_tensors(
             bh, row * COARSE + inside.view(-1, 1), column * COARSE + inside

@@ -19,7 +19,7 @@ from flashmark.masks.expression import FULL, PARTIAL, Grid, Mask
 from flashmark.masks.positions import Prefix, shared
 
 
-class _KeyVisible(Mask):
+class KeyVisible(Mask):
     """A bool for each key: (B, Nk)."""
 
     def __init__(self, visible: Tensor):
@@ -52,7 +52,7 @@ class _KeyVisible(Mask):
         return (self.visible,)
 
     def mapped(self, function):
-        return _KeyVisible(function(self.visible))
+        return KeyVisible(function(self.visible))
 
     def __repr__(self):
         return f"key_padding(<{'x'.join(map(str, self.visible.shape))} bool>)"
@@ -69,7 +69,7 @@ def key_padding(lengths: Tensor) -> Mask:
         return Prefix(integer_tensor("lengths", lengths, (1,)), "key_padding")
     if lengths.dim() != 2:
         raise ValueError(f"lengths: expected bool (B, Nk), got shape {tuple(lengths.shape)}")
-    return _KeyVisible(lengths)
+    return KeyVisible(lengths)
 
 
 class Blocks(Mask):
@@ -154,7 +154,7 @@ def blocks(
     return Blocks(map, size, max_blocks)
 
 
-class _Dense(Mask):
+class Dense(Mask):
     """A bool for each element, of 2 to 4 dimensions."""
 
     def __init__(self, given: Tensor):
@@ -195,7 +195,7 @@ class _Dense(Mask):
         return (self.given,)
 
     def mapped(self, function):
-        return _Dense(function(self.given))
+        return Dense(function(self.given))
 
     def __repr__(self):
         return f"dense(<{'x'.join(map(str, self.visible.shape))} bool>)"
@@ -203,12 +203,12 @@ class _Dense(Mask):
 
 def dense(visible: Tensor) -> Mask:
     """Any mask, spelled out: bool (Nq, Nk), (H, Nq, Nk) or (B | 1, H | 1, Nq, Nk)."""
-    return _Dense(bool_tensor("visible", visible))
+    return Dense(bool_tensor("visible", visible))
 
 
 def whole_tensor(mask: Mask) -> Tensor | None:
     """The tensor of a mask that is nothing else, (B | 1, H | 1, Nq, Nk)."""
-    return mask.visible if isinstance(mask, _Dense) else None
+    return mask.visible if isinstance(mask, Dense) else None
 
 
 def every_tile(mask: Mask, grid: Grid, b, h, q_block, kv_block) -> dict[object, Tensor]:

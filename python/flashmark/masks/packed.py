@@ -13,7 +13,7 @@ from flashmark.masks.expression import FULL, Grid, Mask, classify
 from flashmark.masks.positions import Band, shared
 
 
-class _Documents(Mask):
+class Documents(Mask):
     """Equal, not negative ids: `ids` (Nk,) or (B | 1, Nk) of the keys, `query_ids` of the queries,
     by default those of the keys at their position."""
 
@@ -87,7 +87,7 @@ class _Documents(Mask):
         return (self.ids,) if self.query_ids is None else (self.ids, self.query_ids)
 
     def mapped(self, function):
-        return _Documents(*map(function, self.tensors()))
+        return Documents(*map(function, self.tensors()))
 
     def __repr__(self):
         sizes = " and ".join("x".join(map(str, ids.shape)) for ids in reversed(self.tensors()))
@@ -106,8 +106,8 @@ def documents(ids: Tensor, key_ids: Tensor | None = None) -> Mask:
     """
     integer_tensor("ids", ids, (1, 2))
     if key_ids is None:
-        return _Documents(ids)
-    return _Documents(integer_tensor("key_ids", key_ids, (1, 2)), ids)
+        return Documents(ids)
+    return Documents(integer_tensor("key_ids", key_ids, (1, 2)), ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _LocalGrid(Grid):
         return self.keys(kv_block)[0] - self.positions(q_block)[0]
 
 
-class _Packed(Mask):
+class Packed(Mask):
     """`inner` within each sequence, as if there were no other."""
 
     def __init__(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, inner: Mask):
@@ -154,7 +154,7 @@ class _Packed(Mask):
                     f"{ends if len(ends) <= 8 else [*ends[:4], '...', *ends[-3:]]}"
                 )
 
-    def _parts(self, grid: Grid) -> tuple[_Documents, _LocalGrid]:
+    def _parts(self, grid: Grid) -> tuple[Documents, _LocalGrid]:
         of_queries, of_keys = self.of_queries.long(), self.of_keys.long()
         query_ids, query_position = _of_tokens(of_queries, grid.q_len)
         key_ids, key_position = _of_tokens(of_keys, grid.kv_len)
@@ -163,7 +163,7 @@ class _Packed(Mask):
         query_position = query_position + ahead[query_ids]
         sizes = grid.q_len, grid.kv_len, grid.block_q, grid.block_kv, grid.device
         local = _LocalGrid(*sizes, query_position, key_position)
-        return _Documents(key_ids, query_ids), local
+        return Documents(key_ids, query_ids), local
 
     def tiles(self, grid, *at):
         documents, local = self._parts(grid)
@@ -186,7 +186,7 @@ class _Packed(Mask):
         return self.of_queries, self.of_keys
 
     def mapped(self, function):
-        return _Packed(function(self.of_queries), function(self.of_keys), self.inner)
+        return Packed(function(self.of_queries), function(self.of_keys), self.inner)
 
     def __repr__(self):
         return f"packed(<{self.of_queries.shape[0] - 1} sequences>, {self.inner!r})"
@@ -229,9 +229,9 @@ def packed(
             f"got {of_keys.shape[0]}"
         )
     if mask is None:
-        return _Packed(of_queries, of_keys, Band(None, None))
+        return Packed(of_queries, of_keys, Band(None, None))
     if not isinstance(mask, Mask):
         raise not_a_mask("mask", mask, "an expression of positions or None")
     if mask.formula is None:
         raise ValueError(f"mask: expected an expression of positions alone, got {mask!r}")
-    return _Packed(of_queries, of_keys, mask)
+    return Packed(of_queries, of_keys, mask)

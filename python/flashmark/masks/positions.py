@@ -22,7 +22,8 @@ class Band(Mask):
         p_first, p_last = grid.positions(q_block)
         j_first, j_last = grid.keys(kv_block)
         nearest, farthest = j_last - p_first, j_first - p_last  # extremes of j - p over the tile
-        full, empty = torch.ones_like(nearest, dtype=torch.bool), False
+        full = torch.ones_like(nearest, dtype=torch.bool)
+        empty = ~full
         if self.low is not None:
             full, empty = full & (farthest > self.low), nearest <= self.low
         if self.high is not None:
@@ -81,10 +82,10 @@ def diagonal() -> Mask:
     return Band(-1, 0)
 
 
-class _Dilated(Mask):
+class Dilated(Mask):
     def __init__(self, stride: int):
         self.stride = stride
-        self.formula = (_Dilated, stride)
+        self.formula = (Dilated, stride)
 
     def tiles(self, grid, b, h, q_block, kv_block):
         p_first, p_last = grid.positions(q_block)
@@ -107,7 +108,7 @@ class _Dilated(Mask):
 
 def dilated(stride: int) -> Mask:
     """(p - j) % stride == 0: every stride-th key, past and future, counted from oneself."""
-    return _Dilated(integer("stride", stride, 1))
+    return Dilated(integer("stride", stride, 1))
 
 
 class LocalChunks(Mask):
