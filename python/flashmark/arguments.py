@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashmark.masks import BlockMask, Mask
+from flashmark.masks.arguments import not_a_mask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 256
@@ -180,7 +181,7 @@ def check_block_mask(
     if mask is None or isinstance(mask, Mask):
         return
     if not isinstance(mask, BlockMask):
-        raise TypeError(f"mask: expected a Mask, a BlockMask or None, got {type(mask).__name__}")
+        raise not_a_mask("mask", mask, "a mask expression, a BlockMask or None")
     expected = (f"1 or {batch}", f"1 or {heads}", rows, kv_len)
     fits = one_or(mask.batch, batch) and one_or(mask.heads, heads)
     if not fits or (mask.q_len, mask.kv_len) != (rows, kv_len):
