@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashmark.masks import BlockMask, Mask
+from flashmark.masks.arguments import not_a_mask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 256
@@ -44,21 +45,27 @@ def one_or(got: int, want: int) -> bool:
     return got == 1 or got == want
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Sizes are read once: this is a good part of a small call's time on the host."""
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
+    """(B, Hq, Nq, D, Nk) of tensors that fit.
+
+    Attributes are read once: on the host this is a good part of a small call's time.
+    """
+    check_tensor("query", query, 4)
+    dtype, device, shapes = query.dtype, query.device, []
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x, 4)
-        dtype, dim = x.dtype, x.size(3)
-        if dtype not in DTYPES:
+        shape = x.shape
+        if x.dtype not in DTYPES:
             allowed = "float16, bfloat16, float32 or float64"
-            raise TypeError(f"{name}: expected {allowed}, got {dtype}")
-        if dtype != query.dtype or x.device != query.device:
-            check_same(name, x, dtype=query.dtype, device=query.device)
-        if not 1 <= dim <= MAX_DIM:
-            raise ValueError(f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {dim}")
-    batch, heads, _, dim = query.shape
-    kv_batch, kv_heads, kv_len, key_dim = key.shape
-    value_batch, value_heads, value_len, _ = value.shape
+            raise TypeError(f"{name}: expected {allowed}, got {x.dtype}")
+        if x.dtype != dtype or x.device != device:
+            check_same(name, x, dtype=dtype, device=device)
+        if not 1 <= shape[3] <= MAX_DIM:
+            raise ValueError(f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {shape[3]}")
+        shapes.append(shape)
+    batch, heads, q_len, dim = shapes[0]
+    kv_batch, kv_heads, kv_len, key_dim = shapes[1]
+    value_batch, value_heads, value_len, _ = shapes[2]
     if kv_batch != batch:
         raise ValueError(f"key: expected a batch of {batch} like query, got {kv_batch}")
     if key_dim != dim:
@@ -72,6 +79,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"value: expected {(batch, kv_heads, kv_len)} in the first dimensions like key, "
             f"got {(value_batch, value_heads, value_len)}"
         )
+    return batch, heads, q_len, dim, kv_len
 
 
 def finite(name: str, value: float, *, positive: bool = False, negative: bool = True) -> float:
@@ -173,7 +181,7 @@ def check_block_mask(
     if mask is None or isinstance(mask, Mask):
         return
     if not isinstance(mask, BlockMask):
-        raise TypeError(f"mask: expected a Mask, a BlockMask or None, got {type(mask).__name__}")
+        raise not_a_mask("mask", mask, "a mask expression, a BlockMask or None")
     expected = (f"1 or {batch}", f"1 or {heads}", rows, kv_len)
     fits = one_or(mask.batch, batch) and one_or(mask.heads, heads)
     if not fits or (mask.q_len, mask.kv_len) != (rows, kv_len):

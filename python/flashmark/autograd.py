@@ -15,6 +15,8 @@ from flashmark.tracing import constant_when_traced
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to autocast's dtype where it is on, as `scaled_dot_product_attention` does."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
@@ -65,7 +67,7 @@ def refuse_transforms(name: str) -> None:
     """Explicit backwards and operators without batching rules: torch.func cannot see through."""
     if torch.compiler.is_compiling():
         return
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         raise NotImplementedError(
             f"{name}: expected no torch.jit.trace, got one; use torch.export or torch.compile"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import operator
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmark import cpu
 from flashmark.autograd import autocast_is_on, boundary, boundary_arguments, needs_gradient
 from flashmark.flops import FORMULAS, register_if_counting
 from flashmark.masks.block_mask import BlockMask, pack_mask, unpack_mask
@@ -72,6 +74,7 @@ class Operator:
         self.kept = self.outputs if kept is None else kept
         self.differentiable = self.outputs[: len(self.outputs) - len(constants)]
         fields = self._fields = [field.name for field in dataclasses.fields(call)]
+        self._values = operator.attrgetter(*fields)
         masks = [n for n, x in enumerate(fields) if typing.get_type_hints(call)[x] is BlockMask]
         self.mask_at = masks[0] if masks else None
         wanted = [fields.index(x[1:]) for x in grads._fields]  # type: ignore[attr-defined]
@@ -92,7 +95,11 @@ class Operator:
 
     def flatten(self, call) -> tuple:
         """Arguments of the overloads."""
-        flat, at = tuple([getattr(call, name) for name in self._fields]), self.mask_at
+        if torch.compiler.is_compiling():  # it does not know attrgetter
+            flat = tuple([getattr(call, name) for name in self._fields])
+        else:
+            flat = self._values(call)
+        at = self.mask_at
         return flat if at is None else (*flat[:at], *pack_mask(flat[at]), *flat[at + 1 :])
 
     def unflatten(self, flat):
@@ -120,16 +127,13 @@ class Operator:
         incoming += [f"Tensor {x}" for x in self.kept]
         grads = ", ".join(f"Tensor {x}" for x in self.grads._fields)  # type: ignore[attr-defined]
         for backend, module in backends.items():
-            self.forward[backend] = _overload(
-                f"{self.name}_forward.{backend}({arguments}) -> ({results})",
-                module and functools.partial(self._run_forward, module),
-                self._fake_forward,
-            )
-            self.backward[backend] = _overload(
-                f"{self.name}_backward.{backend}({', '.join(incoming)}, {arguments}) -> ({grads})",
-                module and functools.partial(self._run_backward, module),
-                self._fake_backward,
-            )
+            forward = f"{self.name}_forward.{backend}({arguments}) -> ({results})"
+            run = functools.partial(self._run_forward, module) if module else None
+            self.forward[backend] = _overload(forward, run, self._fake_forward)
+            given = f"{', '.join(incoming)}, {arguments}"
+            backward = f"{self.name}_backward.{backend}({given}) -> ({grads})"
+            run = functools.partial(self._run_backward, module) if module else None
+            self.backward[backend] = _overload(backward, run, self._fake_backward)
 
     def _run_forward(self, module: str, *flat):
         call = self.unflatten(flat)
@@ -167,12 +171,26 @@ class Operator:
 
 def _overload(schema: str, implementation: Callable | None, fake: Callable):
     """Define an overload, and return it. Without an implementation a C++ library brings it."""
-    name, overload = schema.split("(", 1)[0].split(".")
+    full_name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if implementation is not None:
-        _LIBRARY.impl(f"{name}.{overload}", implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flashmark::{name}.{overload}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops.flashmark, name), overload)
+    name, overload = full_name.split(".")
+    found = getattr(getattr(torch.ops.flashmark, name), overload)
+    run = implementation or functools.partial(_load_and_run, found)
+    _LIBRARY.impl(full_name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashmark::{full_name}", fake, lib=_LIBRARY)
+    return found
+
+
+def _load_and_run(overload, *flat):
+    """Run the C++ kernel of an overload, which takes this function's place once it is loaded."""
+    reason = cpu.why_not()
+    if not reason and flat[0].device.type != "cpu":
+        reason = f"it needs CPU tensors, not {flat[0].device.type}"
+    if not reason and not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CPU"):
+        reason = "the C++ CPU kernels were built from other sources"
+    if reason:
+        raise NotImplementedError(f"backend: 'cpu' cannot run, {reason}")
+    return overload(*flat)
 
 
 def _without_autocast(implementation: Callable) -> Callable:

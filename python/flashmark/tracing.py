@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -15,3 +19,10 @@ def constant_when_traced(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Plain tensors inside, whatever fakes, traces or watches the operations outside."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield

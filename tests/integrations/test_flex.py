@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
 from torch.nn.attention import flex_attention as flex
@@ -56,23 +53,6 @@ def test_without_a_mask_and_with_masks_of_ours():
     )
     wanted = flashmark.block_sparse_attention(query, key, value, masks.causal())
     helpers.assert_identical(flex_attention(query, key, value, block_mask=masks.causal()), wanted)
-
-
-def test_a_block_mask_is_converted_once_and_not_kept(monkeypatch):
-    from flashmark.integrations import flex as ours
-
-    calls = []
-    convert = ours.from_flex
-    monkeypatch.setattr(ours, "from_flex", lambda mask: calls.append(1) or convert(mask))
-    query, key, value = helpers.qkv(1, 4, 200, 16, grad=False)
-    mask = block_mask()
-    for _ in range(3):
-        flex_attention(query, key, value, block_mask=mask)
-    assert len(calls) == 1
-    gone = weakref.ref(mask)
-    del mask
-    gc.collect()
-    assert gone() is None
 
 
 @pytest.mark.plain_empty

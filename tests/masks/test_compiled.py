@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import flashmark
 from flashmark import masks
 from tests import helpers
+from tests.masks.watching import LargestOutput
 
 
 def compiled(mask, q_len=256, kv_len=None, *, batch=1, heads=1, block_size=64):
     return masks.compile_mask(
         mask, batch, heads, q_len, kv_len or q_len, device="cpu", block_size=block_size
     )
-
-
-class LargestOutput(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                # an expanded view occupies no memory of its own
-                strides = zip(leaf.shape, leaf.stride(), strict=True)
-                size = 1 + sum((n - 1) * s for n, s in strides) if leaf.numel() else 0
-                self.elements = max(self.elements, size)
-        return result
 
 
 @pytest.mark.parametrize(
@@ -198,35 +181,35 @@ def test_max_blocks_bounds_the_buffers_of_a_blocks_mask():
     assert tight.nbytes < roomy.nbytes
 
 
-class Counted:
-    """A mask_mod that counts its evaluations."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, b, h, q, kv):
-        self.calls += 1
-        return q >= kv
-
-
 def attend(mask, n=40, batch=1):
     query, key, value = helpers.qkv(batch, 2, n, 8, grad=False)
     return flashmark.block_sparse_attention(query, key, value, mask, backend="eager")
 
 
-def test_an_uncompiled_mask_is_compiled_once_per_shape():
-    fn = Counted()
-    mask = masks.mask_mod(fn)
-    first = attend(mask)
-    after_first = fn.calls
-    assert torch.equal(attend(mask), first) and fn.calls == after_first
-    attend(mask, n=41)
-    assert fn.calls > after_first
+def test_an_expression_of_positions_is_compiled_once_for_its_sizes(monkeypatch):
+    from flashmark.masks import cache
+
+    compiles = []
+    compile_mask = cache.compile_mask
+    monkeypatch.setattr(
+        cache,
+        "compile_mask",
+        lambda *args, **kw: compiles.append(args) or compile_mask(*args, **kw),
+    )
+    cache._remembered.cache_clear()
+    make = lambda: masks.causal() & (masks.sliding_window(7) | masks.prefix(3))  # noqa: E731
+    first = attend(make())
+    for mask in (make(), copy.deepcopy(make()), pickle.loads(pickle.dumps(make()))):
+        assert torch.equal(attend(mask), first)
+    assert len(compiles) == 1
+    attend(make(), n=41)
+    attend(masks.causal() & (masks.sliding_window(7) | masks.prefix(4)))
+    assert len(compiles) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
 @pytest.mark.parametrize("composed", [False, True], ids=["alone", "composed"])
-def test_a_cached_mask_follows_a_tensor_changed_in_place(dtype, composed):
+def test_a_mask_follows_a_tensor_changed_in_place(dtype, composed):
     ids = torch.zeros(256, dtype=dtype)
     mask = masks.documents(ids)
     mask = mask & ~~masks.sliding_window(1000) if composed else mask

@@ -6,10 +6,16 @@ import re
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
+import flashmark
 from flashmark import masks
 
 BOOL = torch.ones(8, 8, dtype=torch.bool)
+
+
+def later(b, h, q, kv):
+    return q >= kv
 
 
 def one_sentence(error: BaseException) -> bool:
@@ -17,7 +23,7 @@ def one_sentence(error: BaseException) -> bool:
 
 
 CONSTRUCTORS = {
-    "negative-window": (lambda: masks.sliding_window(-1), ValueError, "left.*-1"),
+    "negative-window": (lambda: masks.sliding_window(-2), ValueError, "left.*-2"),
     "zero-window": (lambda: masks.sliding_window(0), ValueError, "left.*0"),
     "negative-right": (lambda: masks.sliding_window(3, -2), ValueError, "right.*-2"),
     "float-window": (lambda: masks.sliding_window(1.5), TypeError, "left.*float"),
@@ -47,6 +53,29 @@ CONSTRUCTORS = {
     "max-blocks": (lambda: masks.blocks(BOOL, 32, max_blocks=0), ValueError, "max_blocks.*0"),
     "dense-float": (lambda: masks.dense(torch.ones(4, 4)), TypeError, "bool.*float"),
     "dense-5d": (lambda: masks.dense(BOOL.view(1, 1, 1, 8, 8)), ValueError, r"\(1, 1, 1, 8, 8\)"),
+    "key-ids-float": (
+        lambda: masks.documents(torch.zeros(4).long(), torch.zeros(4)),
+        TypeError,
+        "key_ids.*float",
+    ),
+    "cumulative-float": (lambda: masks.packed(torch.zeros(3)), TypeError, "cu_seqlens_q.*float"),
+    "cumulative-2d": (
+        lambda: masks.packed(torch.zeros(1, 3).long()),
+        ValueError,
+        r"cu_seqlens_q.*\(1, 3\)",
+    ),
+    "other-number-of-sequences": (
+        lambda: masks.packed(torch.tensor([0, 4, 8]), torch.tensor([0, 8])),
+        ValueError,
+        "cu_seqlens_k.*3.*2",
+    ),
+    "packed-function": (
+        lambda: masks.packed(
+            torch.tensor([0, 8]), mask=masks.mask_mod(lambda b, h, q, kv: q >= kv)
+        ),
+        ValueError,
+        "mask.*positions",
+    ),
     "mod-not-callable": (lambda: masks.mask_mod(3), TypeError, "fn.*int"),
 }
 
@@ -71,6 +100,33 @@ def test_masks_combine_with_masks_only(combine):
 def test_and_or_not_of_python_are_refused():
     with pytest.raises(TypeError, match="&"):
         bool(masks.causal())
+
+
+def flex_mask():
+    return create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 64, 64, device="cpu")
+
+
+NO_MASKS = {
+    "a-tensor": (lambda: BOOL, "masks.dense"),
+    "a-function": (lambda: lambda b, h, q, kv: q >= kv, "masks.mask_mod"),
+    "a-flex-mask": (flex_mask, "masks.from_flex"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MASKS)
+def test_what_is_no_mask_is_told_how_to_become_one(name):
+    make, hint = NO_MASKS[name]
+    x = torch.zeros(1, 1, 64, 8)
+    for call in (
+        lambda: flashmark.block_sparse_attention(x, x, x, make()),
+        lambda: flashmark.block_sparse_attention(x, x, x, make(), query_offset=0),
+        lambda: masks.causal() & make(),
+        lambda: make() | masks.causal(),
+        lambda: masks.packed(torch.tensor([0, 64]), mask=make()),
+    ):
+        with pytest.raises(TypeError, match=f"mask: expected .*{hint}") as caught:
+            call()
+        assert one_sentence(caught.value)
 
 
 def compile_with(mask, batch=2, heads=2, q_len=64, kv_len=64, device="cpu", block_size=32):
@@ -100,7 +156,13 @@ COMPILES = {
         ValueError,
         "block_size",
     ),
-    "not-a-mask": (lambda: compile_with(BOOL), TypeError, "mask.*Tensor"),
+    "a-tensor": (lambda: compile_with(BOOL), TypeError, "mask.*bool tensor.*masks.dense"),
+    "a-function": (
+        lambda: compile_with(lambda b, h, q, kv: q >= kv),
+        TypeError,
+        "mask.*function.*masks.mask_mod",
+    ),
+    "a-flex-mask": (lambda: compile_with(flex_mask()), TypeError, "FlexAttention.*from_flex"),
     "no-mask": (lambda: compile_with("causal"), TypeError, "mask.*str"),
     "negative-length": (lambda: compile_with(masks.causal(), q_len=-1), ValueError, "q_len.*-1"),
     "zero-batch-type": (lambda: compile_with(masks.causal(), batch=2.0), TypeError, "batch.*float"),
@@ -128,6 +190,31 @@ COMPILES = {
         lambda: compile_with(masks.key_padding(torch.ones(2, 60, dtype=torch.bool))),
         ValueError,
         "64.*60",
+    ),
+    "query-ids-length": (
+        lambda: compile_with(masks.documents(torch.zeros(63).long(), torch.zeros(64).long())),
+        ValueError,
+        "^ids.*query, 64.*63",
+    ),
+    "key-ids-length": (
+        lambda: compile_with(masks.documents(torch.zeros(64).long(), torch.zeros(63).long())),
+        ValueError,
+        "^key_ids.*key, 64.*63",
+    ),
+    "cumulative-too-far": (
+        lambda: compile_with(masks.packed(torch.tensor([0, 65]))),
+        ValueError,
+        "cu_seqlens_q.*64.*65",
+    ),
+    "cumulative-falling": (
+        lambda: compile_with(masks.packed(torch.tensor([0, 40, 30, 64]))),
+        ValueError,
+        "cu_seqlens_q.*ascending",
+    ),
+    "cumulative-not-from-0": (
+        lambda: compile_with(masks.packed(torch.tensor([0, 64]), torch.tensor([2, 64]))),
+        ValueError,
+        "cu_seqlens_k.*from 0",
     ),
     "dense-shape": (lambda: compile_with(masks.dense(BOOL)), ValueError, r"64.*8"),
     "dense-heads": (

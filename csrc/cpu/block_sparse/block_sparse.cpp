@@ -1,4 +1,5 @@
 // The operators' bodies: allocate, choose the types, call the kernels.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -26,9 +27,14 @@ void with_types(at::ScalarType dtype, const F& f) {
   return f(BFloat16{}, float{});
 }
 
+Tensor nothing(at::ScalarType dtype) {  // at::empty({0}), without the dispatcher
+  return Tensor(at::detail::empty_cpu({0}, dtype));
+}
+
 template <typename C>
 Tensor workspace(int64_t n) {
-  return at::empty({n}, c10::CppTypeToScalarType<C>::value);
+  constexpr at::ScalarType dtype = c10::CppTypeToScalarType<C>::value;
+  return n == 0 ? nothing(dtype) : at::empty({n}, dtype);
 }
 
 // No query, or no key: rows of zeros, whose denominator is a sink or nothing.
@@ -37,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_of_nothing(const BlockSparseCall& a) 
   const Tensor out = at::zeros({batch, heads, q_len, a.value.size(3)}, a.query.options());
   const Tensor lse = at::full({batch, heads, q_len}, -INFINITY, at::kFloat);
   if (a.sinks) lse.copy_(a.sinks->unsqueeze(1));
-  return {out, lse, a.bias ? at::zeros_like(lse) : at::empty({0}, at::kFloat)};
+  return {out, lse, a.bias ? at::zeros_like(lse) : nothing(at::kFloat)};
 }
 
 // Only the sinks reach such an lse.
@@ -55,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const BlockSparseCall& a) {
   const Problem& p = prepared.problem;
   const Tensor out = at::empty({p.batch, p.heads, p.q_len, p.v_dim}, a.query.options());
   const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, at::kFloat);
-  const Tensor residual = a.bias ? at::empty_like(lse) : at::empty({0}, at::kFloat);
+  const Tensor residual = a.bias ? at::empty_like(lse) : nothing(at::kFloat);
   with_types(a.query.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
@@ -212,7 +218,7 @@ void block_sparse_backward_op(const c10::OperatorHandle& op, torch::jit::Stack* 
   const BlockSparseCall call(arguments);
   std::array<Tensor, 5> grads = backward(call, dout, dlse, out, lse, residual);
   for (Tensor& grad : grads)
-    if (!grad.defined()) grad = at::empty({0}, call.query.options());
+    if (!grad.defined()) grad = nothing(call.query.scalar_type());
   torch::jit::drop(*stack, count);
   for (Tensor& grad : grads) torch::jit::push(*stack, std::move(grad));
 }

@@ -1,5 +1,6 @@
 #include "shared/arguments.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/native/CPUBlas.h>
 
@@ -42,6 +43,7 @@ const Tensor& PreparedProblem::keep(Tensor tensor) {
 
 PreparedProblem::PreparedProblem(const BlockSparseCall& a) {
   Problem& p = problem;
+  kept_.reserve(24);
   TORCH_CHECK(a.query.dim() == 4 && a.key.dim() == 4 && a.value.dim() == 4,
               "query, key, value: expected 4 dimensions each");
   for (const Tensor* t : {&a.query, &a.key, &a.value})
@@ -122,9 +124,12 @@ void PreparedProblem::read_mask(const BlockSparseCall& a) {
   const Tensor& bits = keep(a.mask_tensors[12].contiguous());
   const int64_t tiles = bits.size(0);
   mask.subs = mask.block_q / p.tile_q;
+  const auto workspace = [&](int64_t n, at::ScalarType dtype) {  // without the dispatcher
+    return keep(Tensor(at::detail::empty_cpu({n}, dtype))).mutable_data_ptr();
+  };
   auto* rows =
-      keep(at::empty({tiles * mask.subs * mask.block_kv}, at::kLong)).mutable_data_ptr<int64_t>();
-  auto* extents = keep(at::empty({tiles * mask.subs, 2}, at::kInt)).mutable_data_ptr<int32_t>();
+      static_cast<int64_t*>(workspace(tiles * mask.subs * mask.block_kv, at::kLong));
+  auto* extents = static_cast<int32_t*>(workspace(tiles * mask.subs * 2, at::kInt));
   mask.tile_rows = reinterpret_cast<uint64_t*>(rows);
   mask.extents = reinterpret_cast<Extent*>(extents);
   transpose_tile_bits(bits.const_data_ptr<int32_t>(), tiles, mask.block_q, mask.block_kv, p.tile_q,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from typing import Literal, Unpack, overload
 
 import torch
@@ -25,9 +23,7 @@ from flashmark.block_sparse.call import Call, Options
 from flashmark.block_sparse.operator import OPERATOR
 from flashmark.dispatch import choose_backend
 from flashmark.masks import BlockMask, Mask
-from flashmark.masks.block_mask import pack_mask, plain_mask, unpack_mask
-from flashmark.masks.cache import compiled
-from flashmark.masks.positions import is_plain_causal
+from flashmark.masks.cache import block_mask_for
 from flashmark.sharded import call_on_shards, is_sharded
 
 
@@ -71,8 +67,9 @@ def block_sparse_attention(
         key: (B, Hkv, Nk, D), same dtype; Hq a multiple of Hkv (grouped-query attention).
         value: (B, Hkv, Nk, Dv), same dtype; Dv from 1 to 256.
         mask: what each query sees: None (every key), an expression such as `causal() &
-            sliding_window(512)`, or a BlockMask from `compile_mask`. Expressions are compiled for
-            these shapes and cached on the object.
+            sliding_window(512)`, or a BlockMask from `compile_mask`. An expression of positions is
+            compiled once for these sizes; one that reads tensors or calls a function is evaluated
+            at each call.
         query_offset: int, or int32 or int64 (1,) or (B,): query i is row `query_offset + i` of a
             mask of the full size (an expression is compiled for Nk x Nk), for decoding into a
             preallocated cache.
@@ -100,8 +97,8 @@ def block_sparse_attention(
         ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
         flashmark.BackendUnavailable: the named backend cannot run here.
 
-    Under `torch.compile` a BlockMask is an input like any other. An expression must be built
-    outside the compiled function and read no tensors; only plain `causal()` may be written inside.
+    Under `torch.compile` a BlockMask is an input like any other, and an expression of positions a
+    constant, wherever it is built. One that reads tensors or calls a function breaks the graph.
 
     Example:
         >>> import torch
@@ -120,10 +117,8 @@ def block_sparse_attention(
         return call_on_shards(block_sparse_attention, **locals())
     refuse_transforms("block_sparse_attention")
     query, key, value = under_autocast(query, key, value)
-    check_qkv(query, key, value)
-    backend = choose_backend("block_sparse", backend, query)
-    batch, heads, q_len, dim = query.shape
-    kv_len, device = key.shape[2], query.device
+    batch, heads, q_len, dim, kv_len = check_qkv(query, key, value)
+    backend, device = choose_backend("block_sparse", backend, query), query.device
     scale = 1.0 / math.sqrt(dim) if scale is None else finite("scale", scale)
     softcap = 0.0 if softcap is None else finite("softcap", softcap, negative=False)
     dropout_p = finite("dropout_p", dropout_p)
@@ -153,41 +148,11 @@ def block_sparse_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
     call = Call(
         unit_stride(query), unit_stride(key), unit_stride(value),
-        _block_mask(mask, batch, heads, rows, kv_len, device), scale, bias, sinks, query_offset,
-        kv_lengths, dropout_seed, softcap, dropout_p, deterministic,
+        block_mask_for(mask, batch, heads, rows, kv_len, device), scale, bias, sinks,
+        query_offset, kv_lengths, dropout_seed, softcap, dropout_p, deterministic,
     )  # fmt: skip
     out, lse, _ = OPERATOR.run(call, backend)
     return (out, lse) if return_lse else out
-
-
-def _block_mask(
-    mask: Mask | BlockMask | None, batch: int, heads: int, rows: int, kv_len: int, device
-) -> BlockMask:
-    """A compiled mask; causal and dense ones without lists, which backends do not read."""
-    if isinstance(mask, BlockMask):
-        return mask
-    tracing = torch.compiler.is_compiling()
-    if mask is None or is_plain_causal(mask):
-        kind = "dense" if mask is None else "causal"
-        return (plain_mask if tracing else _plain_mask)(kind, rows, kv_len)
-    if not tracing:
-        return compiled(mask, batch, heads, rows, kv_len, device)
-    if mask.tensors():
-        raise NotImplementedError(
-            "mask: expected a BlockMask from compile_mask inside torch.compile, "
-            "got an expression that reads tensors"
-        )
-    id(mask)  # a graph is that of one expression: this is what guards it
-    # torch.compile may trace sizes as symbols: an expression is compiled for their values
-    sizes = [operator.index(n) for n in (batch, heads, rows, kv_len)]
-    return unpack_mask(*mask.given_to(_compiled, sizes, device))
-
-
-_plain_mask = functools.lru_cache(plain_mask)
-
-
-def _compiled(mask: Mask, sizes: list[int], device: torch.device):
-    return pack_mask(compiled(mask, *sizes, device))
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

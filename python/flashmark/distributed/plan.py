@@ -84,23 +84,23 @@ class ContextPlan:
     @functools.cached_property
     def tiles(self) -> Tensor:
         """(ranks,) visible tiles of each rank's queries, over the mask's samples and heads."""
-        return torch.zeros(self.ranks, dtype=torch.long).index_add(
+        return torch.zeros(self.ranks, dtype=torch.long, device="cpu").index_add(
             0, self.owner, _tiles_of_blocks(self.mask)
         )
 
     @functools.cached_property
     def key_owner(self) -> Tensor:
         """(key tiles,) the rank that holds each key tile."""
-        tiles = torch.arange(self.mask.kv_blocks) * self.mask.block_kv // self.block
+        tiles = torch.arange(self.mask.kv_blocks, device="cpu") * self.mask.block_kv // self.block
         return self.owner[tiles]
 
     @functools.cached_property
     def needed(self) -> Tensor:
         """bool (ranks, key tiles): some query of the rank sees a key of the tile."""
         mask, lists = self.mask, self.mask.rows
-        block_of_line = torch.arange(mask.q_blocks) * mask.block_q // self.block
+        block_of_line = torch.arange(mask.q_blocks, device="cpu") * mask.block_q // self.block
         rank = self.owner[block_of_line].repeat(mask.batch * mask.heads)
-        change = torch.zeros(self.ranks, mask.kv_blocks + 1, dtype=torch.int32)
+        change = torch.zeros(self.ranks, mask.kv_blocks + 1, dtype=torch.int32, device="cpu")
         for offsets, entries, is_run in (
             (lists.run_offsets, lists.runs, True),
             (lists.partial_offsets, lists.partials, False),
@@ -122,7 +122,7 @@ class ContextPlan:
     def tokens_sent(self) -> Tensor:
         """(ranks,) tokens whose key and value a rank sends, once for each receiver."""
         receivers = (self.needed & ~self._own).sum(0)
-        sent = torch.zeros(self.ranks, dtype=torch.long)
+        sent = torch.zeros(self.ranks, dtype=torch.long, device="cpu")
         return sent.index_add(0, self.key_owner, receivers * self._tile_sizes)
 
     @functools.cached_property
@@ -148,12 +148,12 @@ class ContextPlan:
 
     @functools.cached_property
     def _own(self) -> Tensor:
-        return self.key_owner == torch.arange(self.ranks)[:, None]
+        return self.key_owner == torch.arange(self.ranks, device="cpu")[:, None]
 
     @functools.cached_property
     def _tile_sizes(self) -> Tensor:
         """(key tiles,) tokens of each."""
-        first = torch.arange(self.mask.kv_blocks) * self.mask.block_kv
+        first = torch.arange(self.mask.kv_blocks, device="cpu") * self.mask.block_kv
         return (self.length - first).clamp(max=self.mask.block_kv)
 
     def gathered_positions(self, rank: int) -> Tensor:
@@ -184,7 +184,9 @@ class ContextPlan:
         return self._local[what, rank, device]
 
     def _local_mask(self, rank: int) -> BlockMask:
-        block_of_line = torch.arange(self.mask.q_blocks) * self.mask.block_q // self.block
+        block_of_line = (
+            torch.arange(self.mask.q_blocks, device="cpu") * self.mask.block_q // self.block
+        )
         lines = (self.owner[block_of_line] == rank).nonzero().flatten()
         columns = self.needed[rank].nonzero().flatten()
         lengths = self.positions(rank).numel(), self.exchange(rank).gathered
@@ -199,7 +201,7 @@ class ContextPlan:
             return _tokens(tiles, mask.block_kv, mask.kv_len)
 
         def counts(of_rank: Tensor, tiles: Tensor) -> list[int]:
-            total = torch.zeros(self.ranks, dtype=torch.long)
+            total = torch.zeros(self.ranks, dtype=torch.long, device="cpu")
             return total.index_add(0, of_rank, self._tile_sizes[tiles]).tolist()
 
         receiver, tile = (self.needed & is_mine).nonzero().T  # by receiver, then by position
@@ -261,8 +263,8 @@ def balance(
 
 
 def _contiguous(weights: Tensor, ranks: int) -> Tensor:
-    sizes = torch.tensor([len(part) for part in weights.tensor_split(ranks)])
-    return torch.repeat_interleave(torch.arange(ranks), sizes)
+    sizes = weights.new_tensor([len(part) for part in weights.tensor_split(ranks)])
+    return torch.repeat_interleave(torch.arange(ranks, device="cpu"), sizes)
 
 
 def _zigzag(weights: Tensor, ranks: int) -> Tensor:
@@ -294,16 +296,16 @@ _OWNERS = {"contiguous": _contiguous, "zigzag": _zigzag, "lpt": _longest_first, 
 def _tiles_of_blocks(mask: BlockMask) -> Tensor:
     """Visible tiles in each block of tokens, over the mask's samples and heads."""
     block = max(mask.block_q, mask.block_kv)
-    line = torch.arange(mask.q_blocks) * mask.block_q // block
+    line = torch.arange(mask.q_blocks, device="cpu") * mask.block_q // block
     blocks = -(-mask.q_len // block)
-    return torch.zeros(blocks, dtype=torch.long).index_add(
+    return torch.zeros(blocks, dtype=torch.long, device="cpu").index_add(
         0, line, mask.rows.counts.sum((0, 1)).long()
     )
 
 
 def _tokens(tiles: Tensor, size: int, length: int) -> Tensor:
     """All positions in the given tiles."""
-    tokens = (tiles[:, None] * size + torch.arange(size)).flatten()
+    tokens = (tiles[:, None] * size + torch.arange(size, device="cpu")).flatten()
     return tokens[tokens < length]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,7 +35,8 @@ def flex_attention(
         query: (B, Hq, Nq, D).
         key: (B, Hkv, Nk, D); Hq a multiple of Hkv with `enable_gqa`, else equal.
         value: (B, Hkv, Nk, Dv).
-        block_mask: of FlexAttention (converted once per object: keep it), or of flashmark.
+        block_mask: of FlexAttention, converted at each call, for what it reads may have changed; or
+            of flashmark: `flashmark.masks.from_flex(block_mask)` is converted once.
         scale: factor of q k^T; 1 / sqrt(D) when None.
         return_lse: also return the log-sum-exp (B, Hq, Nq), natural logarithm.
         kernel_options: of FlexAttention's templates; nothing here reads them.
@@ -73,11 +73,6 @@ def flex_attention(
     return out, AuxOutput(lse=lse)
 
 
-_known: WeakKeyDictionary[FlexBlockMask, BlockMask] = WeakKeyDictionary()
-
-
 @torch.compiler.disable
 def _converted(block_mask: FlexBlockMask) -> BlockMask:
-    if block_mask not in _known:
-        _known[block_mask] = from_flex(block_mask)
-    return _known[block_mask]
+    return from_flex(block_mask)

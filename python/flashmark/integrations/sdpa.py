@@ -48,9 +48,9 @@ def scaled_dot_product_attention(
     `torch.jit.trace`, and calls under `sdpa_kernel(SDPBackend.MATH)`, which has derivatives of all
     orders.
 
-    A bool mask over queries and keys is compiled to tiles once per tensor and version (inside
-    `torch.compile` and under graph capture it is read as a bias instead): keep the mask of many
-    calls in one tensor, or better, use `block_sparse_attention` with an expression.
+    A bool mask over queries and keys is compiled to tiles at each call (inside `torch.compile` and
+    under graph capture it is read as a bias instead). For a mask of many calls use
+    `block_sparse_attention` with an expression, or with what `compile_mask` makes of it once.
 
     Args:
         query: (..., Hq, Nq, D).

@@ -2,9 +2,12 @@
 
 from flashmark.masks.block_mask import BlockMask
 from flashmark.masks.compile import compile_mask
-from flashmark.masks.data import blocks, dense, documents, key_padding, mask_mod
+from flashmark.masks.data import blocks, dense, key_padding
 from flashmark.masks.expression import Mask
 from flashmark.masks.flex import from_flex, to_flex
+from flashmark.masks.functions import mask_mod
+from flashmark.masks.loading import register
+from flashmark.masks.packed import documents, packed
 from flashmark.masks.positions import (
     causal,
     diagonal,
@@ -14,6 +17,8 @@ from flashmark.masks.positions import (
     prefix,
     sliding_window,
 )
+
+register()
 
 __all__ = [
     "BlockMask",
@@ -29,6 +34,7 @@ __all__ = [
     "key_padding",
     "local_chunks",
     "mask_mod",
+    "packed",
     "pinned",
     "prefix",
     "sliding_window",

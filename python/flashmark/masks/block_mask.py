@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,9 +102,41 @@ class BlockMask:
             rows, cols, tile_bits, kept, q_len, kv_len, block_q, block_kv, batch, heads, kind
         )
 
-    def to(self, device: torch.device | str) -> BlockMask:
-        moved = [t.to(device) for t in self.tensors()]
-        return BlockMask.from_tensors(moved, self.layout, self.kind)
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> BlockMask:
+        """The same mask over function(tensor) of each of its tensors, which serve training even
+        where they are made in inference mode."""
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = [function(t) for t in self.tensors()]
+        return BlockMask.from_tensors(tensors, self.layout, self.kind)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BlockMask:
+        return self.mapped(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> BlockMask:
+        """A copy in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
+        return self.mapped(Tensor.pin_memory)
+
+    @staticmethod
+    def cat(masks: Sequence[BlockMask]) -> BlockMask:
+        """One mask of all samples, in order, from masks with equal sizes and heads.
+
+        `torch.utils.data.default_collate` joins the masks of its samples by this.
+        """
+        first = masks[0]
+        shapes = {(*m.layout[:4], m.heads): m for m in masks}
+        if len(shapes) > 1:
+            raise ValueError(
+                "masks: expected equal lengths, block sizes and heads, got "
+                + " and ".join(repr(m) for m in list(shapes.values())[:2])
+            )
+        starts = [0, *itertools.accumulate(m.tile_bits.shape[0] for m in masks)]
+        rows, cols = (
+            _joined([getattr(m, side) for m in masks], starts) for side in ("rows", "cols")
+        )
+        layout = [*first.layout[:4], sum(m.batch for m in masks), first.heads]
+        kept = torch.stack([m.kept for m in masks]).sum()
+        bits = torch.cat([m.tile_bits for m in masks])
+        return BlockMask(rows, cols, bits, kept, *layout)
 
     def tile_grid(self, *, transposed: bool = False) -> Tensor:
         """Class of every tile, (batch, heads, q_blocks, kv_blocks) int32: -2 EMPTY, -1 FULL, else
@@ -157,6 +191,28 @@ class BlockMask:
         from flashmark.masks.draw import plot
 
         return plot(self, ax, batch=batch, head=head)
+
+
+def _joined(lists: list[TileLists], starts: list[int]) -> TileLists:
+    """Lists one behind the other; `starts` are the first rows of tile_bits of each."""
+    runs = [x.runs[: int(x.run_offsets[-1])] for x in lists]
+    partials = [
+        x.partials[: int(x.partial_offsets[-1])] + x.partials.new_tensor([0, start])
+        for x, start in zip(lists, starts, strict=False)
+    ]
+    return TileLists(
+        run_offsets=_joined_offsets([x.run_offsets for x in lists]),
+        runs=torch.cat(runs),
+        partial_offsets=_joined_offsets([x.partial_offsets for x in lists]),
+        partials=torch.cat(partials),
+        counts=torch.cat([x.counts for x in lists]),
+        order=torch.cat([x.order for x in lists]),
+    )
+
+
+def _joined_offsets(offsets: list[Tensor]) -> Tensor:
+    lengths = torch.cat([x.diff() for x in offsets])
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _lines(offsets: Tensor) -> Tensor:
@@ -222,5 +278,8 @@ pytree.register_pytree_node(
     _flatten,
     _unflatten,
     serialized_type_name="flashmark.masks.BlockMask",
+    # JSON, which torch.export.save writes, has no tuples
+    to_dumpable_context=lambda context: [list(context[0]), context[1]],
+    from_dumpable_context=lambda dumped: (tuple(dumped[0]), dumped[1]),
     flatten_with_keys_fn=_flatten_with_keys,
 )

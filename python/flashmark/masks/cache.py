@@ -1,57 +1,92 @@
-"""Compiled masks, kept on the expression they came from."""
+"""Masks as calls give them, compiled: remembered where sizes decide all, else evaluated each time.
+
+What an expression of positions shows depends on nothing but the expression and the sizes, and those
+are the key. A tensor can change without its version, address or identity saying so, and a function
+can read anything: what they decide is never kept. Whoever wants that keeps a BlockMask.
+"""
 
 from __future__ import annotations
 
+import functools
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from flashmark.masks.arguments import four_dims
-from flashmark.masks.block_mask import BlockMask
+from flashmark.masks.block_mask import BlockMask, pack_mask, plain_mask, unpack_mask
 from flashmark.masks.compile import compile_mask
 from flashmark.masks.data import dense
-from flashmark.masks.expression import Mask
+from flashmark.masks.expression import Mask, from_formula
+from flashmark.masks.positions import plain_kind
+from flashmark.tracing import constant_when_traced, without_modes
 
-ENTRIES = 16
+REMEMBERED = 128  # compiled expressions of positions; each has O(tiles along its border) bytes
 
 
-def compiled(
-    mask: Mask,
+def block_mask_for(
+    mask: Mask | BlockMask | None,
     batch: int,
     heads: int,
     q_len: int,
     kv_len: int,
     device: torch.device,
 ) -> BlockMask:
-    """`compile_mask`, remembered for a few shapes until a tensor in the mask changes in place."""
-    tensors = mask.tensors()
-    sizes, block_size = (batch, heads, q_len, kv_len), mask.block_size()
-    if any(t.is_inference() for t in tensors):  # they do not count their changes
-        return compile_mask(mask, *sizes, device=device, block_size=block_size)
-    versions = tuple(t._version for t in tensors)
-    leading = mask.dims(batch, heads) if mask.closed_form else (batch, heads)
-    entry = (leading, q_len, kv_len, device, versions)
-    cache: dict = mask.__dict__.setdefault("_compiled", {})
-    if entry not in cache:
-        if len(cache) >= ENTRIES:
-            cache.pop(next(iter(cache)))
-        with torch.inference_mode(False):  # what is kept must serve training as well
-            cache[entry] = compile_mask(mask, *sizes, device=device, block_size=block_size)
-    return cache[entry]
+    """The mask that kernels read. Causal and dense ones come without lists."""
+    if isinstance(mask, BlockMask):
+        return mask if torch.compiler.is_compiling() else _for_training(mask)
+    kind = "dense" if mask is None else plain_kind(mask)
+    if kind is not None:
+        return (plain_mask if torch.compiler.is_compiling() else _plain)(kind, q_len, kv_len)
+    # torch.compile may trace sizes as symbols: an expression is compiled for their values
+    sizes = tuple(operator.index(n) for n in (batch, heads, q_len, kv_len))
+    return compiled(mask, *sizes, device)
 
 
-_of_tensors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+def _for_training(mask: BlockMask) -> BlockMask:
+    """Tensors made in inference mode, as by a tree_map there, cannot be saved for a backward."""
+    inference = mask.kind == "sparse" and mask.tile_bits.is_inference()
+    if not inference or torch.is_inference_mode_enabled():
+        return mask
+    return mask.mapped(Tensor.clone)
+
+
+_plain = functools.lru_cache(plain_mask)
+
+
+def compiled(
+    mask: Mask, batch: int, heads: int, q_len: int, kv_len: int, device: torch.device
+) -> BlockMask:
+    """`compile_mask` at the largest block size of the expression."""
+    if mask.formula is not None:
+        if torch.compiler.is_compiling():
+            return unpack_mask(*_constant(mask.formula, q_len, kv_len, device))
+        return _remembered(mask.formula, q_len, kv_len, device)
+    sizes = (batch, heads, q_len, kv_len)
+    if torch.compiler.is_compiling():
+        from flashmark.masks.untraced import evaluated
+
+        return evaluated(mask, sizes, device)
+    return compile_mask(mask, *sizes, device=device, block_size=mask.block_size())
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _remembered(
+    formula: tuple[Any, ...], q_len: int, kv_len: int, device: torch.device
+) -> BlockMask:
+    mask = from_formula(formula)
+    with without_modes():
+        return compile_mask(mask, 1, 1, q_len, kv_len, device=device, block_size=mask.block_size())
+
+
+@constant_when_traced
+def _constant(
+    formula: tuple[Any, ...], q_len: int, kv_len: int, device: torch.device
+) -> tuple[list[Tensor], list[int], str]:
+    return pack_mask(_remembered(formula, q_len, kv_len, device))
 
 
 def compiled_tensor(visible: Tensor) -> BlockMask:
-    """The BlockMask of a bool tensor (..., Nq, Nk) of 2 to 4 dimensions, remembered as long as the
-    tensor lives and keeps its version."""
-    version = None if visible.is_inference() else visible._version
-    known = _of_tensors.get(visible)
-    if known is not None and version is not None and known[0] == version:
-        return known[1]
-    visible_of_all = four_dims("visible", visible)
-    with torch.inference_mode(False):
-        result = compile_mask(dense(visible), *visible_of_all.shape, device=visible.device)
-    _of_tensors[visible] = version, result
-    return result
+    """The BlockMask of a bool tensor (..., Nq, Nk) of 2 to 4 dimensions, as it is now."""
+    sizes = (1,) * (4 - visible.dim()) + tuple(visible.shape)
+    return compile_mask(dense(visible), *sizes, device=visible.device)

@@ -87,7 +87,11 @@ def _form(closed: list[Mask], host: Grid, compile_closed: CompileClosed) -> tupl
     mask = functools.reduce(operator.and_, closed, prefix(host.kv_len))
     form = compile_closed(mask, host, (1, 1))
     areas = [0, host.block_q * host.block_kv, *(_visible_bits(bits) for bits in form.tile_bits)]
-    return form.tile_grid(), form.tile_bits, torch.tensor(areas, dtype=torch.long)
+    return (
+        form.tile_grid(),
+        form.tile_bits,
+        torch.tensor(areas, dtype=torch.long, device=host.device),
+    )
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,30 +8,17 @@ import torch
 from torch import Tensor
 
 from flashmark import native
-from flashmark.masks.arguments import BLOCK_SIZES, check_block_size, integer
+from flashmark.masks.arguments import BLOCK_SIZES, check_block_size, integer, not_a_mask
 from flashmark.masks.block_mask import BlockMask, TileLists, heavy_first, pack_bits
 from flashmark.masks.capacity import compile_with_capacity, reads_only_blocks
 from flashmark.masks.data import whole_tensor
-from flashmark.masks.expression import EMPTY, FULL, Grid, Mask, classify
-from flashmark.masks.positions import is_plain_causal
+from flashmark.masks.expression import EMPTY, FULL, Grid, Mask
+from flashmark.masks.positions import Band, plain_kind
 
 COARSE = 64  # a coarse look covers COARSE x COARSE tiles
 FINE_LIMIT = 1 << 16  # tile grids up to this size are classified without a coarse look
-BAND = 1 << 22  # elements evaluated at a time
-
-
-class _Everything(Mask):
-    """The mask of `mask=None`."""
-
-    def tiles(self, grid, b, h, q_block, kv_block):
-        everything = torch.ones_like(q_block * kv_block, dtype=torch.bool)
-        return classify(everything, ~everything)
-
-    def key(self, grid, b, h, q_block, kv_block):
-        return {}
-
-    def elements(self, grid, b, h, i, j):
-        return torch.ones_like(i * j, dtype=torch.bool)
+LOOKED_AT = 1 << 22  # tiles classified at a time
+BAND = 1 << 20  # elements evaluated at a time: few enough for a cache
 
 
 def compile_mask(
@@ -76,31 +63,33 @@ def compile_mask(
             fit.
     """
     if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask: expected a flashmark mask or None, got {type(mask).__name__}")
-    for name, size in (("batch", batch), ("heads", heads), ("q_len", q_len), ("kv_len", kv_len)):
-        integer(name, size, 0)
+        raise not_a_mask("mask", mask, "a flashmark mask expression or None")
+    batch, heads = integer("batch", batch, 0), integer("heads", heads, 0)
+    q_len, kv_len = integer("q_len", q_len, 0), integer("kv_len", kv_len, 0)
     block_q, block_kv = check_block_size(block_size)
     if not {block_q, block_kv} <= {*BLOCK_SIZES}:
         raise ValueError(
             f"block_size: expected 16, 32, 64, 128 or a pair of them, got {block_size!r}"
         )
-    device = torch.device(device)
-    if not batch or not heads:
-        mask = None  # there is no row to see anything
-    kind = "dense" if mask is None else "causal" if is_plain_causal(mask) else "sparse"
-    mask = _Everything() if mask is None else mask.to(device)
-    grid = Grid(q_len, kv_len, block_q, block_kv, device)
-    mask.validate(grid)
-    leading = mask.dims(batch, heads)
-    if reads_only_blocks(mask):
-        return compile_with_capacity(mask, grid, leading, _compile)
-    visible = whole_tensor(mask)
-    if visible is not None and native.preferred(device):
-        return _compile_dense(visible, grid)
-    return _compile(mask, grid, leading, kind)
+    grid = Grid(q_len, kv_len, block_q, block_kv, torch.device(device))
+    if mask is None or not batch or not heads:  # there is no row to see anything
+        mask = Band(None, None)
+    # a mask compiled in inference mode serves training as well
+    with torch.inference_mode(False), torch.no_grad():
+        mask = mask.to(grid.device)
+        mask.validate(grid)
+        leading = mask.dims(batch, heads)
+        if reads_only_blocks(mask):
+            return compile_with_capacity(mask, grid, leading, _compile)
+        visible = whole_tensor(mask)
+        if visible is not None and native.preferred(grid.device):
+            return _compile_dense(visible, grid)
+        return _compile(mask, grid, leading, plain_kind(mask) or "sparse")
 
 
 def _compile(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str = "sparse") -> BlockMask:
+    if native.preferred(grid.device) and _tiles(grid, leading) <= FINE_LIMIT:
+        return _compile_small(mask, grid, leading, kind)
     full, tiles = _classify(mask, grid, leading)
     tile_bits, visible, row_of, proved_full = _evaluate(mask, grid, leading, tiles)
     full = full.with_tiles(tiles[:, proved_full])
@@ -121,17 +110,37 @@ def _compile(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str = "spar
     )
 
 
+def _compile_small(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str) -> BlockMask:
+    """The same from a grid of the classes of all tiles."""
+    bh, row, column = _all_tiles(grid, leading[0] * leading[1])
+    found = mask.tiles(grid, bh // leading[1], bh % leading[1], row, column)
+    full = (found == FULL) & ~grid.ragged(row, column)
+    classes = torch.where(full, -1, -2).int()
+    at = torch.stack([x[(found != EMPTY) & ~full] for x in (bh, row, column)])
+    tile_bits, visible, row_of, proved_full = _evaluate(mask, grid, leading, at)
+    classes[tuple(at)] = torch.where(proved_full, -1, torch.where(row_of < 0, -2, row_of)).int()
+    return _from_classes(classes, tile_bits, visible, grid, leading, kind)
+
+
+def _from_classes(
+    classes: Tensor, tile_bits: Tensor, visible: Tensor, grid: Grid, leading, kind: str = "sparse"
+) -> BlockMask:
+    """`classes` int32, -2 EMPTY, -1 FULL, else a row of tile_bits; `visible` elements of each."""
+    areas = torch.nn.functional.pad(visible, (2, 0))
+    areas[1:2] = grid.block_q * grid.block_kv
+    classes = classes.view(*leading, grid.q_blocks, grid.kv_blocks)
+    everywhere = classes.new_ones(1, dtype=torch.bool).expand(classes.shape)
+    rows, cols, kept, _ = native.tile_lists(everywhere, classes, areas)
+    layout = (grid.q_len, grid.kv_len, grid.block_q, grid.block_kv, *leading)
+    return BlockMask(TileLists(*rows), TileLists(*cols), tile_bits, kept, *layout, kind)
+
+
 def _compile_dense(visible: Tensor, grid: Grid) -> BlockMask:
     """What `_compile` returns for a mask that is one tensor, in one pass over it."""
     area = grid.block_q * grid.block_kv
     bits, counts = native.pack_dense(visible, grid.block_q, grid.block_kv)
     classes, tile_bits, visible_of_row, _ = native.distinct_tiles(bits, counts, area)
-    areas = torch.cat([counts.new_tensor([0, area]), visible_of_row])
-    classes = classes.view(*visible.shape[:2], grid.q_blocks, grid.kv_blocks)
-    everywhere = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(classes.shape)
-    rows, cols, kept, _ = native.tile_lists(everywhere, classes, areas)
-    layout = (grid.q_len, grid.kv_len, grid.block_q, grid.block_kv, *visible.shape[:2])
-    return BlockMask(TileLists(*rows), TileLists(*cols), tile_bits, kept, *layout)
+    return _from_classes(classes, tile_bits, visible_of_row, grid, visible.shape[:2])
 
 
 class _FullTiles(NamedTuple):
@@ -154,7 +163,7 @@ def _classify(mask: Mask, grid: Grid, leading: tuple[int, int]) -> tuple[_FullTi
     """The FULL tiles, and a (3, n) list of the tiles that must be evaluated."""
     none = torch.empty(3, 0, dtype=torch.long, device=grid.device)
     leading_size = leading[0] * leading[1]
-    if leading_size * grid.q_blocks * grid.kv_blocks <= FINE_LIMIT or not mask.closed_form:
+    if _tiles(grid, leading) <= FINE_LIMIT or not mask.closed_form:
         full, partial = _look(mask, grid, leading, *_all_tiles(grid, leading_size))
         return _FullTiles(none, full), partial
 
@@ -162,7 +171,7 @@ def _classify(mask: Mask, grid: Grid, leading: tuple[int, int]) -> tuple[_FullTi
     squares, uncertain = _look(mask, coarse, leading, *_all_tiles(coarse, leading_size))
     inside = torch.arange(COARSE, device=grid.device)
     full, partial = [none], [none]
-    for some in uncertain.split(BAND // COARSE**2, dim=1):
+    for some in uncertain.split(LOOKED_AT // COARSE**2, dim=1):
         bh, row, column = (x.view(-1, 1, 1) for x in some)
         bh, row, column = torch.broadcast_tensors(
             bh, row * COARSE + inside.view(-1, 1), column * COARSE + inside
@@ -172,6 +181,10 @@ def _classify(mask: Mask, grid: Grid, leading: tuple[int, int]) -> tuple[_FullTi
         full.append(found[0])
         partial.append(found[1])
     return _FullTiles(squares, torch.cat(full, dim=1)), torch.cat(partial, dim=1)
+
+
+def _tiles(grid: Grid, leading: tuple[int, int]) -> int:
+    return leading[0] * leading[1] * grid.q_blocks * grid.kv_blocks
 
 
 def _all_tiles(grid: Grid, leading_size: int) -> tuple[Tensor, ...]:
@@ -252,9 +265,11 @@ def _elements(mask: Mask, grid: Grid, leading: tuple[int, int], tiles: Tensor) -
     bh, row, column = (x.view(-1, 1, 1, 1) for x in tiles)
     i = row * grid.block_q + torch.arange(grid.block_q, device=grid.device).view(-1, 1)
     j = column * grid.block_kv + torch.arange(grid.block_kv, device=grid.device)
-    inside = (i < grid.q_len) & (j < grid.kv_len)
-    i, j = i.clamp(max=grid.q_len - 1), j.clamp(max=grid.kv_len - 1)
-    return (mask.elements(grid, bh // leading[1], bh % leading[1], i, j) & inside).squeeze(1)
+    first, last = i.clamp(max=grid.q_len - 1), j.clamp(max=grid.kv_len - 1)
+    elements = mask.elements(grid, bh // leading[1], bh % leading[1], first, last)
+    if grid.q_len % grid.block_q or grid.kv_len % grid.block_kv:
+        elements = elements & (i < grid.q_len) & (j < grid.kv_len)
+    return elements.expand(-1, 1, grid.block_q, grid.block_kv).squeeze(1)
 
 
 def _tile_lists(leading, lines: int, blocks: int, full: _FullTiles, partial, row_of) -> TileLists:

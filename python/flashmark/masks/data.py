@@ -1,14 +1,13 @@
-"""Masks that read tensors or call a function. Query i sits at p = i + (kv_len - q_len)."""
+"""Masks that read a bool tensor, and lengths of keys."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flashmark.masks.arguments import (
     BLOCK_SIZES,
+    bool_tensor,
     check_batch,
     check_block_size,
     check_length,
@@ -16,75 +15,11 @@ from flashmark.masks.arguments import (
     integer,
     integer_tensor,
 )
-from flashmark.masks.expression import FULL, PARTIAL, Grid, Mask, classify
-from flashmark.masks.positions import Prefix
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from flashmark.masks.expression import FULL, PARTIAL, Grid, Mask
+from flashmark.masks.positions import Prefix, shared
 
 
-class _Documents(Mask):
-    def __init__(self, ids: Tensor):
-        self.ids = ids  # (B | 1, Nk)
-
-    def dims(self, batch, heads):
-        check_batch("ids", self.ids.shape[0], batch)
-        return self.ids.shape[0], 1
-
-    def _row(self, b):
-        return _shared(b, self.ids.shape[0])
-
-    def _of_query(self, grid, b, i):
-        """Document of query i, -1 before the first key."""
-        p = i + grid.offset
-        ids = self.ids[self._row(b), p.clamp(min=0)].long()
-        return torch.where(p < 0, -1, ids)
-
-    def validate(self, grid):
-        check_length("ids", self.ids.shape[1], grid.kv_len)
-
-    def _block_extremes(self, grid: Grid):
-        i = torch.arange(grid.q_len, device=grid.device)
-        sample = torch.arange(self.ids.shape[0], device=grid.device)[:, None]
-        queries = self._of_query(grid, sample, i)
-        return (*_extremes(queries, grid.block_q), *_extremes(self.ids, grid.block_kv))
-
-    def tiles(self, grid, b, h, q_block, kv_block):
-        b = self._row(b)
-        q_low, q_high, k_low, k_high = self._block_extremes(grid)
-        q_low, q_high = q_low[b, q_block], q_high[b, q_block]
-        k_low, k_high = k_low[b, kv_block], k_high[b, kv_block]
-        same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & (q_low >= 0)
-        apart = (q_high < k_low) | (q_low > k_high) | (q_high < 0) | (k_high < 0)
-        return classify(same, apart)
-
-    def key(self, grid, b, h, q_block, kv_block):
-        return _every_tile(self, grid, self._row(b), torch.zeros_like(h), q_block, kv_block)
-
-    def elements(self, grid, b, h, i, j):
-        queries = self._of_query(grid, b, i)
-        keys = self.ids[self._row(b), j]
-        return (queries == keys) & (queries >= 0)
-
-    def tensors(self):
-        return (self.ids,)
-
-    def to(self, device):
-        return _Documents(self.ids.to(device))
-
-    def __repr__(self):
-        return f"documents(<{'x'.join(map(str, self.ids.shape))} ids>)"
-
-
-def documents(ids: Tensor) -> Mask:
-    """ids[b, p] == ids[b, j], ids an integer tensor (Nk,) or (B, Nk): packed sequences attend to
-    themselves.
-
-    A query at p < 0 and everything with a negative id sees nothing and is not seen.
-    """
-    return _Documents(torch.atleast_2d(integer_tensor("ids", ids, (1, 2))))
-
-
-class _KeyVisible(Mask):
+class KeyVisible(Mask):
     """A bool for each key: (B, Nk)."""
 
     def __init__(self, visible: Tensor):
@@ -95,18 +30,20 @@ class _KeyVisible(Mask):
         return self.visible.shape[0], 1
 
     def _row(self, b):
-        return _shared(b, self.visible.shape[0])
+        return shared(b, self.visible.shape[0])
 
     def validate(self, grid):
         check_length("key_padding", self.visible.shape[1], grid.kv_len)
 
     def tiles(self, grid, b, h, q_block, kv_block):
-        low, high = _extremes(self.visible.to(torch.uint8), grid.block_kv)
+        low, high = extremes(self.visible.to(torch.uint8), grid.block_kv)
         none_some_all = low + high  # 0 EMPTY, 1 PARTIAL, 2 FULL
         return none_some_all[self._row(b), kv_block]
 
     def key(self, grid, b, h, q_block, kv_block):
-        return {("key_padding", id(self)): self._row(b) * grid.kv_blocks + kv_block}
+        classes = self.tiles(grid, b, h, q_block, kv_block).long()
+        block = self._row(b) * grid.kv_blocks + kv_block
+        return {("key_padding", id(self)): block.where(classes == PARTIAL, -1 - classes)}
 
     def elements(self, grid, b, h, i, j):
         return self.visible[self._row(b), j]
@@ -114,15 +51,16 @@ class _KeyVisible(Mask):
     def tensors(self):
         return (self.visible,)
 
-    def to(self, device):
-        return _KeyVisible(self.visible.to(device))
+    def mapped(self, function):
+        return KeyVisible(function(self.visible))
 
     def __repr__(self):
         return f"key_padding(<{'x'.join(map(str, self.visible.shape))} bool>)"
 
 
 def key_padding(lengths: Tensor) -> Mask:
-    """Keys that take part: integer lengths (B,), or bool (B, Nk) with True = visible."""
+    """Keys that take part: integer lengths (B,), or bool (B, Nk) with True = visible. B may be 1:
+    the same for all samples."""
     if not isinstance(lengths, Tensor):
         raise TypeError(
             f"lengths: expected a bool (B, Nk) or integer (B,) tensor, got {type(lengths).__name__}"
@@ -131,14 +69,19 @@ def key_padding(lengths: Tensor) -> Mask:
         return Prefix(integer_tensor("lengths", lengths, (1,)), "key_padding")
     if lengths.dim() != 2:
         raise ValueError(f"lengths: expected bool (B, Nk), got shape {tuple(lengths.shape)}")
-    return _KeyVisible(lengths)
+    return KeyVisible(lengths)
 
 
 class Blocks(Mask):
-    """A bool for each tile: (B | 1, H | 1, nQ, nK)."""
+    """A bool for each tile, of 2 to 4 dimensions."""
 
-    def __init__(self, visible: Tensor, block_size: tuple[int, int], max_blocks: int | None):
-        self.visible, self.size, self.max_blocks = visible, block_size, max_blocks
+    def __init__(self, given: Tensor, block_size: tuple[int, int], max_blocks: int | None):
+        self.given, self.size, self.max_blocks = given, block_size, max_blocks
+
+    @property
+    def visible(self) -> Tensor:
+        """(B | 1, H | 1, nQ, nK)"""
+        return four_dims(self.given)
 
     def dims(self, batch, heads):
         check_batch("map", self.visible.shape[0], batch)
@@ -162,7 +105,7 @@ class Blocks(Mask):
             )
 
     def _lookup(self, b, h, i, j):
-        b, h = _shared(b, self.visible.shape[0]), _shared(h, self.visible.shape[1])
+        b, h = shared(b, self.visible.shape[0]), shared(h, self.visible.shape[1])
         return self.visible[b, h, i // self.size[0], j // self.size[1]]
 
     def divides(self, grid: Grid) -> bool:
@@ -183,10 +126,10 @@ class Blocks(Mask):
         return self._lookup(b, h, i, j)
 
     def tensors(self):
-        return (self.visible,)
+        return (self.given,)
 
-    def to(self, device):
-        return Blocks(self.visible.to(device), self.size, self.max_blocks)
+    def mapped(self, function):
+        return Blocks(function(self.given), self.size, self.max_blocks)
 
     def __repr__(self):
         return f"blocks(<{'x'.join(map(str, self.visible.shape))} bool>, {self.size})"
@@ -202,7 +145,7 @@ def blocks(
     compiles without reading anything back from the device, into buffers for at most `max_blocks`
     tiles (default: all).
     """
-    map = four_dims("map", map)
+    bool_tensor("map", map)
     if max_blocks is not None:
         max_blocks = integer("max_blocks", max_blocks, 1)
     size = check_block_size(block_size)
@@ -211,9 +154,16 @@ def blocks(
     return Blocks(map, size, max_blocks)
 
 
-class _Dense(Mask):
-    def __init__(self, visible: Tensor):
-        self.visible = visible
+class Dense(Mask):
+    """A bool for each element, of 2 to 4 dimensions."""
+
+    def __init__(self, given: Tensor):
+        self.given = given
+
+    @property
+    def visible(self) -> Tensor:
+        """(B | 1, H | 1, Nq, Nk)"""
+        return four_dims(self.given)
 
     def dims(self, batch, heads):
         check_batch("visible", self.visible.shape[0], batch)
@@ -221,7 +171,7 @@ class _Dense(Mask):
         return self.visible.shape[0], self.visible.shape[1]
 
     def _rows(self, b, h):
-        return _shared(b, self.visible.shape[0]), _shared(h, self.visible.shape[1])
+        return shared(b, self.visible.shape[0]), shared(h, self.visible.shape[1])
 
     def validate(self, grid):
         if tuple(self.visible.shape[2:]) != (grid.q_len, grid.kv_len):
@@ -230,22 +180,22 @@ class _Dense(Mask):
             )
 
     def tiles(self, grid, b, h, q_block, kv_block):
-        low, high = _extremes(self.visible.to(torch.uint8), grid.block_kv)
-        low, _ = _extremes(low.transpose(-1, -2), grid.block_q)
-        _, high = _extremes(high.transpose(-1, -2), grid.block_q)
+        low, high = extremes(self.visible.to(torch.uint8), grid.block_kv)
+        low, _ = extremes(low.transpose(-1, -2), grid.block_q)
+        _, high = extremes(high.transpose(-1, -2), grid.block_q)
         return (low + high)[(*self._rows(b, h), kv_block, q_block)]
 
     def key(self, grid, b, h, q_block, kv_block):
-        return _every_tile(self, grid, *self._rows(b, h), q_block, kv_block)
+        return every_tile(self, grid, *self._rows(b, h), q_block, kv_block)
 
     def elements(self, grid, b, h, i, j):
         return self.visible[(*self._rows(b, h), i, j)]
 
     def tensors(self):
-        return (self.visible,)
+        return (self.given,)
 
-    def to(self, device):
-        return _Dense(self.visible.to(device))
+    def mapped(self, function):
+        return Dense(function(self.given))
 
     def __repr__(self):
         return f"dense(<{'x'.join(map(str, self.visible.shape))} bool>)"
@@ -253,67 +203,15 @@ class _Dense(Mask):
 
 def dense(visible: Tensor) -> Mask:
     """Any mask, spelled out: bool (Nq, Nk), (H, Nq, Nk) or (B | 1, H | 1, Nq, Nk)."""
-    return _Dense(four_dims("visible", visible))
+    return Dense(bool_tensor("visible", visible))
 
 
 def whole_tensor(mask: Mask) -> Tensor | None:
     """The tensor of a mask that is nothing else, (B | 1, H | 1, Nq, Nk)."""
-    return mask.visible if isinstance(mask, _Dense) else None
+    return mask.visible if isinstance(mask, Dense) else None
 
 
-class _MaskMod(Mask):
-    closed_form = False
-
-    def __init__(self, fn: MaskMod, device: torch.device | None = None):
-        self.fn, self.device = fn, device
-
-    def dims(self, batch, heads):
-        one = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=self.device)
-        b = torch.arange(batch, device=self.device).view(-1, 1, 1, 1)
-        h = torch.arange(heads, device=self.device).view(1, -1, 1, 1)
-        shape = self.elements(None, b, h, one, one).shape
-        shape = (1,) * (4 - len(shape)) + tuple(shape)
-        return shape[0], shape[1]  # a size of 1 proves that the function does not read that index
-
-    def tiles(self, grid, b, h, q_block, kv_block):
-        shape = torch.broadcast_shapes(b.shape, h.shape, q_block.shape, kv_block.shape)
-        return torch.full(shape, PARTIAL, dtype=torch.uint8, device=grid.device)
-
-    def key(self, grid, b, h, q_block, kv_block):
-        return _every_tile(self, grid, b, h, q_block, kv_block)
-
-    def elements(self, grid, b, h, i, j):
-        out = self.fn(b, h, i, j)
-        if not isinstance(out, Tensor) or out.dtype is not torch.bool:
-            got = out.dtype if isinstance(out, Tensor) else type(out).__name__
-            raise TypeError(f"fn: expected a function that returns a bool tensor, got {got}")
-        return out
-
-    def to(self, device):
-        return _MaskMod(self.fn, device)
-
-    def __repr__(self):
-        return f"mask_mod({getattr(self.fn, '__name__', self.fn)})"
-
-
-def mask_mod(fn: MaskMod) -> Mask:
-    """FlexAttention's signature: fn(b, h, q, kv) -> bool, on raw indices as broadcastable 4-d index
-    tensors.
-
-    Evaluated a band of tiles at a time. Tensors that `fn` closes over must be on the device it is
-    compiled for.
-    """
-    if not callable(fn):
-        raise TypeError(f"fn: expected a callable (b, h, q, kv) -> bool, got {type(fn).__name__}")
-    return _MaskMod(fn)
-
-
-def _shared(index: Tensor, size: int) -> Tensor:
-    """An index into a dimension of `size`; 1 is shared by all samples or heads."""
-    return index if size > 1 else torch.zeros_like(index)
-
-
-def _every_tile(mask: Mask, grid: Grid, b, h, q_block, kv_block) -> dict[object, Tensor]:
+def every_tile(mask: Mask, grid: Grid, b, h, q_block, kv_block) -> dict[object, Tensor]:
     """The key of a mask of which nothing is known: no two tiles are promised to be equal."""
     return {
         ("tile", id(mask)): q_block * grid.kv_blocks + kv_block,
@@ -321,7 +219,7 @@ def _every_tile(mask: Mask, grid: Grid, b, h, q_block, kv_block) -> dict[object,
     }
 
 
-def _extremes(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def extremes(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest entry of each block of the last dimension, ragged end included."""
     blocks = -(-x.shape[-1] // block)
     pad = blocks * block - x.shape[-1]

@@ -16,11 +16,15 @@ def tile_density(mask: BlockMask, batch: int = 0, head: int = 0) -> Tensor:
     """Fraction of the existing elements of every tile that are visible, (q_blocks, kv_blocks)."""
     grid = mask.tile_grid()[batch % mask.batch, head % mask.heads].long().cpu()
     words = mask.tile_bits.cpu().long() & 0xFFFFFFFF
-    bits = ((words.unsqueeze(-1) >> torch.arange(32)) & 1).sum((1, 2, 3))
-    area = torch.tensor([0, mask.block_q * mask.block_kv])
-    rows = (mask.q_len - torch.arange(mask.q_blocks) * mask.block_q).clamp(max=mask.block_q)
-    columns = (mask.kv_len - torch.arange(mask.kv_blocks) * mask.block_kv).clamp(max=mask.block_kv)
+    bits = ((words.unsqueeze(-1) >> _arange(32)) & 1).sum((1, 2, 3))
+    area = bits.new_tensor([0, mask.block_q * mask.block_kv])
+    rows = (mask.q_len - _arange(mask.q_blocks) * mask.block_q).clamp(max=mask.block_q)
+    columns = (mask.kv_len - _arange(mask.kv_blocks) * mask.block_kv).clamp(max=mask.block_kv)
     return torch.cat([area, bits])[grid + 2] / (rows[:, None] * columns)
+
+
+def _arange(n: int) -> Tensor:
+    return torch.arange(n, device="cpu")
 
 
 def draw_text(mask: BlockMask) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmark.tracing import constant_when_traced
+from flashmark.masks.arguments import not_a_mask
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -79,6 +79,10 @@ class Mask:
     #: False when `tiles` and `key` say nothing (the elements must be evaluated everywhere)
     closed_form = True
 
+    #: the expression as a value, (class, *arguments), from which `from_formula` makes it again;
+    #: None where it reads tensors or calls a function: what it shows may change at any time
+    formula: tuple[Any, ...] | None = None
+
     def dims(self, batch: int, heads: int) -> tuple[int, int]:
         """Leading sizes (1 or batch, 1 or heads) that the expression depends on."""
         return 1, 1
@@ -102,21 +106,20 @@ class Mask:
         """Raise ValueError where the expression's tensors do not fit the problem."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors the expression reads: a changed version makes a cached compile stale."""
+        """Tensors the expression reads."""
         return ()
 
-    def to(self, device: torch.device) -> Mask:
-        """The same expression with its tensors on `device`."""
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Mask:
+        """The same expression over function(tensor) of each of its tensors."""
         return self
 
-    @constant_when_traced
-    def given_to(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(self, *arguments), which torch.compile keeps as a constant.
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Mask:
+        """The same expression with its tensors on `device`."""
+        return self.mapped(lambda x: x.to(device, non_blocking=non_blocking))
 
-        A method, since it takes an expression for `self` only: arguments of what it calls while it
-        traces must be constants.
-        """
-        return function(self, *arguments)
+    def pin_memory(self) -> Mask:
+        """The same expression with its tensors in page-locked memory."""
+        return self.mapped(Tensor.pin_memory)
 
     def to_dense(
         self,
@@ -139,10 +142,16 @@ class Mask:
         return mask.elements(grid, b, h, i, j).expand(*leading, q_len, kv_len)
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
+        return And(self, _operand(other))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+        return Or(self, _operand(other))
+
+    def __rand__(self, other: Any) -> Mask:  # never a Mask: refused by name
+        return And(_operand(other), self)
+
+    def __ror__(self, other: Any) -> Mask:
+        return Or(_operand(other), self)
 
     def __invert__(self) -> Mask:
         return Not(self)
@@ -153,11 +162,24 @@ class Mask:
         )
 
 
+def from_formula(formula: tuple[Any, ...]) -> Mask:
+    kind, *arguments = formula
+    return kind(*(from_formula(x) if isinstance(x, tuple) else x for x in arguments))
+
+
+def _operand(value: Any) -> Mask:
+    if not isinstance(value, Mask):
+        raise not_a_mask("mask", value, "another mask expression")
+    return value
+
+
 class _Pair(Mask):
     symbol = "?"
 
     def __init__(self, left: Mask, right: Mask):
         self.left, self.right = left, right
+        if left.formula is not None and right.formula is not None:
+            self.formula = (type(self), left.formula, right.formula)
 
     @property
     def closed_form(self):
@@ -181,8 +203,12 @@ class _Pair(Mask):
     def tensors(self):
         return self.left.tensors() + self.right.tensors()
 
-    def to(self, device):
-        return type(self)(self.left.to(device), self.right.to(device))
+    def mapped(self, function):
+        return type(self)(self.left.mapped(function), self.right.mapped(function))
+
+    def to(self, device, *, non_blocking=False):
+        left, right = (m.to(device, non_blocking=non_blocking) for m in (self.left, self.right))
+        return type(self)(left, right)
 
     def __repr__(self):
         return f"({self.left!r} {self.symbol} {self.right!r})"
@@ -211,6 +237,8 @@ class Or(_Pair):
 class Not(Mask):
     def __init__(self, inner: Mask):
         self.inner = inner
+        if inner.formula is not None:
+            self.formula = (Not, inner.formula)
 
     @property
     def closed_form(self):
@@ -237,8 +265,11 @@ class Not(Mask):
     def tensors(self):
         return self.inner.tensors()
 
-    def to(self, device):
-        return Not(self.inner.to(device))
+    def mapped(self, function):
+        return Not(self.inner.mapped(function))
+
+    def to(self, device, *, non_blocking=False):
+        return Not(self.inner.to(device, non_blocking=non_blocking))
 
     def __repr__(self):
         return f"~{self.inner!r}"

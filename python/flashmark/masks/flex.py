@@ -7,8 +7,9 @@ from torch import Tensor
 
 from flashmark.masks.block_mask import BlockMask
 from flashmark.masks.compile import compile_mask
-from flashmark.masks.data import blocks, mask_mod
+from flashmark.masks.data import blocks
 from flashmark.masks.expression import Mask
+from flashmark.masks.functions import mask_mod
 
 #: FlexAttention keeps four dense index lists of (batch, heads, q_blocks, kv_blocks)
 MAX_FLEX_TILES = 1 << 24

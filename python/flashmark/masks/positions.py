@@ -2,70 +2,90 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
-from flashmark.masks.arguments import check_batch, integer, integer_tensor
-from flashmark.masks.expression import Mask, Or, classify
+from flashmark.masks.arguments import NO_BOUND, check_batch, integer, integer_tensor
+from flashmark.masks.expression import PARTIAL, Mask, Or, classify
 
 
-class _Band(Mask):
+class Band(Mask):
     """low < j - p <= high, either side open when None: causal, windows and the diagonal."""
 
-    def __init__(self, name: str, low: int | None, high: int | None):
-        self.name, self.low, self.high = name, low, high
+    def __init__(self, low: int | None, high: int | None):
+        self.low, self.high = low, high
+        self.formula = (Band, low, high)
 
     def tiles(self, grid, b, h, q_block, kv_block):
         p_first, p_last = grid.positions(q_block)
         j_first, j_last = grid.keys(kv_block)
         nearest, farthest = j_last - p_first, j_first - p_last  # extremes of j - p over the tile
-        full, empty = True, False
+        full = torch.ones_like(nearest, dtype=torch.bool)
+        empty = ~full
         if self.low is not None:
-            full, empty = farthest > self.low, nearest <= self.low
+            full, empty = full & (farthest > self.low), nearest <= self.low
         if self.high is not None:
             full, empty = full & (nearest <= self.high), empty | (farthest > self.high)
         return classify(full, empty)
 
     def key(self, grid, b, h, q_block, kv_block):
-        return {"delta": grid.delta(q_block, kv_block)}
+        classes = self.tiles(grid, b, h, q_block, kv_block).long()
+        delta = grid.delta(q_block, kv_block)
+        return {("band", self.low, self.high): delta.where(classes == PARTIAL, classes - NO_BOUND)}
 
     def elements(self, grid, b, h, i, j):
-        delta = j - (i + grid.offset)
+        p = i + grid.offset
+        if self.low is None and self.high is None:
+            return torch.ones_like(p * j, dtype=torch.bool)
         if self.low is None:
-            return delta <= self.high
+            return j <= p + self.high
         if self.high is None:
-            return delta > self.low
-        return (delta > self.low) & (delta <= self.high)
+            return j > p + self.low
+        return (j > p + self.low) & (j <= p + self.high)
 
     def __repr__(self):
-        return self.name
+        match self.low, self.high:
+            case None, 0:
+                return "causal()"
+            case -1, 0:
+                return "diagonal()"
+            case low, None:
+                return f"sliding_window({-1 if low is None else -low})"
+            case low, high:
+                return f"sliding_window({-1 if low is None else -low}, {high})"
 
 
 def causal() -> Mask:
     """j <= p: a query sees its own position and all before it, aligned to the bottom right."""
-    return _Band("causal()", None, 0)
+    return Band(None, 0)
 
 
 def sliding_window(left: int, right: int | None = None) -> Mask:
     """p - left < j, so `left` counts oneself; and j <= p + right when `right` is given.
 
-    Alone it does not hide the future unless `right=0`: write `causal() & sliding_window(512)`.
+    -1 is no bound on that side. Alone it does not hide the future unless `right=0`: write
+    `causal() & sliding_window(512)`.
     """
-    left = integer("left", left, 1)
-    if right is None:
-        return _Band(f"sliding_window({left})", -left, None)
-    right = integer("right", right, 0)
-    return _Band(f"sliding_window({left}, {right})", -left, right)
+    low = None if _no_bound(left) else -integer("left", left, 1)
+    high = None if right is None or _no_bound(right) else integer("right", right, 0)
+    return Band(low, high)
+
+
+def _no_bound(size: int) -> bool:
+    return isinstance(size, numbers.Integral) and not isinstance(size, bool) and size == -1
 
 
 def diagonal() -> Mask:
     """j == p: only oneself."""
-    return _Band("diagonal()", -1, 0)
+    return Band(-1, 0)
 
 
-class _Dilated(Mask):
+class Dilated(Mask):
     def __init__(self, stride: int):
         self.stride = stride
+        self.formula = (Dilated, stride)
 
     def tiles(self, grid, b, h, q_block, kv_block):
         p_first, p_last = grid.positions(q_block)
@@ -88,7 +108,7 @@ class _Dilated(Mask):
 
 def dilated(stride: int) -> Mask:
     """(p - j) % stride == 0: every stride-th key, past and future, counted from oneself."""
-    return _Dilated(integer("stride", stride, 1))
+    return Dilated(integer("stride", stride, 1))
 
 
 class LocalChunks(Mask):
@@ -100,6 +120,7 @@ class LocalChunks(Mask):
 
     def __init__(self, window: int, slots: int = 0, first: int = 0, lead: int = 0):
         self.window, self.slots, self.first, self.lead = window, slots, first, lead
+        self.formula = (LocalChunks, window, slots, first, lead)
 
     def tiles(self, grid, b, h, q_block, kv_block):
         (p_first, p_last), (j_first, j_last) = self._positions(grid, q_block, kv_block)
@@ -163,8 +184,12 @@ def local_chunks(window: int) -> Mask:
 
 
 class Prefix(Mask):
+    """j < length, an int or a tensor (B | 1,)."""
+
     def __init__(self, length: int | Tensor, name: str = "prefix"):
         self.length, self.name = length, name
+        if isinstance(length, int):
+            self.formula = (Prefix, length, name)
 
     def dims(self, batch, heads):
         if isinstance(self.length, int):
@@ -173,7 +198,9 @@ class Prefix(Mask):
         return self.length.shape[0], 1
 
     def _at(self, b):
-        return self.length if isinstance(self.length, int) else self.length[b]
+        if isinstance(self.length, int):
+            return self.length
+        return self.length[shared(b, self.length.shape[0])].long().clamp(min=0)
 
     def tiles(self, grid, b, h, q_block, kv_block):
         j_first, j_last = grid.keys(kv_block)
@@ -181,8 +208,8 @@ class Prefix(Mask):
         return classify(j_last < n, j_first >= n)
 
     def key(self, grid, b, h, q_block, kv_block):
-        inside = self._at(b) - kv_block * grid.block_kv
-        return {(self.name, id(self)): inside.clamp(0, grid.block_kv)}
+        inside = (self._at(b) - grid.keys(kv_block)[0]).clamp(0, grid.block_kv)
+        return {(self.name, id(self)): inside}
 
     def elements(self, grid, b, h, i, j):
         return j < self._at(b)
@@ -190,16 +217,21 @@ class Prefix(Mask):
     def tensors(self):
         return () if isinstance(self.length, int) else (self.length,)
 
-    def to(self, device):
-        return self if isinstance(self.length, int) else Prefix(self.length.to(device), self.name)
+    def mapped(self, function):
+        return self if isinstance(self.length, int) else Prefix(function(self.length), self.name)
 
     def __repr__(self):
         n = self.length if isinstance(self.length, int) else f"<{self.length.shape[0]} lengths>"
         return f"{self.name}({n})"
 
 
+def shared(index: Tensor, size: int) -> Tensor:
+    """An index into a dimension of `size`; 1 is shared by all samples or heads."""
+    return index if size > 1 else torch.zeros_like(index)
+
+
 def prefix(n: int | Tensor) -> Mask:
-    """j < n, with n an int or an integer tensor (B,), one per sample."""
+    """j < n, with n an int or an integer tensor (B,) or (1,): one per sample, or one for all."""
     if isinstance(n, Tensor):
         return Prefix(integer_tensor("n", n, (1,)))
     return Prefix(integer("n", n, 0))
@@ -210,5 +242,10 @@ def pinned(n: int | Tensor) -> Mask:
     return Or(prefix(n), diagonal())
 
 
+def plain_kind(mask: Mask) -> str | None:
+    """The `kind` of a mask that comparison alone decides."""
+    return {(Band, None, 0): "causal", (Band, None, None): "dense"}.get(mask.formula)
+
+
 def is_plain_causal(mask: Mask) -> bool:
-    return isinstance(mask, _Band) and (mask.low, mask.high) == (None, 0)
+    return plain_kind(mask) == "causal"
