@@ -53,12 +53,13 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int,
     check_tensor("query", query, 4)
     dtype, device, shapes = query.dtype, query.device, []
     for name, x in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, x, 4)
-        shape = x.shape
-        if x.dtype not in DTYPES:
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            check_tensor(name, x, 4)
+        shape, own = x.shape, x.dtype
+        if own not in DTYPES:
             allowed = "float16, bfloat16, float32 or float64"
-            raise TypeError(f"{name}: expected {allowed}, got {x.dtype}")
-        if x.dtype != dtype or x.device != device:
+            raise TypeError(f"{name}: expected {allowed}, got {own}")
+        if own != dtype or x.device != device:
             check_same(name, x, dtype=dtype, device=device)
         if not 1 <= shape[3] <= MAX_DIM:
             raise ValueError(f"{name}: expected a head dimension of 1 to {MAX_DIM}, got {shape[3]}")

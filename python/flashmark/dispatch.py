@@ -127,6 +127,10 @@ def choose_backend(operator: str, backend: str, query: Tensor, *, landmarks: int
         ValueError: an unknown name.
         BackendUnavailable: a named backend that cannot run, with the reason.
     """
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and backend in ("auto", "cpu"):  # first, and quickly: calls there can be small
+        if _why_not_cpu(operator, query.device, query.dtype) is None:
+            return "cpu"
     check_backend_name(backend)
     if backend == "reference":
         return backend
@@ -135,6 +139,4 @@ def choose_backend(operator: str, backend: str, query: Tensor, *, landmarks: int
         return backend
     if query.device.type == "cuda" and can_run_triton(operator, query, landmarks=landmarks):
         return "triton"
-    if query.device.type == "cpu" and can_run_cpu(operator, query):
-        return "cpu"
     return "eager"
