@@ -124,7 +124,7 @@ def test_a_mask_that_changes_in_place_is_never_stale(any_backend):
 
 @pytest.mark.parametrize("how", ["in-place", "data", "numpy"])
 def test_a_mask_is_read_at_each_call(any_backend, how):
-    query, key, value = helpers.qkv(1, 2, 40, 8, grad=False)
+    query, key, value = helpers.qkv(1, 2, 40, 8)
     mask = torch.ones(40, 40, dtype=torch.bool).tril()
     ours(query, key, value, mask)
     written = {"in-place": mask, "data": mask.data, "numpy": mask.numpy()}[how]

@@ -38,9 +38,10 @@ def block_mask_for(
     kind = "dense" if mask is None else plain_kind(mask)
     if kind is not None:
         return (plain_mask if torch.compiler.is_compiling() else _plain)(kind, q_len, kv_len)
+    assert mask is not None
     # torch.compile may trace sizes as symbols: an expression is compiled for their values
-    sizes = tuple(operator.index(n) for n in (batch, heads, q_len, kv_len))
-    return compiled(mask, *sizes, device)
+    batch, heads, q_len, kv_len = (operator.index(n) for n in (batch, heads, q_len, kv_len))
+    return compiled(mask, batch, heads, q_len, kv_len, device)
 
 
 def _for_training(mask: BlockMask) -> BlockMask:
