@@ -12,7 +12,6 @@ from torch.nn.functional import scaled_dot_product_attention as theirs
 
 import flashmark
 from flashmark.integrations import sdpa
-from flashmark.masks import cache
 from tests import helpers
 
 ours = flashmark.scaled_dot_product_attention
@@ -125,19 +124,16 @@ def test_a_mask_that_changes_in_place_is_never_stale(any_backend):
     check(query, key, value, mask)
 
 
-def test_masks_are_compiled_once_and_not_kept(any_backend, monkeypatch):
-    compiled = []
-    compile_mask = cache.compile_mask
-    monkeypatch.setattr(
-        cache, "compile_mask", lambda *a, **k: compiled.append(1) or compile_mask(*a, **k)
-    )
-    query, key, value = helpers.qkv(1, 2, 40, 8, grad=False)
+@pytest.mark.parametrize("how", ["in-place", "data", "numpy"])
+def test_a_mask_is_read_at_each_call(any_backend, how):
+    query, key, value = helpers.qkv(1, 2, 40, 8)
     mask = torch.ones(40, 40, dtype=torch.bool).tril()
-    for _ in range(3):
-        ours(query, key, value, mask)
-    assert len(compiled) == 1
+    ours(query, key, value, mask)
+    written = {"in-place": mask, "data": mask.data, "numpy": mask.numpy()}[how]
+    written[:, 1:20] = False
+    check(query, key, value, mask)
     gone = weakref.ref(mask)
-    del mask
+    del mask, written
     gc.collect()
     assert gone() is None
 

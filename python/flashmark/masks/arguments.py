@@ -18,7 +18,7 @@ NO_BOUND = 1 << 61
 
 
 def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (block_size, block_size) if _is_integer(block_size) else tuple(block_size)
+    pair = tuple(block_size) if isinstance(block_size, list | tuple) else (block_size, block_size)
     if len(pair) != 2 or not all(_is_integer(n) and n > 0 for n in pair):
         raise ValueError(
             f"block_size: expected a positive int or a pair of them, got {block_size!r}"

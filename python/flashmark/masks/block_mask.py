@@ -136,7 +136,7 @@ class BlockMask:
         layout = [*first.layout[:4], sum(m.batch for m in masks), first.heads]
         kept = torch.stack([m.kept for m in masks]).sum()
         bits = torch.cat([m.tile_bits for m in masks])
-        return BlockMask(rows, cols, bits, kept, *layout)
+        return BlockMask.from_tensors([*rows, *cols, bits, kept], layout, "sparse")
 
     def tile_grid(self, *, transposed: bool = False) -> Tensor:
         """Class of every tile, (batch, heads, q_blocks, kv_blocks) int32: -2 EMPTY, -1 FULL, else

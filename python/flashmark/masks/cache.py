@@ -38,9 +38,10 @@ def block_mask_for(
     kind = "dense" if mask is None else plain_kind(mask)
     if kind is not None:
         return (plain_mask if torch.compiler.is_compiling() else _plain)(kind, q_len, kv_len)
+    assert mask is not None
     # torch.compile may trace sizes as symbols: an expression is compiled for their values
-    sizes = tuple(operator.index(n) for n in (batch, heads, q_len, kv_len))
-    return compiled(mask, *sizes, device)
+    batch, heads, q_len, kv_len = (operator.index(n) for n in (batch, heads, q_len, kv_len))
+    return compiled(mask, batch, heads, q_len, kv_len, device)
 
 
 def _for_training(mask: BlockMask) -> BlockMask:
@@ -60,7 +61,7 @@ def compiled(
     """`compile_mask` at the largest block size of the expression."""
     if mask.formula is not None:
         if torch.compiler.is_compiling():
-            return unpack_mask(*_constant(mask.formula, q_len, kv_len, device))
+            return unpack_mask(*_constant(_fixed(mask.formula), q_len, kv_len, device))
         return _remembered(mask.formula, q_len, kv_len, device)
     sizes = (batch, heads, q_len, kv_len)
     if torch.compiler.is_compiling():
@@ -77,6 +78,14 @@ def _remembered(
     mask = from_formula(formula)
     with without_modes():
         return compile_mask(mask, 1, 1, q_len, kv_len, device=device, block_size=mask.block_size())
+
+
+def _fixed(formula: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With the values of integers that torch.compile traces as symbols."""
+    return tuple(
+        _fixed(x) if isinstance(x, tuple) else operator.index(x) if isinstance(x, int) else x
+        for x in formula
+    )
 
 
 @constant_when_traced

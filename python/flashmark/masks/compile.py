@@ -131,8 +131,8 @@ def _from_classes(
     classes = classes.view(*leading, grid.q_blocks, grid.kv_blocks)
     everywhere = classes.new_ones(1, dtype=torch.bool).expand(classes.shape)
     rows, cols, kept, _ = native.tile_lists(everywhere, classes, areas)
-    layout = (grid.q_len, grid.kv_len, grid.block_q, grid.block_kv, *leading)
-    return BlockMask(TileLists(*rows), TileLists(*cols), tile_bits, kept, *layout, kind)
+    layout = [grid.q_len, grid.kv_len, grid.block_q, grid.block_kv, *leading]
+    return BlockMask.from_tensors([*rows, *cols, tile_bits, kept], layout, kind)
 
 
 def _compile_dense(visible: Tensor, grid: Grid) -> BlockMask:

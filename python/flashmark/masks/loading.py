@@ -14,7 +14,7 @@ from flashmark.masks.packed import Documents, Packed
 from flashmark.masks.positions import Band, Dilated, LocalChunks, Prefix
 
 #: all but functions: they hold tensors and numbers only
-SAFE = [
+SAFE: list[Any] = [
     *(BlockMask, TileLists, And, Or, Not, Band, Dilated, LocalChunks, Prefix),
     *(Documents, Packed, KeyVisible, Blocks, Dense),
 ]
