@@ -17,6 +17,8 @@ from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels import block_sparse, nystrom
 from flashmark.kernels.block_sparse import configs as sparse_configs
 from flashmark.kernels.nystrom import configs as landmark_configs
+from flashmark.nystrom.call import Call as NystromCall
+from flashmark.nystrom.call import Saved as NystromSaved
 
 Config = sparse_configs.Config | landmark_configs.Config
 FAMILIES = {"block_sparse": sparse_configs, "nystrom": landmark_configs}
@@ -276,11 +278,11 @@ def _launch_nystrom(case: Case, tokens: int) -> None:
     core = torch.zeros(HEADS, case.marks, case.marks)
     L0 = torch.zeros(1, HEADS, case.marks) if case.pass_ == "decode" else None
     R0 = None if L0 is None else torch.zeros(*L0.shape, case.dim)
-    tensors = (
-        query, query, query, landmarks, landmarks, core, None, None, None, L0, R0,
-        case.dim**-0.5, "landmark", case.pass_ != "read",
+    call = NystromCall(
+        query, query, query, landmarks, landmarks, core, case.dim**-0.5, L0=L0, R0=R0,
+        is_causal=case.pass_ != "read",
     )  # fmt: skip
     if case.backward:
-        nystrom.backward(query, None, None, *tensors)
+        nystrom.backward(call, NystromSaved(query, None, None), query, None, None)
     else:
-        nystrom.forward(*tensors)
+        nystrom.forward(call)

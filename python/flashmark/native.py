@@ -190,7 +190,7 @@ def tied_core(
     """
     _check_square("scores", scores, jitter)
     if not _recording(scores):
-        return _solve(_operators().tied_core, scores, float(jitter), softmax, wide)[0]
+        return _solve(_operators().tied_core.default, scores, float(jitter), softmax, wide)[0]
     return _TiedCore.apply(scores, float(jitter), softmax, wide, again)
 
 
@@ -215,14 +215,14 @@ def tikhonov_core(
     """
     _check_square("matrix", matrix, jitter)
     if not _recording(matrix):
-        return _solve(_operators().tikhonov_core, matrix, float(jitter), unit_rows, wide)[0]
+        return _solve(_operators().tikhonov_core.default, matrix, float(jitter), unit_rows, wide)[0]
     return _TikhonovCore.apply(matrix, float(jitter), unit_rows, wide, again)
 
 
 class _TiedCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, jitter, softmax, wide, again):
-        core, *solved = _solve(_operators().tied_core, scores, jitter, softmax, wide)
+        core, *solved = _solve(_operators().tied_core.default, scores, jitter, softmax, wide)
         ctx.save_for_backward(scores, *solved)
         ctx.softmax, ctx.again = softmax, again
         return core
@@ -241,7 +241,9 @@ class _TiedCore(torch.autograd.Function):
 class _TikhonovCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix, jitter, unit_rows, wide, again):
-        core, inverse, _ = _solve(_operators().tikhonov_core, matrix, jitter, unit_rows, wide)
+        core, inverse, _ = _solve(
+            _operators().tikhonov_core.default, matrix, jitter, unit_rows, wide
+        )
         ctx.save_for_backward(matrix, inverse)
         ctx.unit_rows, ctx.again = unit_rows, again
         return core
@@ -263,7 +265,7 @@ def _solve(
     core, inverse, used = operator(_heads(matrix), jitter, flag, wide)
     if jitter == 0 and readable(matrix):
         check_definite(used == 0)
-    return core.view(matrix.shape), inverse, used
+    return core if matrix.dim() == 3 else core.view(matrix.shape), inverse, used
 
 
 def readable(x: Tensor) -> bool:
@@ -296,7 +298,7 @@ def _recording(x: Tensor) -> bool:
 
 
 def _heads(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[-2:])
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def _check_square(name: str, x: Tensor, jitter: float) -> None:

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from flashmark import native
 from flashmark.autograd import autocast_is_on, without_autocast
@@ -75,34 +75,43 @@ def landmark_core(
     if method == "cholesky" and not tied:
         raise ValueError("method: expected 'tikhonov' for a pair of landmarks, got 'cholesky'")
     scale = 1 / math.sqrt(landmark_queries.shape[-1]) if scale is None else float(scale)
+    keys = None if tied else landmark_keys
+    return solve_core(landmark_queries, keys, scale, method, kind, jitter, iterations)
+
+
+def solve_core(
+    landmark_queries: Tensor,
+    landmark_keys: Tensor | None,
+    scale: float,
+    method: str,
+    kind: str,
+    jitter: float = 1e-4,
+    iterations: int = 6,
+) -> Tensor:
+    """`landmark_core` of checked arguments; `landmark_keys` None for tied landmarks."""
     if method == "cholesky" and not scale > 0:
         raise ValueError(f"scale: expected a number > 0 with method='cholesky', got {scale}")
-    options = tied, scale, method, kind == "softmax", jitter, iterations
     device = landmark_queries.device.type
-    if not autocast_is_on(device):
-        return _core(landmark_queries, landmark_keys, *options)
-    with without_autocast(device):
-        return _core(landmark_queries, landmark_keys, *options)
-
-
-def _core(
-    landmark_queries, landmark_keys, tied: bool, scale: float, method: str, softmax: bool,
-    jitter: float, iterations: int,
-) -> Tensor:  # fmt: skip
+    if autocast_is_on(device):
+        with without_autocast(device):
+            return solve_core(
+                landmark_queries, landmark_keys, scale, method, kind, jitter, iterations
+            )
     dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
-    X = landmark_queries.to(dtype)
-    Y = X if tied else landmark_keys.to(dtype)
-    scores = scale * (X @ Y.mT)
+    X = landmark_queries if landmark_queries.dtype == dtype else landmark_queries.to(dtype)
+    Y = X if landmark_keys is None else landmark_keys.to(dtype)
+    scores = (X * scale) @ Y.mT
     if method == "identity":
         eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
         return eye.expand(scores.shape).clone()
+    softmax = kind == "softmax"
     if method == "cholesky":
         return _solved(native.tied_core, _tied_core, scores, jitter, softmax)
     matrix = torch.softmax(scores, -1) if softmax else _unit_diagonal(scores)[0]
     if method == "newton_schulz":
         columns, rows = (matrix.sum(dim).amax(-1)[..., None, None] for dim in (-2, -1))
         return newton_schulz(matrix, matrix.mT / (columns * rows), iterations)  # entries >= 0
-    if not tied:
+    if landmark_keys is not None:
         _warn_once(matrix)
     return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, softmax)
 
@@ -118,7 +127,9 @@ def _solved(in_native_code, in_pytorch, matrix: Tensor, jitter: float, softmax: 
         return plain(matrix)
     if torch.compiler.is_compiling():
         return in_native_code(matrix, jitter, softmax)
-    if torch._C._are_functorch_transforms_active() or unpack_dual(matrix).tangent is not None:
+    if torch._C._are_functorch_transforms_active():
+        return plain(matrix)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(matrix).tangent is not None:
         return plain(matrix)
     return in_native_code(matrix, jitter, softmax, again=plain)
 
