@@ -92,7 +92,8 @@ def native_extension(*, sanitize: bool = False, cuda: bool = False) -> CppExtens
     headers = [*csrc.glob("*.h"), *(p for root in roots for p in root.glob("*.*h"))]
     extra = SANITIZE if sanitize else []
     define = ["-DUSE_CUDA", "-DFLASHMARK_CUDA"] if cuda else []
-    flags = {"cxx": [*(f for f in COMMON if f != "-fopenmp"), *WIDE, STABLE, *define, *extra]}
+    common = [f"{f}-simd" if f == "-fopenmp" else f for f in COMMON]  # threads are torch's
+    flags = {"cxx": [*common, *WIDE, STABLE, *define, *extra]}
     if cuda:
         flags["nvcc"] = [*NVCC, *architectures(), STABLE, *define]
     return (CUDAExtension if cuda else CppExtension)(

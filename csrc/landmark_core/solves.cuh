@@ -99,7 +99,8 @@ __device__ double regularised_inverse(const T* given, int m, double jitter, T* P
   T largest = 0;
   for (int i = 0; i < m; i++) largest = max(largest, given[i * m + i]);
   const T floor = kRounding<T> * m * largest;
-  for (int attempt = 0; attempt < kAttempts; attempt++, jitter *= 10) {
+  const int attempts = jitter > 0 ? kAttempts : 1;
+  for (int attempt = 0; attempt < attempts; attempt++, jitter *= 10) {
     if (sweep(given, m, static_cast<T>(jitter), floor, P, row)) return jitter;
     __syncthreads();
   }

@@ -50,7 +50,8 @@ FLASHMARK_INLINE double regularised_inverse(const T* a, int64_t m, int64_t n, do
   T largest = 0;
   for (int64_t i = 0; i < m; i++) largest = std::max(largest, a[i * n + i]);
   const T floor = std::numeric_limits<T>::epsilon() * static_cast<T>(m) * largest;
-  for (int attempt = 0; attempt < kAttempts; attempt++, jitter *= 10) {
+  const int attempts = jitter > 0 ? kAttempts : 1;
+  for (int attempt = 0; attempt < attempts; attempt++, jitter *= 10) {
     for (int64_t i = 0; i < n; i++) {
       for (int64_t j = 0; j < n; j++) work[i * n + j] = i < m && j < m ? a[i * n + j] : T(0);
       work[i * n + i] = i < m ? a[i * n + i] + static_cast<T>(jitter) : largest + 1;
@@ -86,8 +87,11 @@ FLASHMARK_INLINE void symmetric_times(const T* A, int64_t m, int64_t n, double s
   for (int64_t i = 0; i < m; i++) {
     double sum = 0;
     const double xi = x[i];
-    for (int64_t j = 0; j < i; j++) y[j] += A[i * n + j] * xi;
-    for (int64_t j = 0; j < i; j++) sum += A[i * n + j] * x[j];
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < i; j++) {
+      y[j] += A[i * n + j] * xi;
+      sum += A[i * n + j] * x[j];
+    }
     y[i] += sum;
   }
 }
@@ -96,6 +100,7 @@ FLASHMARK_INLINE void symmetric_times(const T* A, int64_t m, int64_t n, double s
 template <class IO>
 FLASHMARK_INLINE void store_row(const double* row, int64_t m, bool to_sum, double wanted, IO* out) {
   double sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < m; j++) sum += row[j];
   const double shift = to_sum ? (wanted - sum) / m : 0;
   for (int64_t j = 0; j < m; j++) out[j] = static_cast<IO>(row[j] + shift);
@@ -141,8 +146,10 @@ FLASHMARK_INLINE void tied_backward(const IO* scores, const T* inverse, double j
     for (int64_t i = 0; i < m; i++) {
       double mean = 0, sum = 0;
       const double scale = 1 / root[i];
+#pragma omp simd reduction(+ : mean)
       for (int64_t l = 0; l < m; l++) mean += G[i * n + l];
       mean /= m;
+#pragma omp simd reduction(+ : sum)
       for (int64_t l = 0; l < m; l++) {
         const double g = (G[i * n + l] - mean) * scale, gp = g * P[i * n + l];
         dr[l] += gp;
@@ -170,6 +177,7 @@ FLASHMARK_INLINE void tied_backward(const IO* scores, const T* inverse, double j
   }
   for (int64_t i = 0; i < m; i++) {
     double sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < i; j++) {
       const double e = E[i * n + j] + 0.5 * (softmax ? dr[i] * root[j] + dr[j] * root[i] : 0.0);
       row[j] = e * U[i * n + j];

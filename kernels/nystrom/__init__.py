@@ -1,6 +1,6 @@
 """Triton kernels of Nyström attention, their launchers and configs.
 
-`forward` and `backward` have the interface of `flashmark.nystrom.eager.interface`.
+`forward` and `backward` are the triton backend of `flashmark.nystrom.operator`.
 """
 
 from .interface import backward, forward

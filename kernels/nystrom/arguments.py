@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from flashmark.nystrom.call import Call
+
 from ..block_sparse import configs as shared
 from ..block_sparse.arguments import dot_precision, padded
 from . import configs
@@ -40,7 +42,7 @@ class Slots(NamedTuple):
     sequences: Tensor | None  # (S, 2) int32: first slot, number of slots
 
 
-class Landmarks(NamedTuple):
+class Parameters(NamedTuple):
     """The parameters. A block of landmarks has rows of `lq`, entries of `decay` and `half2` and
     columns of `core` of its own; queries read all of `lk` and `read_half2`."""
 
@@ -129,13 +131,13 @@ class Features:
     TAKES_VALUES: bool = True
 
 
-class Call(NamedTuple):
-    """The inputs of the operator, in one bundle."""
+class Inputs(NamedTuple):
+    """A call, or one block of its landmarks and of columns of its values, as kernels read it."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    marks: Landmarks
+    marks: Parameters
     keep: Tensor | None  # uint8 (B, N), or bool
     cu_seqlens: Tensor | None
     L0: Tensor | None
@@ -152,38 +154,36 @@ class Call(NamedTuple):
         return batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
-def describe(
-    query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens, L0, R0,
-    scale, normalize,
-) -> Call:  # fmt: skip
-    mass, scale2 = normalize == "mass", scale * LOG2E.value
+def describe(call: Call) -> Inputs:
+    lq, lk, core = call.landmark_queries, call.landmark_keys, call.core
+    scale2 = call.scale * LOG2E.value
     half2, half_strides = None, (0, 0)
-    if mass:
-        half2 = (landmark_queries.float() * landmark_keys.float()).sum(-1) * (0.5 * scale2)
+    if call.mass:
+        half2 = (lq.float() * lk.float()).sum(-1) * (0.5 * scale2)
         half2 = half2.view(-1, *half2.shape[-2:])
         half_strides = (0 if half2.shape[0] == 1 else half2.stride(0), half2.stride(1))
-    decay = None if decay is None else decay.contiguous()
-    marks = Landmarks(
-        lq=landmark_queries,
-        lk=landmark_keys,
+    decay = None if call.decay is None else call.decay.contiguous()
+    marks = Parameters(
+        lq=lq,
+        lk=lk,
         core=core,
         decay=decay,
         half2=half2,
         read_half2=half2,
-        lq_strides=_by_sample(landmark_queries),
-        lk_strides=_by_sample(landmark_keys),
+        lq_strides=_by_sample(lq),
+        lk_strides=_by_sample(lk),
         core_strides=_by_sample(core),
         decay_stride=0 if decay is None else decay.stride(0),
         half_strides=half_strides,
-        scale=scale,
+        scale=call.scale,
         scale2=scale2,
     )
-    keep = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    L0, R0 = (None if x is None else x.float().contiguous() for x in (L0, R0))
-    return Call(query, key, value, marks, keep, cu_seqlens, L0, R0, mass)
+    keep = None if call.key_mask is None else call.key_mask.contiguous().view(torch.uint8)
+    L0, R0 = (None if x is None else x.float().contiguous() for x in (call.L0, call.R0))
+    return Inputs(call.query, call.key, call.value, marks, keep, call.cu_seqlens, L0, R0, call.mass)
 
 
-def features(call: Call, config: configs.Config, **extra: bool) -> Features:
+def features(call: Inputs, config: configs.Config, **extra: bool) -> Features:
     query, value = call.query, call.value
     marks, dim, dim_v = call.marks.lq.shape[-2], query.shape[3], value.shape[3]
     step, blocks = call.step or marks, call.blocks
@@ -218,7 +218,7 @@ def features(call: Call, config: configs.Config, **extra: bool) -> Features:
     return dataclasses.replace(F, TILES=blocks, STEP=step, READING=tuple(tiles))
 
 
-def choose_config(pass_: str, call: Call) -> configs.Config:
+def choose_config(pass_: str, call: Inputs) -> configs.Config:
     widths = call.step or call.marks.lq.shape[-2], call.query.shape[3], call.value.shape[3]
     tokens = max(call.query.shape[2], call.key.shape[2])
     arch = shared.device_arch(call.query.device)
@@ -231,7 +231,7 @@ def focused(problem: Problem, F: Features, tile: int, takes: dict) -> tuple[Prob
     return problem._replace(m0=tile * F.STEP), takes | {"FOCUS": alike}
 
 
-def cut(call: Call, span: int, tokens: int) -> Slots:
+def cut(call: Inputs, span: int, tokens: int) -> Slots:
     """Slots of `span` tokens. Packed sequences start slots of their own; no size is read back."""
     if call.cu_seqlens is None:
         return Slots(span, max(1, triton.cdiv(tokens, span)), None, None)
@@ -252,7 +252,7 @@ def cut(call: Call, span: int, tokens: int) -> Slots:
 
 
 def problem_of(
-    call: Call, slots: Slots, parts: int, units: int = 1, tokens: int | None = None
+    call: Inputs, slots: Slots, parts: int, units: int = 1, tokens: int | None = None
 ) -> Problem:
     return Problem(
         heads=call.key.shape[1],
@@ -265,25 +265,25 @@ def problem_of(
     )
 
 
-def new_states(call: Call, lines: int, F: Features, dtype=torch.float32) -> Saved:
+def new_states(call: Inputs, lines: int, F: Features, dtype=torch.float32) -> Saved:
     vectors = torch.empty(2, lines, F.PAD_M, dtype=torch.float32, device=call.query.device)
     acc = torch.empty(lines, F.PAD_M, F.PAD_V, dtype=dtype, device=call.query.device)
     return Saved(vectors[0], vectors[1], acc)
 
 
-def new_rises(call: Call, slots: Slots) -> Tensor:
+def new_rises(call: Inputs, slots: Slots) -> Tensor:
     """For each slot the first token that rises too far, a note from one launch to the next."""
     lines = call.key.shape[0] * call.key.shape[1] * slots.count
     return torch.empty(lines, dtype=torch.int32, device=call.query.device)
 
 
-def new_ends(call: Call) -> Ends:
+def new_ends(call: Inputs) -> Ends:
     marks, heads, dim_v = call.marks.lq.shape[-2], call.key.shape[1], call.value.shape[3]
     L = torch.empty(call.rows, heads, marks, dtype=torch.float32, device=call.query.device)
     return Ends(call.L0, call.R0, L, L.new_empty(*L.shape, dim_v))
 
 
-def new_outputs(call: Call) -> tuple[Tensor, Masses | None]:
+def new_outputs(call: Inputs) -> tuple[Tensor, Masses | None]:
     """Room for the outputs; those of a block of landmarks are added up in float32."""
     query, whole = call.query, call.blocks == 1
     shape = *query.shape[:3], call.value.shape[3]
@@ -295,7 +295,7 @@ def new_outputs(call: Call) -> tuple[Tensor, Masses | None]:
     return out, Masses(rows[0], rows[1], None)
 
 
-def new_token_gradients(call: Call, wide: bool) -> dict[str, Tensor]:
+def new_token_gradients(call: Inputs, wide: bool) -> dict[str, Tensor]:
     dtype = torch.float32 if wide else call.query.dtype
     tokens = {"query": call.query, "key": call.key, "value": call.value}
     return {name: torch.empty(x.shape, dtype=dtype, device=x.device) for name, x in tokens.items()}

@@ -24,7 +24,7 @@ from .gradients import (
 from .states import start_states
 
 
-def incoming_gradients(call: args.Call, pull: Tensor, G: Tensor, F) -> tuple[Tensor, Tensor]:
+def incoming_gradients(call: args.Inputs, pull: Tensor, G: Tensor, F) -> tuple[Tensor, Tensor]:
     """(dL0, dR0) from the reverse state before the first token; 0 where nothing was held."""
     empty = call.L0 == -torch.inf
     dR0 = G[:, : F.MARKS, : F.DIM_V].reshape(call.R0.shape)
@@ -35,7 +35,7 @@ def incoming_gradients(call: args.Call, pull: Tensor, G: Tensor, F) -> tuple[Ten
 
 
 def causal_sweep(
-    call: args.Call, dout: Tensor, dL, dR, masses: args.Masses | None, wide: bool
+    call: args.Inputs, dout: Tensor, dL, dR, masses: args.Masses | None, wide: bool
 ) -> dict[str, Tensor]:
     """All gradients of one block of landmarks and of values; those of tokens float32 if `wide`."""
     query, key, value = call.query, call.key, call.value

@@ -178,12 +178,12 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
     store_key_sums(partial, group, pair, part, (dlq, full(F.PAD_M, 0.0)), problem, F)
 
 
-def features(call: args.Call, config: configs.Config, **extra: bool) -> args.Features:
+def features(call: args.Inputs, config: configs.Config, **extra: bool) -> args.Features:
     """Features of kernels whose state is that at the end."""
     return dataclasses.replace(args.features(call, config, **extra), STATE=True)
 
 
-def bidirectional_forward(call: args.Call) -> args.Outputs:
+def bidirectional_forward(call: args.Inputs) -> args.Outputs:
     """Outputs of a call whose landmarks are one block, or what one block adds to them."""
     query = call.query
     _, ends = start_states(call, args.cut(call, configs.FORWARD_SPAN, call.key.shape[2]))
@@ -201,7 +201,7 @@ def bidirectional_forward(call: args.Call) -> args.Outputs:
 
 
 def bidirectional_sweep(
-    call: args.Call, dout: Tensor, dL, dR, masses: args.Masses | None, wide: bool
+    call: args.Inputs, dout: Tensor, dL, dR, masses: args.Masses | None, wide: bool
 ) -> dict[str, Tensor]:
     """All gradients of one block of landmarks and of values; those of tokens float32 if `wide`."""
     query, key, value = call.query, call.key, call.value

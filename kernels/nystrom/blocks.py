@@ -18,10 +18,10 @@ from torch import Tensor
 from . import arguments as args
 from . import configs
 
-Forward = Callable[[args.Call], args.Outputs]
+Forward = Callable[[args.Inputs], args.Outputs]
 
 
-def landmark_blocks(call: args.Call) -> list[tuple[slice, args.Call]]:
+def landmark_blocks(call: args.Inputs) -> list[tuple[slice, args.Inputs]]:
     """As few blocks as can be, all but the last of the same size."""
     marks = call.marks.lq.shape[-2]
     count = triton.cdiv(marks, configs.marks_at_once(call.query.device, call.query.dtype))
@@ -32,7 +32,7 @@ def landmark_blocks(call: args.Call) -> list[tuple[slice, args.Call]]:
     return [(own, _only(call, own, n, count, step)) for n, own in enumerate(blocks)]
 
 
-def _only(call: args.Call, own: slice, block: int, blocks: int, step: int) -> args.Call:
+def _only(call: args.Inputs, own: slice, block: int, blocks: int, step: int) -> args.Inputs:
     marks = call.marks
     marks = marks._replace(
         lq=marks.lq[..., own, :],
@@ -46,7 +46,7 @@ def _only(call: args.Call, own: slice, block: int, blocks: int, step: int) -> ar
     return call._replace(marks=marks, L0=L0, R0=R0, block=block, blocks=blocks, step=step)
 
 
-def forward(run: Forward, call: args.Call) -> tuple[Tensor, Tensor, Tensor]:
+def forward(run: Forward, call: args.Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """(out, L_end, R_end) of any number of landmarks."""
     parts = [run(block) for _, block in landmark_blocks(call)]
     if len(parts) == 1:
@@ -77,7 +77,7 @@ def _added(parts: list[args.Outputs]) -> tuple[Tensor, args.Masses | None]:
 
 
 def backward(
-    sweep: Callable, run: Forward, call: args.Call, dout: Tensor, dL: Tensor | None,
+    sweep: Callable, run: Forward, call: args.Inputs, dout: Tensor, dL: Tensor | None,
     dR: Tensor | None,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """Gradients of a call of any number of landmarks and of columns of values.
@@ -113,7 +113,7 @@ def backward(
     return _through_half(call, sums)
 
 
-def _zeros(call: args.Call) -> dict[str, Tensor]:
+def _zeros(call: args.Inputs) -> dict[str, Tensor]:
     batch, (_, heads, _, dim), marks = call.key.shape[0], call.key.shape, call.marks.lk.shape[-2]
     shapes = {
         "query": call.query.shape, "key": call.key.shape, "value": call.value.shape,
@@ -128,7 +128,7 @@ def _zeros(call: args.Call) -> dict[str, Tensor]:
     return {name: torch.zeros(shape, **new) for name, shape in shapes.items()}
 
 
-def _through_half(call: args.Call, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+def _through_half(call: args.Inputs, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add the gradient of s_ll / 2 to those of the landmarks."""
     pull = grads.pop("half", None)
     if pull is not None:

@@ -156,7 +156,7 @@ def output_kernel(
         store_end_state(ends.L, ends.R, line, v0, state[0], state[1], state[2], F)
 
 
-def causal_forward(call: args.Call) -> args.Outputs:
+def causal_forward(call: args.Inputs) -> args.Outputs:
     """Outputs of a call whose landmarks are one block, or what one block adds to them."""
     query, tokens = call.query, call.query.shape[2]
     out, masses = args.new_outputs(call)

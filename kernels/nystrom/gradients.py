@@ -75,7 +75,7 @@ def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, heads, parts, groups, s
         tl.store(end_pull_ptrs, pull)
 
 
-def outgoing(call: args.Call, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Tensor]:
+def outgoing(call: args.Inputs, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Tensor]:
     """The reverse state (pull, G) after the last token, from the gradients of L and R there."""
     lines, marks = ends.L.shape[0] * ends.L.shape[1], slice(F.MARKS)
     pull, G = ends.L.new_zeros(lines, F.PAD_M), ends.L.new_zeros(lines, F.PAD_M, F.PAD_V)
@@ -89,7 +89,7 @@ def outgoing(call: args.Call, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Tenso
 
 
 def reverse_scan(
-    call: args.Call, reverse: Reverse, pull: Tensor, G: Tensor, slots: args.Slots,
+    call: args.Inputs, reverse: Reverse, pull: Tensor, G: Tensor, slots: args.Slots,
     problem: args.Problem, F: args.Features,
 ) -> None:  # fmt: skip
     """In place: slots to the reverse states at their ends, (pull, G) to that before them all."""
@@ -118,7 +118,7 @@ def new_key_partials(like: Tensor, pairs: int, groups: int, F: args.Features) ->
 
 
 def parameter_gradients(
-    call: args.Call, rows: list[RowPartials], keys: KeyPartials, F: args.Features
+    call: args.Inputs, rows: list[RowPartials], keys: KeyPartials, F: args.Features
 ) -> dict[str, Tensor]:
     """Shares added up in a fixed order: every run gives the same bits. `rows`, a tile an entry."""
     batch, heads = call.key.shape[:2]

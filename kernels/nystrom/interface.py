@@ -1,8 +1,11 @@
-"""The operator as every backend has it; the interface is that of `nystrom.eager.interface`."""
+"""Launchers of all kernels: the operator's triton backend."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+from flashmark.nystrom.call import Call, Grads, Saved
+from flashmark.nystrom.eager import interface as eager
 
 from . import arguments as args
 from . import blocks
@@ -11,35 +14,26 @@ from .bidirectional import bidirectional_forward, bidirectional_sweep
 from .forward import causal_forward
 
 
-def forward(
-    query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-    L0, R0, scale, normalize, is_causal,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, L_end, R_end), in the shapes and dtypes of `nystrom.eager.interface.forward`."""
-    call = args.describe(
-        query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-        L0, R0, scale, normalize,
-    )  # fmt: skip
-    return blocks.forward(causal_forward if is_causal else bidirectional_forward, call)
+def forward(call: Call) -> Saved:
+    if not call.query.shape[0]:  # a grid of no programs
+        return eager.forward(call)
+    run = causal_forward if call.is_causal else bidirectional_forward
+    return Saved(*blocks.forward(run, args.describe(call)))
 
 
-def backward(
-    dout, dL_end, dR_end, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask,
-    cu_seqlens, L0, R0, scale, normalize, is_causal,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of `forward`, in the order and the shapes of `nystrom.eager.interface`."""
-    call = args.describe(
-        query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-        L0, R0, scale, normalize,
-    )  # fmt: skip
-    sweep = causal_sweep if is_causal else bidirectional_sweep
-    run = causal_forward if is_causal else bidirectional_forward
-    grads = blocks.backward(sweep, run, call, dout, dL_end, dR_end)
+def backward(call: Call, saved: Saved, dout: Tensor, dL: Tensor | None, dR: Tensor | None) -> Grads:
+    if not call.query.shape[0]:
+        return eager.backward(call, saved, dout, dL, dR)
+    sweep = causal_sweep if call.is_causal else bidirectional_sweep
+    run = causal_forward if call.is_causal else bidirectional_forward
+    grads = blocks.backward(sweep, run, args.describe(call), dout, dL, dR)
     inputs = {
-        "query": query, "key": key, "value": value, "lq": landmark_queries, "lk": landmark_keys,
-        "core": core, "decay": decay, "L0": L0, "R0": R0,
+        "query": call.query, "key": call.key, "value": call.value, "lq": call.landmark_queries,
+        "lk": call.landmark_keys, "core": call.core, "decay": call.decay, "L0": call.L0,
+        "R0": call.R0,
     }  # fmt: skip
-    return tuple(
+    found = (
         None if x is None else grads[name].sum_to_size(x.shape).view(x.shape).to(x.dtype)
         for name, x in inputs.items()
     )
+    return Grads(*found)  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups,
     store_end_state(ends.L, ends.R, end_line, v0, ref, tot, acc, F)
 
 
-def start_states(call: args.Call, slots: args.Slots) -> tuple[args.Saved, args.Ends]:
+def start_states(call: args.Inputs, slots: args.Slots) -> tuple[args.Saved, args.Ends]:
     """States at the start of every slot, and at the end of every sequence."""
     config = args.choose_config("states", call)
     F = args.features(call, config)

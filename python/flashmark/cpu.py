@@ -40,11 +40,3 @@ def available() -> bool:
 def why_not() -> str:
     """One sentence on why the kernels cannot run; empty where they can."""
     return _load()
-
-
-def operators():
-    """The loaded operators; NotImplementedError with the reason where there are none."""
-    reason = _load()
-    if reason:
-        raise NotImplementedError(f"backend: 'cpu' cannot run, {reason}")
-    return torch.ops.flashmark_cpu

@@ -177,9 +177,10 @@ def tied_core(
 
     Args:
         scores: (..., M, M) symmetric, float32 or float64; the lower triangle is read.
-        jitter: > 0, added to U's diagonal of 1. A head whose factorisation fails all the same,
+        jitter: >= 0, added to U's diagonal of 1. A head whose factorisation fails all the same,
             because rounding of the scores made it indefinite, takes 10 times as much, and again:
-            the result is finite for finite scores.
+            the result is finite for finite scores. With 0 a singular core is an error on a CPU, not
+            finite on a GPU.
         wide: float64 inside for float32 scores.
         again: the same in plain PyTorch: what a second derivative goes through. None: there is no
             second derivative.
@@ -188,6 +189,8 @@ def tied_core(
         (..., M, M) in the dtype of the scores. Scores that are not finite give NaN.
     """
     _check_square("scores", scores, jitter)
+    if not _recording(scores):
+        return _solve(_operators().tied_core.default, scores, float(jitter), softmax, wide)[0]
     return _TiedCore.apply(scores, float(jitter), softmax, wide, again)
 
 
@@ -203,7 +206,7 @@ def tikhonov_core(
 
     Args:
         matrix: A, (..., M, M), float32 or float64.
-        jitter: > 0; more is taken as in `tied_core` where the factorisation fails.
+        jitter: >= 0; more is taken as in `tied_core` where the factorisation fails.
         unit_rows: what a row's sum lacks to 1 is spread over the row.
         wide, again: as in `tied_core`.
 
@@ -211,16 +214,18 @@ def tikhonov_core(
         (..., M, M) in the dtype of the matrix.
     """
     _check_square("matrix", matrix, jitter)
+    if not _recording(matrix):
+        return _solve(_operators().tikhonov_core.default, matrix, float(jitter), unit_rows, wide)[0]
     return _TikhonovCore.apply(matrix, float(jitter), unit_rows, wide, again)
 
 
 class _TiedCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, jitter, softmax, wide, again):
-        core, *solved = _operators().tied_core(_heads(scores), jitter, softmax, wide)
+        core, *solved = _solve(_operators().tied_core.default, scores, jitter, softmax, wide)
         ctx.save_for_backward(scores, *solved)
         ctx.softmax, ctx.again = softmax, again
-        return core.view(scores.shape)
+        return core
 
     @staticmethod
     def backward(ctx, dcore):
@@ -236,10 +241,12 @@ class _TiedCore(torch.autograd.Function):
 class _TikhonovCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix, jitter, unit_rows, wide, again):
-        core, inverse, _ = _operators().tikhonov_core(_heads(matrix), jitter, unit_rows, wide)
+        core, inverse, _ = _solve(
+            _operators().tikhonov_core.default, matrix, jitter, unit_rows, wide
+        )
         ctx.save_for_backward(matrix, inverse)
         ctx.unit_rows, ctx.again = unit_rows, again
-        return core.view(matrix.shape)
+        return core
 
     @staticmethod
     def backward(ctx, dcore):
@@ -252,6 +259,30 @@ class _TikhonovCore(torch.autograd.Function):
         return dmatrix.view(matrix.shape), None, None, None, None
 
 
+def _solve(
+    operator: Callable, matrix: Tensor, jitter: float, flag: bool, wide: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    core, inverse, used = operator(_heads(matrix), jitter, flag, wide)
+    if jitter == 0 and readable(matrix):
+        check_definite(used == 0)
+    return core if matrix.dim() == 3 else core.view(matrix.shape), inverse, used
+
+
+def readable(x: Tensor) -> bool:
+    """Reading values must neither wait for a GPU nor break a graph or a transform."""
+    transformed = torch._C._are_functorch_transforms_active
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
+def check_definite(definite: Tensor) -> None:
+    """Refuse jitter = 0 where a head's core is singular."""
+    if not bool(definite.all()):
+        raise ValueError(
+            "jitter: expected a number > 0 for landmarks whose core is singular or not finite, "
+            "got 0"
+        )
+
+
 def _differentiable(
     again: Callable[[Tensor], Tensor] | None, x: Tensor, gradient: Tensor
 ) -> Tensor:
@@ -261,8 +292,13 @@ def _differentiable(
     return torch.autograd.grad(again(x), x, gradient, create_graph=True)[0]
 
 
+def _recording(x: Tensor) -> bool:
+    """Whether autograd follows a function of x."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def _heads(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[-2:])
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def _check_square(name: str, x: Tensor, jitter: float) -> None:
@@ -270,8 +306,8 @@ def _check_square(name: str, x: Tensor, jitter: float) -> None:
         raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
     if x.dim() < 2 or x.shape[-1] != x.shape[-2] or not 1 <= x.shape[-1] <= MOST_LANDMARKS:
         raise ValueError(f"{name}: expected (..., M, M) with M from 1 to 256, got {tuple(x.shape)}")
-    if not jitter > 0:
-        raise ValueError(f"jitter: expected a number > 0, got {jitter}")
+    if not jitter >= 0:
+        raise ValueError(f"jitter: expected a number >= 0, got {jitter}")
 
 
 def _check_bool(name: str, tensor: Tensor, dims: int) -> None:

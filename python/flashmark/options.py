@@ -8,22 +8,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from flashmark.hybrid.state import HybridState
-    from flashmark.nystrom import NystromState
 
 Landmarks = Tensor | tuple[Tensor, Tensor]
-
-
-class NystromOptions(TypedDict, total=False):
-    core: Tensor | None
-    is_causal: bool
-    scale: float | None
-    normalize: str
-    decay: Tensor | None
-    key_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    state: NystromState | None
-    state_out: NystromState | None
-    backend: str
 
 
 class HybridOptions(TypedDict, total=False):

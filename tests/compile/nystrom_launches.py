@@ -8,6 +8,7 @@ import itertools
 import torch
 
 from flashmark.kernels import nystrom
+from flashmark.nystrom.call import Call, Saved
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 HEADS = 4
@@ -42,16 +43,16 @@ class Launch:
         bounds = torch.tensor([0, 100, tokens], dtype=torch.int32)
         L0 = torch.zeros(1, HEADS, self.marks) if self.pass_ == "decode" else None
         R0 = None if L0 is None else torch.zeros(*L0.shape, value.shape[3])
-        tensors = (
-            query, key, value, landmarks, landmarks, core, decay, None,
-            bounds if self.feature == "packed" else None, L0, R0, 0.125,
-            "mass" if self.feature == "mass" else "landmark", self.pass_ != "bidirectional",
+        call = Call(
+            query, key, value, landmarks, landmarks, core, 0.125, decay,
+            cu_seqlens=bounds if self.feature == "packed" else None, L0=L0, R0=R0,
+            mass=self.feature == "mass", is_causal=self.pass_ != "bidirectional",
         )  # fmt: skip
         if self.pass_ in ("forward", "decode", "bidirectional"):
-            nystrom.forward(*tensors)
+            nystrom.forward(call)
         if self.pass_ in ("backward", "bidirectional"):
             out = torch.zeros(*query.shape[:3], value.shape[3], dtype=self.dtype)
-            nystrom.backward(out, None, None, *tensors)
+            nystrom.backward(call, Saved(None, None, None), out, None, None)
 
 
 WIDTHS = (32, 64, 128)

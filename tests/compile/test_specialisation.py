@@ -14,6 +14,7 @@ from flashmark.kernels import block_sparse, hybrid, nystrom
 from flashmark.kernels.hybrid import configs as hybrid_configs
 from flashmark.kernels.hybrid import mass
 from flashmark.kernels.nystrom import configs as nystrom_configs
+from flashmark.nystrom.call import Call as NystromCall
 
 # multiples of 16 and not, one slot to a program and several
 SIZES = [(2, 1024), (2, 1037), (3, 1600), (1, 4100), (16, 1008)]
@@ -47,18 +48,18 @@ def decode(batch: int, length: int):
 
 def landmark(
     batch: int, length: int, *, causal: bool = True, packed: bool = False,
-    normalize: str = "landmark", marks: int = MARKS, dtype: torch.dtype = torch.bfloat16,
+    mass: bool = False, marks: int = MARKS, dtype: torch.dtype = torch.bfloat16,
 ):  # fmt: skip
     batch = 1 if packed else batch
     bounds = torch.tensor([0, 100, length], dtype=torch.int32) if packed else None
     query, parameters = tokens(batch, length).to(dtype), torch.zeros(HEADS, marks, DIM)
     core = torch.zeros(HEADS, marks, marks)
-    call = (
-        query, query, query, parameters, parameters, core, None, None, bounds, None, None, 0.125,
-        normalize, causal,
+    call = NystromCall(
+        query, query, query, parameters, parameters, core, 0.125, cu_seqlens=bounds, mass=mass,
+        is_causal=causal,
     )  # fmt: skip
-    out, _, _ = nystrom.forward(*call)
-    nystrom.backward(out, None, None, *call)
+    saved = nystrom.forward(call)
+    nystrom.backward(call, saved, saved.out, None, None)
 
 
 def step(batch: int, length: int):
@@ -66,8 +67,7 @@ def step(batch: int, length: int):
     L = torch.zeros(batch, HEADS, MARKS)
     core, R = torch.zeros(HEADS, MARKS, MARKS), torch.zeros(batch, HEADS, MARKS, DIM)
     marks = parameters, parameters, core
-    call = (query, query, query, *marks, None, None, None, L, R, 0.125, "landmark", True)
-    nystrom.forward(*call)
+    nystrom.forward(NystromCall(query, query, query, *marks, 0.125, L0=L, R0=R))
 
 
 def chunks(batch: int, length: int) -> torch.Tensor:
@@ -96,7 +96,7 @@ CALLS: dict[str, Callable] = {
     "relative-bias": lambda *size: exact(*size, masks.causal(), bias=True),
     "decode": decode,
     "nystrom": landmark,
-    "nystrom-mass": lambda *size: landmark(*size, normalize="mass"),
+    "nystrom-mass": lambda *size: landmark(*size, mass=True),
     "nystrom-packed": lambda *size: landmark(*size, packed=True),
     "nystrom-bidirectional": lambda *size: landmark(*size, causal=False),
     "nystrom-decode": step,

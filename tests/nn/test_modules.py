@@ -203,26 +203,6 @@ def test_no_weight_decay_on_landmarks():
         assert spared["weight_decay"] == 0.0
 
 
-def test_the_core_is_kept_while_nothing_trains(monkeypatch):
-    calls = []
-    compute = flashmark.nystrom.landmark_core.landmark_core
-    monkeypatch.setattr(
-        flashmark.nystrom.landmark_core,
-        "landmark_core",
-        lambda *a, **k: calls.append(1) or compute(*a, **k),
-    )
-    for name in ("nystrom", "mass", "gate"):
-        module, x = MODULES[name]().eval(), helpers.randn(1, 3, WIDTH)
-        calls.clear()
-        with torch.no_grad():
-            first = module(x)
-            module(x)
-            assert len(calls) == 1
-            module.landmarks.mul_(1.5)
-            assert not torch.equal(module(x), first) or name != "nystrom"
-        assert len(calls) == 2
-
-
 def test_dropout_only_while_training():
     module, x = BlockSparseAttention(WIDTH, 4, dropout_p=0.5), helpers.randn(2, N, WIDTH)
     assert not torch.equal(module(x), module(x))

@@ -71,7 +71,11 @@ BAD = {
     "float-mask": (TypeError, "key_mask", lambda: base(key_mask=torch.ones(2, 10))),
     "mask-of-another-length": (
         ValueError, "key_mask", lambda: base(key_mask=torch.ones(2, 9, dtype=torch.bool))),
-    "cu-seqlens-int64": (TypeError, "cu_seqlens", lambda: packed(cu(0, 10).long())),
+    "cu-seqlens-int16": (TypeError, "cu_seqlens", lambda: packed(cu(0, 10).short())),
+    "cu-seqlens-beyond-int32": (
+        ValueError, "cu_seqlens", lambda: packed(torch.tensor([0, 2**32 + 10]))),
+    "cu-seqlens-wrapping": (
+        ValueError, "cu_seqlens", lambda: packed(torch.tensor([0, 2**32 + 4, 10]))),
     "cu-seqlens-and-a-batch": (ValueError, "cu_seqlens", lambda: base(cu_seqlens=cu(0, 10))),
     "cu-seqlens-short": (ValueError, "cu_seqlens", lambda: packed(cu(0, 9))),
     "cu-seqlens-falling": (ValueError, "cu_seqlens", lambda: packed(cu(0, 6, 4, 10))),

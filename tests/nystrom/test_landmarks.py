@@ -1,4 +1,4 @@
-"""Landmarks: cores, their gradients and cache, initialisation, parameter groups."""
+"""Landmarks: cores, their gradients, initialisation, parameter groups."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from flashmark import reference
+from flashmark import native, nystrom_attention, reference
 from flashmark.nystrom import landmark_core as landmarks
 from flashmark.nystrom.landmark_core import (
-    cached_landmark_core,
-    forget_landmark_core,
     init_landmarks,
     landmark_core,
     landmark_parameter_groups,
@@ -164,40 +162,47 @@ def test_autocast_does_not_lower_the_precision_of_a_core():
     helpers.assert_identical(core, landmark_core(X))
 
 
-def test_the_core_is_computed_once_until_the_landmarks_change():
+def write_by_optimizer(X):
+    """The fused step writes without a new version of the tensor."""
+    X.grad = torch.ones_like(X)
+    torch.optim.AdamW([X], lr=0.1, fused=True).step()
+    X.grad = None
+
+
+WRITES = {
+    "fused-optimizer": write_by_optimizer,
+    "data": lambda X: X.data.mul_(1.5),
+    "numpy": lambda X: X.detach().numpy().__imul__(1.5),
+    "storage": lambda X: X.untyped_storage().copy_((X.detach() * 1.5).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_call_reads_the_landmarks_as_they_are(write):
     X = nn.Parameter(init_landmarks(2, 8, 16))
+    tokens = [marks(1, 2, 12, 16, seed=s) for s in range(3)]
     with torch.no_grad():
-        first = cached_landmark_core(X)
-        assert cached_landmark_core(X) is first
-        assert cached_landmark_core(X, scale=0.5) is not first
-        again = cached_landmark_core(X)
-        X.mul_(1.1)
-        changed = cached_landmark_core(X)
-    assert changed is not again
-    helpers.assert_identical(changed, landmark_core(X.detach()))
-    X.data.mul_(1.1)
-    forget_landmark_core(X)
+        before = nystrom_attention(*tokens, X)
+    WRITES[write](X)
     with torch.no_grad():
-        helpers.assert_identical(cached_landmark_core(X), landmark_core(X.detach()))
+        after = nystrom_attention(*tokens, X)
+        wanted = nystrom_attention(*tokens, X.detach().clone())
+    assert not torch.allclose(after, before)
+    helpers.assert_identical(after, wanted)
 
 
-def test_the_cache_keeps_out_of_the_way_of_gradients():
-    X = nn.Parameter(init_landmarks(2, 8, 16))
-    for _ in range(2):
-        (grad,) = torch.autograd.grad(cached_landmark_core(X).square().sum(), X)
-        assert grad.abs().max() > 0
-    with torch.inference_mode():
-        core = cached_landmark_core(X)
-    assert cached_landmark_core(X).requires_grad and not core.requires_grad
-
-
-def test_the_cache_does_not_keep_landmarks_alive():
-    known = len(landmarks._cores)
-    X = init_landmarks(1, 4, 4)
-    cached_landmark_core(X)
-    assert len(landmarks._cores) == known + 1
-    del X
-    assert len(landmarks._cores) == known
+@pytest.mark.parametrize("path", ["native", "pytorch"])
+@pytest.mark.parametrize("method", ["cholesky", "tikhonov"])
+@pytest.mark.parametrize("kind", ["softmax", "kernel"])
+def test_no_jitter_is_exact_or_an_error(monkeypatch, path, method, kind):
+    if path == "pytorch":
+        monkeypatch.setattr(native, "preferred", lambda device: False)
+    X = init_landmarks(2, 8, 16, dtype=torch.float64)
+    core = landmark_core(X, method=method, kind=kind, jitter=0)
+    helpers.assert_close(core, landmark_core(X, method=method, kind=kind, jitter=1e-14), 1e-9)
+    X[1] = X[1, :1]
+    with pytest.raises(ValueError, match="jitter: expected a number > 0 for .* got 0"):
+        landmark_core(X, method=method, kind=kind, jitter=0)
 
 
 @pytest.mark.parametrize("count", [1, 8, 16, 40])
@@ -256,7 +261,7 @@ def test_parameter_groups_of_a_copy_and_of_a_model_without_landmarks():
         (ValueError, "method: expected 'tik", lambda X: landmark_core(X, -X, method="cholesky")),
         (ValueError, "method: expected None or one of", lambda X: landmark_core(X, method="qr")),
         (ValueError, "kind: expected", lambda X: landmark_core(X, kind="gauss")),
-        (ValueError, "jitter: expected", lambda X: landmark_core(X, jitter=0.0)),
+        (ValueError, "jitter: expected", lambda X: landmark_core(X, jitter=-1e-4)),
         (ValueError, "iterations: expected", lambda X: landmark_core(X, iterations=0)),
         (ValueError, "scale: expected", lambda X: landmark_core(X, scale=-1.0)),
         (ValueError, "landmark_keys: expected shape", lambda X: landmark_core(X, X[:, :2])),

@@ -56,10 +56,9 @@ def test_opcheck(op, case):
 
     with Recorder():
         run(op, CASES[case].arguments())
-    assert [func.__name__ for func, *_ in calls] == [
-        "nystrom_forward.default",
-        "nystrom_backward.default",
-    ]
+    backend = op.keywords["backend"] if CASES[case].is_causal else "eager"
+    overloads = [f"nystrom_forward.{backend}", f"nystrom_backward.{backend}"]
+    assert [func.__name__ for func, *_ in calls] == overloads
     for func, args, kwargs in calls:
         args, kwargs = torch.utils._pytree.tree_map_only(
             torch.Tensor, torch.Tensor.detach, (args, kwargs)

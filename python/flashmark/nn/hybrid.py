@@ -15,7 +15,7 @@ from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_tokens
-from flashmark.nystrom.landmark_core import cached_landmark_core, init_landmarks, mark_landmarks
+from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.sharded import is_sharded, local_part
 
 GATES = ("token", "head")
@@ -167,7 +167,7 @@ class HybridAttention(ProjectedAttention):
             return None
         kind = "softmax" if self.merge == "gate" else "kernel"
         scale = 1.0 / math.sqrt(self.head_dim)
-        return cached_landmark_core(self.landmarks, scale=scale, kind=kind)
+        return landmark_core(self.landmarks, scale=scale, kind=kind)
 
     def extra_repr(self) -> str:
         marks = self.landmarks.shape[1]

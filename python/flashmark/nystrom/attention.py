@@ -1,4 +1,4 @@
-"""Nyström attention: the public function, its state and its autograd boundary."""
+"""Nyström attention: the public function and what it checks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,10 @@ import torch
 from torch import Tensor
 
 from flashmark import reference
-from flashmark.arguments import (
-    check_key_mask,
-    check_qkv,
-    check_same,
-    check_tensor,
-    finite,
-)
-from flashmark.autograd import (
-    distinct,
-    first_order,
-    refuse_transforms,
-    under_autocast,
-    unit_stride,
-)
+from flashmark.arguments import check_key_mask, check_qkv, check_same, check_tensor, finite
+from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
 from flashmark.dispatch import choose_backend
-from flashmark.flops import register_if_counting
-from flashmark.nystrom import operator as _operators  # noqa: F401, registers torch.ops.flashmark.nystrom_*
+from flashmark.nystrom.call import Call, Options
 from flashmark.nystrom.checks import (
     check_core,
     check_landmarks,
@@ -33,8 +20,9 @@ from flashmark.nystrom.checks import (
     default_core,
     readable,
 )
+from flashmark.nystrom.operator import run
 from flashmark.nystrom.state import NystromState
-from flashmark.options import Landmarks, NystromOptions
+from flashmark.options import Landmarks
 from flashmark.sharded import over_shards
 
 NORMALIZATIONS = ("landmark", "mass")
@@ -43,17 +31,17 @@ NORMALIZATIONS = ("landmark", "mass")
 @overload
 def nystrom_attention(
     query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *,
-    return_state: Literal[False] = False, **options: Unpack[NystromOptions],
+    return_state: Literal[False] = False, **options: Unpack[Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def nystrom_attention(
     query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *, return_state: Literal[True],
-    **options: Unpack[NystromOptions],
+    **options: Unpack[Options],
 ) -> tuple[Tensor, NystromState]: ...  # fmt: skip
 @overload
 def nystrom_attention(
     query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *, return_state: bool,
-    **options: Unpack[NystromOptions],
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, NystromState]: ...  # fmt: skip
 @over_shards
 def nystrom_attention(
@@ -96,13 +84,15 @@ def nystrom_attention(
             G_il exp(L_l(i)) with G = exp(scale q X^T) S^+, S = exp(scale X X^T), divided by its sum
             over l. That sum is positive where the approximated kernel is; it is not clamped.
         decay: (Hkv, M), >= 0, per token: landmarks forget. Causal only.
-        key_mask: bool (B, Nk), True where the key takes part. Masked tokens still advance time.
-        cu_seqlens: int32 (S + 1,), B = 1: S sequences packed along N, from cu_seqlens[s] to
-            cu_seqlens[s + 1]. States then lead with S.
+        key_mask: bool (B, Nk), True where the key takes part. Masked tokens still advance time;
+            what their memory holds, NaN included, reaches no result.
+        cu_seqlens: int32 or int64 (S + 1,), B = 1: S sequences packed along N, from cu_seqlens[s]
+            to cu_seqlens[s + 1]. States then lead with S.
         state: what the tokens before left, from `return_state`; differentiable.
         return_state: also return the state after the last token; differentiable.
         state_out: a state to overwrite with it, for decoding (it may be `state`). No gradient.
         backend: "auto", "triton", "cpu", "eager" or "reference". A named backend runs or raises.
+            Without causality the work is dense products, which "cpu" leaves to PyTorch.
 
     Returns:
         out (B, Hq, Nq, Dv) in the dtype of `query`; with `return_state` also a NystromState. Rows
@@ -131,7 +121,7 @@ def nystrom_attention(
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: expected 'landmark' or 'mass', got {normalize!r}")
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
-    check_lengths(query, key, is_causal, cu_seqlens)
+    cu_seqlens = check_lengths(query, key, is_causal, cu_seqlens)
     tied = isinstance(landmarks, Tensor)
     lq, lk = check_landmarks(landmarks, query, key)
     marks = lq.shape[-2]
@@ -155,56 +145,19 @@ def nystrom_attention(
             state=state, return_state=True,
         )  # fmt: skip
         dtype = torch.promote_types(query.dtype, torch.float32)
-        ends = [x.to(dtype) for x in ends]
+        L, R = (x.to(dtype) for x in ends)
     else:
-        if not torch.compiler.is_compiling():
-            register_if_counting()
-        tensors = distinct(*(unit_stride(x) for x in (query, key, value, lq, lk, core)))
-        small = (None if x is None else x.contiguous() for x in (decay, key_mask, cu_seqlens))
-        out, *ends = _NystromAttention.apply(
-            *tensors, *small, L0, R0, scale, normalize, is_causal, backend
-        )
-    ends = NystromState(*ends)
-    if state_out is not None:
-        for old, new in zip(state_out, ends, strict=True):
-            old.copy_(new)
-        ends = state_out
-    return (out, ends) if return_state else out
-
-
-class _NystromAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-        L0, R0, scale, normalize, is_causal, backend,
-    ):  # fmt: skip
-        tensors = (
-            query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-            L0, R0,
+        lq, lk = unit_stride(lq), unit_stride(lk)
+        call = Call(
+            unit_stride(query), unit_stride(key), unit_stride(value), lq, lk, unit_stride(core),
+            scale, decay, key_mask, cu_seqlens, L0, R0, normalize == "mass", is_causal,
         )  # fmt: skip
-        options = scale, normalize, is_causal, backend
-        out, L, R = torch.ops.flashmark.nystrom_forward(*tensors, *options)
-        ctx.save_for_backward(*tensors)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return out, L, R
-
-    @staticmethod
-    @first_order("nystrom_attention")
-    def backward(ctx, dout, dL, dR):
-        tensors = ctx.saved_tensors
-        query, value, decay, L0 = (tensors[n] for n in (0, 2, 6, 9))
-        if dout is None:
-            dout = query.new_zeros(*query.shape[:3], value.shape[3])
-        grads = torch.ops.flashmark.nystrom_backward(
-            unit_stride(dout), dL, dR, *tensors, *ctx.options
-        )
-        *dinputs, ddecay, dL0, dR0 = grads
-        if decay is None:
-            ddecay = None
-        if L0 is None:
-            dL0 = dR0 = None
-        return *dinputs, ddecay, None, None, dL0, dR0, None, None, None, None
+        out, L, R = run(call, backend)
+    if state_out is not None:
+        state_out[0].copy_(L)
+        state_out[1].copy_(R)
+        return (out, state_out) if return_state else out
+    return (out, NystromState(L, R)) if return_state else out
 
 
 def _check_decay(decay, is_causal: bool, shape: tuple[int, int], device) -> None:
@@ -226,17 +179,20 @@ def _check_state(name: str, state, held, device) -> tuple[Tensor | None, Tensor 
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise TypeError(f"{name}: expected a NystromState, got {type(state).__name__}")
     for part, x, shape in (("L", state[0], held[:3]), ("R", state[1], held)):
-        check_tensor(f"{name}.{part}", x, len(shape))
-        check_same(f"{name}.{part}", x, dtype=None, device=device)
-        if tuple(x.shape) != shape:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}.{part}: expected a tensor, got {type(x).__name__}")
+        if x.shape != shape:
             raise ValueError(f"{name}.{part}: expected shape {shape}, got {tuple(x.shape)}")
-    return tuple(state)
+        check_same(f"{name}.{part}", x, dtype=None, device=device)
+    return state[0], state[1]
 
 
 def _check_state_out(state_out, held, query, others) -> None:
     _check_state("state_out", state_out, held, query.device)
-    tensors = [x for x in (query, *others, *state_out) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if not torch.is_grad_enabled():
+        return
+    tensors = (query, *others, *state_out)
+    if any(x.requires_grad for x in tensors if x is not None):
         raise ValueError(
             "state_out: expected a call without gradients (torch.no_grad), got inputs that "
             "require one"

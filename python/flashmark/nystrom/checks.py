@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from flashmark.arguments import check_same, check_tensor
-from flashmark.nystrom.landmark_core import cached_landmark_core, landmark_core
+from flashmark.nystrom.landmark_core import solve_core
 
 MAX_LANDMARKS = 256
 
 
 def default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str, dtype) -> Tensor:
+    """`landmark_core` of checked landmarks, tied if `lk` is None."""
     if dtype == torch.float64 and lq.dtype != dtype:
-        lk = None if lk is None else lk.to(dtype)
-        return landmark_core(lq.to(dtype), lk, scale=scale, kind=kind)
-    return cached_landmark_core(lq, lk, scale=scale, kind=kind)
+        lq, lk = lq.to(dtype), None if lk is None else lk.to(dtype)
+    return solve_core(lq, lk, scale, "cholesky" if lk is None else "tikhonov", kind)
 
 
 def readable(x: Tensor) -> bool:
@@ -23,7 +23,8 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_lengths(query, key, is_causal, cu_seqlens) -> None:
+def check_lengths(query, key, is_causal, cu_seqlens) -> Tensor | None:
+    """`cu_seqlens` in int32."""
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -31,10 +32,10 @@ def check_lengths(query, key, is_causal, cu_seqlens) -> None:
         what = "is_causal=True" if is_causal else "cu_seqlens"
         raise ValueError(f"key: expected length {q_len} like query with {what}, got {kv_len}")
     if cu_seqlens is None:
-        return
+        return None
     check_tensor("cu_seqlens", cu_seqlens, 1)
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
     _check_device("cu_seqlens", cu_seqlens, query.device)
     if query.shape[0] != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
@@ -45,6 +46,9 @@ def check_lengths(query, key, is_causal, cu_seqlens) -> None:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != q_len or sorted(bounds) != bounds:
             raise ValueError(f"cu_seqlens: expected to rise from 0 to {q_len}, got {bounds}")
+    if cu_seqlens.dtype == torch.int64:  # unread values may not fit
+        cu_seqlens = cu_seqlens.clamp(0, q_len).to(torch.int32)
+    return cu_seqlens.contiguous()
 
 
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:

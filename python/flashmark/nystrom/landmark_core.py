@@ -7,11 +7,10 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.autograd import forward_ad
 
 from flashmark import native
-from flashmark.autograd import without_autocast
+from flashmark.autograd import autocast_is_on, without_autocast
 from flashmark.sharded import over_shards
 
 METHODS = ("cholesky", "tikhonov", "newton_schulz", "identity")
@@ -52,7 +51,9 @@ def landmark_core(
         scale: factor of X Y^T; 1 / sqrt(D) when None. Use the scale of the attention.
         method: one of the above; None is "cholesky" when tied, "tikhonov" for a pair.
         kind: "softmax" or "kernel".
-        jitter: relative regularisation, > 0 (the diagonal is 1, or rows sum to 1).
+        jitter: relative regularisation, >= 0 (the diagonal is 1, or rows sum to 1). 0 is for
+            landmarks known to be independent. Where jitter > 0 is too small for rounding, a head
+            takes 10 times as much, and again.
         iterations: steps of "newton_schulz".
 
     Returns:
@@ -60,7 +61,12 @@ def landmark_core(
         same system, never through an unrolled inverse ("newton_schulz" is its own definition).
 
     Raises:
-        ValueError, TypeError: an argument out of range, or "cholesky" on a pair.
+        ValueError, TypeError: an argument out of range, "cholesky" on a pair, or a singular core
+            with jitter=0. On a GPU, where asking would be a wait, and under torch.compile, the
+            singular core is not finite instead.
+
+    Nothing is kept from one call to the next. What decodes many steps computes the core once and
+    passes it on as `core=`.
     """
     tied = landmark_keys is None or landmark_keys is landmark_queries
     if method is None:
@@ -69,25 +75,45 @@ def landmark_core(
     if method == "cholesky" and not tied:
         raise ValueError("method: expected 'tikhonov' for a pair of landmarks, got 'cholesky'")
     scale = 1 / math.sqrt(landmark_queries.shape[-1]) if scale is None else float(scale)
+    keys = None if tied else landmark_keys
+    return solve_core(landmark_queries, keys, scale, method, kind, jitter, iterations)
+
+
+def solve_core(
+    landmark_queries: Tensor,
+    landmark_keys: Tensor | None,
+    scale: float,
+    method: str,
+    kind: str,
+    jitter: float = 1e-4,
+    iterations: int = 6,
+) -> Tensor:
+    """`landmark_core` of checked arguments; `landmark_keys` None for tied landmarks."""
     if method == "cholesky" and not scale > 0:
         raise ValueError(f"scale: expected a number > 0 with method='cholesky', got {scale}")
-    with without_autocast(landmark_queries.device.type):
-        dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
-        X = landmark_queries.to(dtype)
-        Y = X if tied or landmark_keys is None else landmark_keys.to(dtype)
-        scores = scale * (X @ Y.mT)
-        if method == "identity":
-            eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
-            return eye.expand(scores.shape).clone()
-        if method == "cholesky":
-            return _solved(native.tied_core, _tied_core, scores, jitter, kind == "softmax")
-        matrix = _unit_diagonal(scores)[0] if kind == "kernel" else torch.softmax(scores, -1)
-        if method == "newton_schulz":
-            columns, rows = (matrix.sum(dim).amax(-1)[..., None, None] for dim in (-2, -1))
-            return newton_schulz(matrix, matrix.mT / (columns * rows), iterations)  # entries >= 0
-        if not tied:
-            _warn_once(matrix)
-        return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, kind == "softmax")
+    device = landmark_queries.device.type
+    if autocast_is_on(device):
+        with without_autocast(device):
+            return solve_core(
+                landmark_queries, landmark_keys, scale, method, kind, jitter, iterations
+            )
+    dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
+    X = landmark_queries if landmark_queries.dtype == dtype else landmark_queries.to(dtype)
+    Y = X if landmark_keys is None else landmark_keys.to(dtype)
+    scores = (X * scale) @ Y.mT
+    if method == "identity":
+        eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
+        return eye.expand(scores.shape).clone()
+    softmax = kind == "softmax"
+    if method == "cholesky":
+        return _solved(native.tied_core, _tied_core, scores, jitter, softmax)
+    matrix = torch.softmax(scores, -1) if softmax else _unit_diagonal(scores)[0]
+    if method == "newton_schulz":
+        columns, rows = (matrix.sum(dim).amax(-1)[..., None, None] for dim in (-2, -1))
+        return newton_schulz(matrix, matrix.mT / (columns * rows), iterations)  # entries >= 0
+    if landmark_keys is not None:
+        _warn_once(matrix)
+    return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, softmax)
 
 
 def _solved(in_native_code, in_pytorch, matrix: Tensor, jitter: float, softmax: bool) -> Tensor:
@@ -101,7 +127,9 @@ def _solved(in_native_code, in_pytorch, matrix: Tensor, jitter: float, softmax: 
         return plain(matrix)
     if torch.compiler.is_compiling():
         return in_native_code(matrix, jitter, softmax)
-    if torch._C._are_functorch_transforms_active() or unpack_dual(matrix).tangent is not None:
+    if torch._C._are_functorch_transforms_active():
+        return plain(matrix)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(matrix).tangent is not None:
         return plain(matrix)
     return in_native_code(matrix, jitter, softmax, again=plain)
 
@@ -110,12 +138,12 @@ def _tied_core(scores: Tensor, jitter: float, softmax: bool) -> Tensor:
     eye = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
     if softmax:
         return _row_normalised_inverse(scores, jitter, eye)
-    return torch.cholesky_solve(eye, _cholesky(_unit_diagonal(scores)[0] + jitter * eye))
+    return torch.cholesky_solve(eye, _cholesky(_unit_diagonal(scores)[0], jitter, eye))
 
 
 def _tikhonov_core(matrix: Tensor, jitter: float, unit_rows: bool) -> Tensor:
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    core = torch.cholesky_solve(matrix.mT, _cholesky(matrix.mT @ matrix + jitter * eye))
+    core = torch.cholesky_solve(matrix.mT, _cholesky(matrix.mT @ matrix, jitter, eye))
     # (A^T A + jitter)^-1 maps the constant rows that the second term adds to constant rows
     return _with_unit_rows(core) if unit_rows else core
 
@@ -128,12 +156,13 @@ def _unit_diagonal(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _row_normalised_inverse(scores: Tensor, jitter: float, eye: Tensor) -> Tensor:
     """(S + jitter D)^-1 diag((S + jitter D) 1) by the unit-diagonal form: nothing overflows."""
-    unit, half = _unit_diagonal(scores)
-    unit = unit + jitter * eye
+    kernel, half = _unit_diagonal(scores)
+    unit = kernel + jitter * eye
     # A common factor cancels. Norms may differ too much for any float: the bound keeps it finite.
     root = torch.exp((half - half.amax(-1, keepdim=True)).clamp_min(-40.0))
     row_sums = (unit * root.unsqueeze(-2)).sum(-1)
-    core = torch.cholesky_solve(torch.diag_embed(row_sums), _cholesky(unit)) / root.unsqueeze(-1)
+    factor = _cholesky(kernel, jitter, eye)
+    core = torch.cholesky_solve(torch.diag_embed(row_sums), factor) / root.unsqueeze(-1)
     return _with_unit_rows(core)
 
 
@@ -142,9 +171,15 @@ def _with_unit_rows(core: Tensor) -> Tensor:
     return core + (1 - core.sum(-1, keepdim=True)) / core.shape[-1]
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Without the check that would wait for a GPU: jitter keeps the matrix positive definite."""
-    return torch.linalg.cholesky_ex(matrix)[0]
+def _cholesky(matrix: Tensor, jitter: float, eye: Tensor) -> Tensor:
+    """The factor of matrix + jitter, without the check that would wait for a GPU."""
+    factor = torch.linalg.cholesky_ex(matrix + jitter * eye)[0]
+    if jitter == 0 and native.readable(matrix):
+        pivots = factor.detach().diagonal(dim1=-2, dim2=-1).square()
+        largest = matrix.detach().diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+        floor = torch.finfo(matrix.dtype).eps * matrix.shape[-1] * largest
+        native.check_definite((pivots > floor).all(-1))
+    return factor
 
 
 def newton_schulz(A: Tensor, Z: Tensor, iterations: int) -> Tensor:
@@ -187,42 +222,10 @@ def _check(landmark_queries, landmark_keys, method, kind, jitter, iterations) ->
         raise ValueError(f"method: expected None or one of {', '.join(METHODS)}, got {method!r}")
     if kind not in KINDS:
         raise ValueError(f"kind: expected 'softmax' or 'kernel', got {kind!r}")
-    if not jitter > 0:
-        raise ValueError(f"jitter: expected a number > 0, got {jitter}")
+    if not jitter >= 0:
+        raise ValueError(f"jitter: expected a number >= 0, got {jitter}")
     if iterations < 1:
         raise ValueError(f"iterations: expected an int >= 1, got {iterations}")
-
-
-_cores: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def cached_landmark_core(
-    landmark_queries: Tensor, landmark_keys: Tensor | None = None, **options
-) -> Tensor:
-    """`landmark_core`, remembered as long as the landmarks live and keep their version.
-
-    Only where nothing differentiates through it: with gradients on, or under `torch.compile`, it is
-    computed. An update in place (an optimiser's step, `load_state_dict`) makes a new version;
-    writes through `.data` do not, and need `forget_landmark_core`.
-    """
-    tensors = [landmark_queries] if landmark_keys is None else [landmark_queries, landmark_keys]
-    recording = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if torch.compiler.is_compiling() or recording or any(x.is_inference() for x in tensors):
-        return landmark_core(landmark_queries, landmark_keys, **options)
-    versions = [(id(x), x.data_ptr(), x._version, x.dtype, x.device) for x in tensors]
-    stamp = versions, sorted(options.items())
-    known = _cores.get(landmark_queries)
-    if known is not None and known[0] == stamp:
-        return known[1]
-    core = landmark_core(landmark_queries, landmark_keys, **options)
-    if not core.is_inference():
-        _cores[landmark_queries] = stamp, core
-    return core
-
-
-def forget_landmark_core(landmark_queries: Tensor) -> None:
-    """Drop what `cached_landmark_core` remembers of these landmarks."""
-    _cores.pop(landmark_queries, None)
 
 
 def init_landmarks(

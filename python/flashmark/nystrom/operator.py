@@ -2,76 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
-from flashmark.flops import FORMULAS
-from flashmark.library import register
-
-_MODULES = {
-    "eager": "flashmark.nystrom.eager.interface",
-    "triton": "flashmark.kernels.nystrom",
-    "cpu": "flashmark.nystrom.cpu",
-}
-
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor landmark_queries, Tensor landmark_keys, "
-    "Tensor core, Tensor? decay, Tensor? key_mask, Tensor? cu_seqlens, Tensor? L0, Tensor? R0, "
-    "float scale, str normalize, bool is_causal, str backend"
-)
+from flashmark.library import Operator
+from flashmark.nystrom.call import Call, Grads, Saved
 
 
-def _forward(*inputs):
-    *inputs, backend = inputs
-    if not inputs[0].shape[0]:  # no sample: nothing to compute
-        return _forward_fake(*inputs)
-    return importlib.import_module(_MODULES[backend]).forward(*inputs)
-
-
-def _forward_fake(
-    query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens, *_
-):  # fmt: skip
+def _forward_fake(call: Call) -> Saved:
+    query, value = call.query, call.value
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    L = query.new_empty(rows, key.shape[1], landmark_queries.shape[-2], dtype=dtype)
+    L = query.new_empty(call.rows, value.shape[1], call.core.shape[-1], dtype=dtype)
     out = query.new_empty(*query.shape[:3], value.shape[3])
-    return out, L, L.new_empty(*L.shape, value.shape[3])
+    return Saved(out, L, L.new_empty(*L.shape, value.shape[3]))
 
 
-def _backward(dout, dL, dR, query, *rest):
-    *rest, backend = rest
-    if not query.shape[0]:
-        return tuple(x.zero_() for x in _backward_fake(dout, dL, dR, query, *rest))
-    module = importlib.import_module(_MODULES[backend])
-    grads = module.backward(dout, dL, dR, query, *rest)
-    return tuple(query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
-
-
-def _backward_fake(
-    dout, dL, dR, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask,
-    cu_seqlens, L0, R0, *_,
-):  # fmt: skip
-    inputs = query, key, value, landmark_queries, landmark_keys, core, decay, L0, R0
-    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
-
-
-register(f"nystrom_forward({_INPUTS}) -> (Tensor out, Tensor L, Tensor R)", _forward, _forward_fake)
-register(
-    f"nystrom_backward(Tensor dout, Tensor? dL, Tensor? dR, {_INPUTS}) -> (Tensor dquery, "
-    "Tensor dkey, Tensor dvalue, Tensor dlandmark_queries, Tensor dlandmark_keys, Tensor dcore, "
-    "Tensor ddecay, Tensor dL0, Tensor dR0)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _flops(query, key, value, landmarks, per_key, per_query) -> int:
+def _flops(call: Call, per_key: tuple[int, ...], per_query: tuple[int, ...]) -> int:
     """The recurrence's products: 2 M times a sum of (D, M, Dv) for every key, and for every query.
 
     What a backend adds by working in chunks is not counted.
     """
-    widths = query.shape[3], landmarks.shape[-2], value.shape[3]
+    query, key = call.query, call.key
+    widths = query.shape[3], call.core.shape[-1], call.value.shape[3]
     keys = key.shape[0] * key.shape[1] * key.shape[2]
     queries = query.shape[0] * query.shape[1] * query.shape[2]
     key_work, query_work = (
@@ -81,14 +32,37 @@ def _flops(query, key, value, landmarks, per_key, per_query) -> int:
     return 2 * widths[1] * (keys * key_work + queries * query_work)
 
 
-def _forward_flops(query, key, value, landmark_queries, *args, **kwargs) -> int:
+def _forward_flops(call: Call) -> int:
     """s and R; F, W and out."""
-    return _flops(query, key, value, landmark_queries, (1, 0, 1), (1, 1, 1))
+    return _flops(call, (1, 0, 1), (1, 1, 1))
 
 
-def _backward_flops(dout, dL, dR, query, key, value, landmark_queries, *args, **kwargs) -> int:
+def _backward_flops(call: Call) -> int:
     """s, dk, dq~ and R, G . v, dv; F, dq, dk~ and W, dF, dcore and dW, G."""
-    return _flops(query, key, value, landmark_queries, (3, 0, 3), (3, 3, 2))
+    return _flops(call, (3, 0, 3), (3, 3, 2))
 
 
-FORMULAS |= {"nystrom_forward": _forward_flops, "nystrom_backward": _backward_flops}
+OPERATOR = Operator(
+    "nystrom",
+    Call,
+    Saved,
+    Grads,
+    {
+        "eager": "flashmark.nystrom.eager.interface",
+        "triton": "flashmark.kernels.nystrom",
+        "cpu": None,
+    },
+    forward_fake=_forward_fake,
+    kept=(),
+    forward_flops=_forward_flops,
+    backward_flops=_backward_flops,
+)
+
+
+def run(call: Call, backend: str) -> Saved:
+    """Outputs of a call, differentiable where an argument needs a gradient.
+
+    The C++ kernels run along time. Without causality the work is three dense products, which
+    backend "cpu" leaves to PyTorch, as `show_config` says.
+    """
+    return OPERATOR.run(call, backend if call.is_causal or backend != "cpu" else "eager")

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashmark.nystrom.call import Call, Grads
 from flashmark.nystrom.eager.chunks import NEG_INF, Chunks, Running, Setup, Steep
 from flashmark.nystrom.eager.forward import (
     Reading,
@@ -54,18 +55,12 @@ class Local(NamedTuple):
     ratio: Tensor  # (Z, M): e^{L0 - rho}
 
 
-def causal_backward(
-    dout, dL_end, dR_end, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask,
-    cu_seqlens, L0, R0, scale, normalize,
-):  # fmt: skip
-    """Gradients of `flashmark.nystrom.eager.interface.forward` with is_causal=True."""
-    call = Chunks(
-        query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-        L0, R0, scale, normalize,
-    )  # fmt: skip
+def causal_backward(given: Call, dout: Tensor, dL_end, dR_end) -> Grads:
+    """Gradients of a call with is_causal=True."""
+    call, decay = Chunks(given), given.decay
     dout = call.spread(dout)
     start = chunk_starts(call)
-    dquery, dkey, dvalue = (call.empty(x) for x in (query, key, value))
+    dquery, dkey, dvalue = (call.empty(x) for x in (given.query, given.key, given.value))
     grads = empty_gradients(call)
     grads["decay"] = None if decay is None else torch.zeros_like(call.decay, dtype=call.wide)
     G = torch.zeros_like(start.R_end) if dR_end is None else dR_end.to(call.dtype).clone()
@@ -95,15 +90,15 @@ def causal_backward(
         call.put_rows(dquery, dq, c0, c1)
 
     dquery, dkey, dvalue = (call.gather(x).contiguous() for x in (dquery, dkey, dvalue))
-    dlq, dlk, dcore = landmark_gradients(call, grads, landmark_queries, landmark_keys, core)
+    landmarks = landmark_gradients(call, grads)
     ddecay = None if decay is None else grads["decay"].to(decay.dtype)
     dL0 = dR0 = None
-    if L0 is not None:
+    if given.L0 is not None and given.R0 is not None:
         dR0, g = reverse
         held = torch.isfinite(call.L0)
-        dL0 = ((dR0 * call.R0).sum(-1) - g).masked_fill(~held, 0.0).to(L0.dtype)
-        dR0 = dR0.masked_fill(~held.unsqueeze(-1), 0.0).to(R0.dtype)
-    return dquery, dkey, dvalue, dlq, dlk, dcore, ddecay, dL0, dR0
+        dL0 = ((dR0 * call.R0).sum(-1) - g).masked_fill(~held, 0.0).to(given.L0.dtype)
+        dR0 = dR0.masked_fill(~held.unsqueeze(-1), 0.0).to(given.R0.dtype)
+    return Grads(dquery, dkey, dvalue, *landmarks, ddecay, dL0, dR0)
 
 
 def chunk_starts(call: Chunks) -> Start:
@@ -153,7 +148,7 @@ def reverse_scan(call: Chunks, c0: int, c1: int, local: Local, reverse) -> tuple
     shape = call.batch, call.heads, c1 - c0
     own_G, own_g, ratio = (x.view(*shape, *x.shape[1:]) for x in (local.G, local.g, local.ratio))
     ends_G, ends_g = torch.empty_like(own_G), torch.empty_like(own_g)
-    for rows, begin, end in call.pieces:
+    for rows, begin, end in call.sequences:
         p0, p1 = max(begin, c0), min(end, c1)
         if p0 >= p1:
             continue
@@ -256,12 +251,14 @@ def add_(total: Tensor, part: Tensor) -> None:
     total += part if total.shape[0] == part.shape[0] else part.sum(0, keepdim=True)
 
 
-def landmark_gradients(call: Setup, grads: dict, landmark_queries, landmark_keys, core):
-    """From the scaled landmarks back to the landmarks, in their shapes and dtypes."""
-    dlq, dlk = grads["lq"] * call.scale, grads["lk"] * call.scale
+def landmark_gradients(call: Setup, grads: dict) -> tuple[Tensor, ...]:
+    """Of landmark queries, keys and core, from the scaled landmarks, in their shapes and dtypes."""
+    given = call.call
+    dlq, dlk = grads["lq"] * given.scale, grads["lk"] * given.scale
     if call.mass:  # half = 0.5 scale q~ . k~
         pull = 0.5 * grads["half"].unsqueeze(-1)
         dlq = dlq + (pull * call.lk).sum_to_size(dlq.shape)
         dlk = dlk + (pull * call.lq).sum_to_size(dlk.shape)
-    targets = (dlq, landmark_queries), (dlk, landmark_keys), (grads["core"], core)
-    return tuple(grad.view(x.shape).to(x.dtype) for grad, x in targets)
+    found = dlq, dlk, grads["core"]
+    like = given.landmark_queries, given.landmark_keys, given.core
+    return tuple(x.view(y.shape).to(y.dtype) for x, y in zip(found, like, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmark.nystrom.call import Call, Grads, Saved
 from flashmark.nystrom.eager.backward import (
     add_,
     empty_gradients,
@@ -14,37 +15,32 @@ from flashmark.nystrom.eager.backward import (
 from flashmark.nystrom.eager.chunks import NEG_INF, Setup
 from flashmark.nystrom.eager.forward import exp_difference, held_mass, read_landmarks
 
-PIECE = 2048  # tokens of a pass: bounds the temporaries
+PASS = 2048  # tokens at a time: bounds the temporaries
 
 
-def bidirectional_forward(
-    query, key, value, landmark_queries, landmark_keys, core, key_mask, L0, R0, scale, normalize
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, L_end, R_end) of `nystrom.eager.interface.forward` with is_causal=False, unpacked."""
-    call = Setup(query, key, value, landmark_queries, landmark_keys, core, scale, normalize)
-    L, R = landmark_states(call, key, value, key_mask, L0, R0)
+def bidirectional_forward(given: Call) -> Saved:
+    """Outputs of a call with is_causal=False, not packed."""
+    call, query = Setup(given), given.query
+    L, R = landmark_states(call)
     held = all_mass(call, L)
     out = query.new_empty(*query.shape[:3], call.dim_v)
-    for part in pieces(query.shape[2]):
+    for part in passes(query.shape[2]):
         queries = grouped(call, query[:, :, part])
         W = read_landmarks(call, queries, queries.shape[2], held).W
         out[:, :, part] = (W.view(*queries.shape[:3], call.marks) @ R).view(*out[:, :, part].shape)
-    return out, L, R
+    return Saved(out, L, R)
 
 
-def bidirectional_backward(
-    dout, dL_end, dR_end, query, key, value, landmark_queries, landmark_keys, core, key_mask,
-    L0, R0, scale, normalize,
-):  # fmt: skip
-    """Gradients of the same, in the order of the interface."""
-    call = Setup(query, key, value, landmark_queries, landmark_keys, core, scale, normalize)
-    L, R = landmark_states(call, key, value, key_mask, L0, R0)
+def bidirectional_backward(given: Call, dout: Tensor, dL_end, dR_end) -> Grads:
+    """Gradients of such a call."""
+    call, query, key, value = Setup(given), given.query, given.key, given.value
+    L, R = landmark_states(call)
     held = all_mass(call, L)
     grads = empty_gradients(call)
     dquery, dkey, dvalue = (x.new_empty(x.shape) for x in (query, key, value))
     G = torch.zeros_like(R) if dR_end is None else dR_end.to(call.dtype).clone()
     dL = torch.zeros_like(L) if dL_end is None else dL_end.to(call.dtype).clone()
-    for part in pieces(query.shape[2]):
+    for part in passes(query.shape[2]):
         queries, dout_rows = (grouped(call, x[:, :, part]) for x in (query, dout))
         reading = read_landmarks(call, queries, queries.shape[2], held)
         W = reading.W.view(*queries.shape[:3], call.marks)
@@ -59,24 +55,24 @@ def bidirectional_backward(
         dquery[:, :, part] = dq.view(*dquery[:, :, part].shape)
 
     g = (G * R).sum(-1) - dL  # ds_lj = e^{s_lj - L_l} (G_l . v_j - g_l)
-    for part in pieces(key.shape[2]):
-        keys, values, scores = visible(call, key[:, :, part], value[:, :, part], key_mask, part)
+    for part in passes(key.shape[2]):
+        keys, values, scores = visible(call, part)
         D = exp_difference(scores, L.unsqueeze(-2))
         ds = D * (values @ G.mT - g.unsqueeze(-2))
         add_(grads["lq"], ds.mT @ keys)
         dkey[:, :, part], dvalue[:, :, part] = ds @ call.lq, D @ G
-    dlq, dlk, dcore = landmark_gradients(call, grads, landmark_queries, landmark_keys, core)
+    landmarks = landmark_gradients(call, grads)
     dL0 = dR0 = None
-    if L0 is not None:
-        start_L, start_R = call.incoming(L0, R0, call.batch)
+    if given.L0 is not None and given.R0 is not None:
+        start_L, start_R = call.incoming()
         kept = exp_difference(start_L, L)
-        dL0 = (kept * ((G * start_R).sum(-1) - g)).to(L0.dtype)
-        dR0 = (kept.unsqueeze(-1) * G).to(R0.dtype)
-    return dquery, dkey, dvalue, dlq, dlk, dcore, None, dL0, dR0
+        dL0 = (kept * ((G * start_R).sum(-1) - g)).to(given.L0.dtype)
+        dR0 = (kept.unsqueeze(-1) * G).to(given.R0.dtype)
+    return Grads(dquery, dkey, dvalue, *landmarks, None, dL0, dR0)
 
 
-def pieces(length: int) -> list[slice]:
-    return [slice(t, min(t + PIECE, length)) for t in range(0, length, PIECE)]
+def passes(length: int) -> list[slice]:
+    return [slice(t, min(t + PASS, length)) for t in range(0, length, PASS)]
 
 
 def grouped(call: Setup, x: Tensor) -> Tensor:
@@ -84,9 +80,10 @@ def grouped(call: Setup, x: Tensor) -> Tensor:
     return x.to(call.dtype).unflatten(1, (call.heads, call.group)).flatten(2, 3)
 
 
-def visible(call: Setup, key, value, key_mask, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+def visible(call: Setup, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and scores (B, H, n, M); what the mask hides is zero, and -inf in the scores."""
-    key, value = key.to(call.dtype), value.to(call.dtype)
+    given, key_mask = call.call, call.call.key_mask
+    key, value = (x[:, :, part].to(call.dtype) for x in (given.key, given.value))
     if key_mask is None:
         return key, value, key @ call.lq.mT
     hidden = ~key_mask[:, None, part, None]
@@ -94,12 +91,11 @@ def visible(call: Setup, key, value, key_mask, part: slice) -> tuple[Tensor, Ten
     return key, value, (key @ call.lq.mT).masked_fill_(hidden, NEG_INF)
 
 
-def landmark_states(call: Setup, key, value, key_mask, L0, R0) -> tuple[Tensor, Tensor]:
+def landmark_states(call: Setup) -> tuple[Tensor, Tensor]:
     """L and R over the incoming state and all visible keys."""
-    L, R = call.incoming(L0, R0, call.batch)
-    L, R = L.clone(), R.clone()
-    for part in pieces(key.shape[2]):
-        _, values, scores = visible(call, key[:, :, part], value[:, :, part], key_mask, part)
+    L, R = (x.clone() for x in call.incoming())
+    for part in passes(call.tokens):
+        _, values, scores = visible(call, part)
         own = torch.logsumexp(scores, -2)
         own_R = exp_difference(scores, own.unsqueeze(-2)).mT @ values
         L = torch.logaddexp(L, own)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashmark.nystrom.call import Call
+
 NEG_INF = float("-inf")
 CHUNK = 64
 BLOCK_ELEMENTS = 1 << 17  # entries of a (B, H, nc, C, M) temporary a thread: a few fit its cache
@@ -20,7 +22,7 @@ RISE = {torch.float32: 64.0, torch.float64: 600.0}  # largest exponent above the
 DECAY_PER_CHUNK = 32.0  # leaves half of the float32 range to the scores
 
 
-class Piece(NamedTuple):
+class Sequence(NamedTuple):
     """Chunks [begin, end) of one sequence, and the rows of the state tensors that belong to it."""
 
     rows: slice
@@ -75,23 +77,25 @@ class Steep(NamedTuple):
 class Setup:
     """The inputs of one call that have nothing to do with time, in computing precision."""
 
-    def __init__(self, query, key, value, landmark_queries, landmark_keys, core, scale, normalize):
+    def __init__(self, call: Call):
+        query, key = call.query, call.key
+        self.call = call
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.device = query.device
         self.batch, self.heads, self.tokens = key.shape[:3]
         self.group = query.shape[1] // self.heads
-        self.marks, self.dim_v = landmark_queries.shape[-2], value.shape[-1]
-        self.mass = normalize == "mass"
-        self.scale = scale
-        lq, lk = (batched(x.to(self.dtype)) for x in (landmark_queries, landmark_keys))
-        self.lq, self.lk = lq * scale, lk * scale  # (B | 1, H, M, D)
+        self.marks, self.dim_v = call.core.shape[-1], call.value.shape[-1]
+        self.mass = call.mass
+        lq, lk = (batched(x.to(self.dtype)) for x in (call.landmark_queries, call.landmark_keys))
+        self.lq, self.lk = lq * call.scale, lk * call.scale  # (B | 1, H, M, D)
         self.half = 0.5 * (self.lq * lk).sum(-1)  # (B | 1, H, M)
-        self.core = batched(core.to(self.dtype))
+        self.core = batched(call.core.to(self.dtype))
 
-    def incoming(self, L0, R0, rows: int) -> tuple[Tensor, Tensor]:
+    def incoming(self) -> tuple[Tensor, Tensor]:
         """The state a call starts from, nothing held when None; R is 0 where L = -inf."""
-        shape = rows, self.heads, self.marks
-        if L0 is None:
+        L0, R0 = self.call.L0, self.call.R0
+        shape = self.call.rows, self.heads, self.marks
+        if L0 is None or R0 is None:
             L0 = torch.full(shape, NEG_INF, dtype=self.dtype, device=self.device)
             R0 = torch.zeros(*shape, self.dim_v, dtype=self.dtype, device=self.device)
         L0, R0 = L0.to(self.dtype), R0.to(self.dtype)
@@ -111,24 +115,20 @@ def batched(x: Tensor) -> Tensor:
 class Chunks(Setup):
     """A causal call: where chunks and sequences begin and end, and the tokens of each."""
 
-    def __init__(
-        self, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-        L0, R0, scale, normalize,
-    ):  # fmt: skip
-        super().__init__(query, key, value, landmark_queries, landmark_keys, core, scale, normalize)
+    def __init__(self, call: Call):
+        super().__init__(call)
         self.chunk = min(CHUNK if self.marks <= 64 else 2 * CHUNK, max(1, self.tokens))
-        rows = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if cu_seqlens is not None:  # a sequence is padded to whole chunks
-            while self.chunk > 16 and self.chunk > 2 * self.tokens // rows:
+        if call.cu_seqlens is not None:  # a sequence is padded to whole chunks
+            while self.chunk > 16 and self.chunk > 2 * self.tokens // call.rows:
                 self.chunk //= 2
         self.decay = None
-        if decay is not None:
-            self.decay = decay.to(self.dtype)
+        if call.decay is not None:
+            self.decay = call.decay.to(self.dtype)
             while self.chunk > 16 and float(self.decay.amax()) * self.chunk > DECAY_PER_CHUNK:
                 self.chunk //= 2
-        self._lay_out(cu_seqlens, key_mask)
-        self.query, self.key, self.value = (self.spread(x) for x in (query, key, value))
-        self.L0, self.R0 = self.incoming(L0, R0, rows)
+        self._lay_out(call.cu_seqlens, call.key_mask)
+        self.query, self.key, self.value = map(self.spread, (call.query, call.key, call.value))
+        self.L0, self.R0 = self.incoming()
         width = self.batch * self.heads * self.chunk * self.marks * self.group
         size = BLOCK_ELEMENTS * (torch.get_num_threads() if self.device.type == "cpu" else 64)
         step = max(1, size // max(1, width))
@@ -137,31 +137,32 @@ class Chunks(Setup):
         self.wide = torch.float32 if self.device.type == "mps" else torch.float64
 
     def _lay_out(self, cu_seqlens, key_mask):
-        chunk, self.slots = self.chunk, None
+        chunk, self.places = self.chunk, None
         if cu_seqlens is None:
             self.chunks = -(-self.tokens // chunk)
-            self.pieces = [Piece(slice(None), 0, self.chunks)]
+            self.sequences = [Sequence(slice(None), 0, self.chunks)]
             counts = [self.tokens]
         else:
             bounds = cu_seqlens.tolist()
             counts = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
-            self.pieces, self.chunks, offsets = [], 0, []
+            self.sequences, self.chunks, offsets = [], 0, []
             for s, count in enumerate(counts):
                 begin, self.chunks = self.chunks, self.chunks - (-count // chunk)
-                self.pieces.append(Piece(slice(s, s + 1), begin, self.chunks))
+                self.sequences.append(Sequence(slice(s, s + 1), begin, self.chunks))
                 offsets.append(begin * chunk - bounds[s])
             offset = torch.tensor(offsets).repeat_interleave(torch.tensor(counts))
-            self.slots = (torch.arange(self.tokens) + offset).to(self.device)
+            self.places = (torch.arange(self.tokens) + offset).to(self.device)
         lengths = torch.full((self.chunks,), chunk)
-        for piece, count in zip(self.pieces, counts, strict=True):
-            if piece.end > piece.begin:
-                lengths[piece.end - 1] = count - (piece.end - piece.begin - 1) * chunk
+        for sequence, count in zip(self.sequences, counts, strict=True):
+            if sequence.end > sequence.begin:
+                rest = count - (sequence.end - sequence.begin - 1) * chunk
+                lengths[sequence.end - 1] = rest
         self.lengths = lengths.to(self.device)
 
         self.keep = None
         if key_mask is not None or self.chunks * chunk != self.tokens:
             keep = torch.zeros(1, self.chunks * chunk, dtype=torch.bool, device=self.device)
-            where = slice(self.tokens) if self.slots is None else self.slots
+            where = slice(self.tokens) if self.places is None else self.places
             if key_mask is None:
                 keep[:, where] = True
             else:
@@ -170,19 +171,19 @@ class Chunks(Setup):
             self.keep = keep.unflatten(1, (self.chunks, chunk))
 
     def spread(self, x: Tensor) -> Tensor:
-        """Packed tokens to the slots of their chunks, zero elsewhere; unpacked input as it is."""
-        if self.slots is None:
+        """Packed tokens to their places in chunks, zero elsewhere; unpacked input as it is."""
+        if self.places is None:
             return x
         padded = x.new_zeros(*x.shape[:2], self.chunks * self.chunk, x.shape[-1])
-        padded[:, :, self.slots] = x
+        padded[:, :, self.places] = x
         return padded
 
     def gather(self, x: Tensor) -> Tensor:
         """The inverse of `spread`."""
-        return x[:, :, : self.tokens] if self.slots is None else x[:, :, self.slots]
+        return x[:, :, : self.tokens] if self.places is None else x[:, :, self.places]
 
     def empty(self, like: Tensor) -> Tensor:
-        """A place for every slot's row of something shaped like `like`."""
+        """A row for every place in padded chunks of something shaped like `like`."""
         shape = (*like.shape[:2], self.chunks * self.chunk, like.shape[-1])
         return torch.empty(shape, dtype=like.dtype, device=self.device)
 
@@ -239,7 +240,7 @@ class Chunks(Setup):
             carry = None, None, self.L0.clone(), self.R0.clone()
         L, R, L_end, R_end = carry
         starts_L, starts_R = torch.empty_like(sums.L), torch.empty_like(sums.R)
-        for rows, begin, end in self.pieces:
+        for rows, begin, end in self.sequences:
             p0, p1 = max(begin, c0), min(end, c1)
             if p0 >= p1:
                 continue

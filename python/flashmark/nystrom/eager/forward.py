@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashmark.nystrom.call import Call, Saved
 from flashmark.nystrom.eager.chunks import NEG_INF, Chunks, Running, Setup, Steep
 
 
@@ -18,18 +19,12 @@ class Reading(NamedTuple):
     factor: Tensor | None  # "mass": W = (F core) * factor
 
 
-def causal_forward(
-    query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-    L0, R0, scale, normalize,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, L_end, R_end) of `flashmark.nystrom.eager.interface.forward` with is_causal=True."""
-    if query.shape[2] == 1 and cu_seqlens is None:
-        call = Setup(query, key, value, landmark_queries, landmark_keys, core, scale, normalize)
-        return one_token(call, query, key, value, decay, key_mask, L0, R0)
-    call = Chunks(
-        query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-        L0, R0, scale, normalize,
-    )  # fmt: skip
+def causal_forward(given: Call) -> Saved:
+    """Outputs of a call with is_causal=True."""
+    query = given.query
+    if query.shape[2] == 1 and given.cu_seqlens is None:
+        return one_token(Setup(given))
+    call = Chunks(given)
     out = call.empty(query[..., :1].expand(*query.shape[:3], call.dim_v))
     carry = None
     for c0, c1 in call.blocks:
@@ -42,7 +37,7 @@ def causal_forward(
         rows = block_output(call, running, W, R_start.flatten(0, 2), block.value)
         call.put_rows(out, rows, c0, c1)
     L_end, R_end = (call.L0.clone(), call.R0.clone()) if carry is None else carry[2:]
-    return call.gather(out).contiguous(), L_end, R_end
+    return Saved(call.gather(out).contiguous(), L_end, R_end)
 
 
 def read_landmarks(call: Setup, query: Tensor, rows: int, held: Tensor | None) -> Reading:
@@ -136,12 +131,12 @@ def exp_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.exp(a - b.masked_fill(b == NEG_INF, 0.0))
 
 
-def one_token(
-    call: Setup, query, key, value, decay, key_mask, L0, R0
-) -> tuple[Tensor, Tensor, Tensor]:
+def one_token(call: Setup) -> Saved:
     """Decoding: the recurrence itself."""
-    L0, R0 = call.incoming(L0, R0, call.batch)
-    dtype, (query, key, value) = query.dtype, (x.to(call.dtype) for x in (query, key, value))
+    given = call.call
+    L0, R0 = call.incoming()
+    query, key, value = (x.to(call.dtype) for x in (given.query, given.key, given.value))
+    decay, key_mask = given.decay, given.key_mask
     scores = (key @ call.lq.mT).squeeze(2)  # (B, H, M)
     if key_mask is not None:
         hidden = ~key_mask[:, :, None]
@@ -159,4 +154,4 @@ def one_token(
         W = G / mass.masked_fill((held == 0).all(-1, keepdim=True), 1.0)
     else:
         W = torch.softmax(scores, -1) @ call.core
-    return (W @ R).flatten(1, 2).unsqueeze(2).to(dtype), L, R
+    return Saved((W @ R).flatten(1, 2).unsqueeze(2).to(given.query.dtype), L, R)

@@ -1,85 +1,68 @@
-"""Nyström attention in plain PyTorch: the interface that every backend of the operator implements.
-
-    forward(query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-            L0, R0, scale, normalize, is_causal) -> (out, L_end, R_end)
-    backward(dout, dL_end, dR_end, <the same inputs>)
-        -> (dquery, dkey, dvalue, dlandmark_queries, dlandmark_keys, dcore, ddecay, dL0, dR0)
-
-All arguments are validated before. query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value
-(B, Hkv, Nk, Dv), stride(-1) == 1, other strides arbitrary; Nq == Nk when `is_causal` or packed.
-Landmarks (Hkv, M, D) or (B, Hkv, M, D), both alike; core (Hkv, M, M) or (B, Hkv, M, M), for
-normalize="mass" in the scale where S has a unit diagonal. decay (Hkv, M) or None. key_mask bool
-(B, Nk) or None, True = takes part. cu_seqlens int32 (S + 1,) or None, B = 1. L0 (rows, Hkv, M) and
-R0 (rows, Hkv, M, Dv), both or neither, rows = B or S; L = -inf means that nothing is held.
-
-out has the dtype of query and is contiguous. States are float32 (float64 for float64 inputs).
-Gradients have the shape and dtype of their inputs, those of decay and state None where the input
-is; tied landmarks come twice and autograd adds the two gradients. dL_end and dR_end may be None.
-Keys that a mask hides get gradient 0.
-"""
+"""Nyström attention in plain PyTorch, on every device."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from flashmark.nystrom.call import Call, Grads, Saved
 from flashmark.nystrom.eager.backward import causal_backward
 from flashmark.nystrom.eager.bidirectional import bidirectional_backward, bidirectional_forward
 from flashmark.nystrom.eager.forward import causal_forward
 
 
-def forward(
-    query, key, value, landmark_queries, landmark_keys, core, decay, key_mask, cu_seqlens,
-    L0, R0, scale, normalize, is_causal,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    shared = landmark_queries, landmark_keys, core
-    if is_causal:
-        return causal_forward(
-            query, key, value, *shared, decay, key_mask, cu_seqlens, L0, R0, scale, normalize
-        )
-    if cu_seqlens is None:
-        return bidirectional_forward(query, key, value, *shared, key_mask, L0, R0, scale, normalize)
-    ends = [
-        bidirectional_forward(*(x[:, :, part] for x in (query, key, value)), *shared,
-                              mask, L0_s, R0_s, scale, normalize)
-        for part, mask, L0_s, R0_s in _sequences(cu_seqlens, key_mask, L0, R0)
-    ]  # fmt: skip
-    outs, L_end, R_end = zip(*ends, strict=True)
-    return torch.cat(outs, 2), torch.cat(L_end), torch.cat(R_end)
+def forward(call: Call) -> Saved:
+    if not call.query.shape[0]:
+        return _no_samples(call)
+    if call.is_causal:
+        return causal_forward(call)
+    if call.cu_seqlens is None:
+        return bidirectional_forward(call)
+    outs, L, R = zip(*(bidirectional_forward(x) for _, x in _sequences(call)), strict=True)
+    return Saved(torch.cat(outs, 2), torch.cat(L), torch.cat(R))
 
 
-def backward(
-    dout, dL_end, dR_end, query, key, value, landmark_queries, landmark_keys, core, decay, key_mask,
-    cu_seqlens, L0, R0, scale, normalize, is_causal,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    shared = landmark_queries, landmark_keys, core
-    if is_causal:
-        return causal_backward(
-            dout, dL_end, dR_end, query, key, value, *shared, decay, key_mask, cu_seqlens, L0, R0,
-            scale, normalize,
-        )  # fmt: skip
-    if cu_seqlens is None:
-        return bidirectional_backward(
-            dout, dL_end, dR_end, query, key, value, *shared, key_mask, L0, R0, scale, normalize
-        )
+def backward(call: Call, saved: Saved, dout: Tensor, dL: Tensor | None, dR: Tensor | None) -> Grads:
+    if not call.query.shape[0]:
+        return _no_gradients(call)
+    if call.is_causal:
+        return causal_backward(call, dout, dL, dR)
+    if call.cu_seqlens is None:
+        return bidirectional_backward(call, dout, dL, dR)
     parts = []
-    for s, (part, mask, L0_s, R0_s) in enumerate(_sequences(cu_seqlens, key_mask, L0, R0)):
-        ends = (None if x is None else x[s : s + 1] for x in (dL_end, dR_end))
-        tokens = (x[:, :, part] for x in (query, key, value))
-        parts.append(
-            bidirectional_backward(
-                dout[:, :, part], *ends, *tokens, *shared, mask, L0_s, R0_s, scale, normalize
-            )
-        )
+    for s, (place, sequence) in enumerate(_sequences(call)):
+        ends = (None if x is None else x[s : s + 1] for x in (dL, dR))
+        parts.append(bidirectional_backward(sequence, dout[:, :, place], *ends))
     dq, dk, dv, dlq, dlk, dcore, _, dL0, dR0 = zip(*parts, strict=True)
-    starts = (None, None) if L0 is None else (torch.cat(dL0), torch.cat(dR0))
-    return *(torch.cat(x, 2) for x in (dq, dk, dv)), sum(dlq), sum(dlk), sum(dcore), None, *starts
+    starts = (None, None) if call.L0 is None else (torch.cat(dL0), torch.cat(dR0))
+    tokens = (torch.cat(x, 2) for x in (dq, dk, dv))
+    return Grads(*tokens, sum(dlq), sum(dlk), sum(dcore), None, *starts)
 
 
-def _sequences(cu_seqlens: Tensor, key_mask, L0, R0):
-    """(tokens, key mask, L0, R0) of each packed sequence."""
-    bounds = cu_seqlens.tolist()
+def _sequences(call: Call) -> Iterator[tuple[slice, Call]]:
+    """The tokens of each packed sequence, and a call with them alone."""
+    bounds = call.cu_seqlens.tolist()  # type: ignore[union-attr]
     for s, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        mask = None if key_mask is None else key_mask[:, start:stop]
-        state = (None, None) if L0 is None else (L0[s : s + 1], R0[s : s + 1])
-        yield slice(start, stop), mask, *state
+        place = slice(start, stop)
+        yield place, dataclasses.replace(
+            call, query=call.query[:, :, place], key=call.key[:, :, place],
+            value=call.value[:, :, place], cu_seqlens=None,
+            key_mask=None if call.key_mask is None else call.key_mask[:, place],
+            L0=None if call.L0 is None else call.L0[s : s + 1],
+            R0=None if call.R0 is None else call.R0[s : s + 1],
+        )  # fmt: skip
+
+
+def _no_samples(call: Call) -> Saved:
+    query, dtype = call.query, torch.promote_types(call.query.dtype, torch.float32)
+    L = query.new_zeros(call.rows, call.key.shape[1], call.core.shape[-1], dtype=dtype)
+    out = query.new_empty(*query.shape[:3], call.value.shape[3])
+    return Saved(out, L, L.new_empty(*L.shape, call.value.shape[3]))
+
+
+def _no_gradients(call: Call) -> Grads:
+    fields = (getattr(call, name[1:]) for name in Grads._fields)
+    return Grads(*(None if x is None else x.new_zeros(x.shape) for x in fields))
