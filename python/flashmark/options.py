@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypedDict
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from flashmark.hybrid.state import HybridState
     from flashmark.nystrom import NystromState
 
 Landmarks = Tensor | tuple[Tensor, Tensor]
@@ -23,15 +22,4 @@ class NystromOptions(TypedDict, total=False):
     cu_seqlens: Tensor | None
     state: NystromState | None
     state_out: NystromState | None
-    backend: str
-
-
-class HybridOptions(TypedDict, total=False):
-    merge: str
-    gate: Tensor | None
-    core: Tensor | None
-    scale: float | None
-    key_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    state: HybridState | None
     backend: str
