@@ -123,8 +123,10 @@ def hybrid_attention(
     if state is not None:
         check_state("state", state, *sizes)
     if state_out is not None:
-        check_state("state_out", state_out, *sizes)
-        _check_no_gradient(query, key, value, lq, lk, core, gate, state, state_out)
+        if state_out is not state:
+            check_state("state_out", state_out, *sizes)
+        if torch.is_grad_enabled():
+            _check_no_gradient(query, key, value, lq, lk, core, gate, state, state_out)
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
         core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
@@ -149,7 +151,7 @@ def _fields_of(state: HybridState | None) -> tuple[Tensor | None, ...]:
 
 def _check_no_gradient(*given) -> None:
     tensors = (x for x in torch.utils._pytree.tree_leaves(given) if isinstance(x, Tensor))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if any(x.requires_grad for x in tensors):
         raise ValueError(
             "state_out: expected a call without gradients (torch.no_grad), got inputs that "
             "require one"
