@@ -5,7 +5,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "hybrid/problem.h"
+#include "hybrid/totals.h"
 #include "shared/arguments.h"
 #include "shared/pack.h"
 
@@ -45,7 +45,8 @@ class PreparedHybrid {
     p.lk = a.landmark_keys.is_same(a.landmark_queries) ? p.lq : parameters(a.landmark_keys);
     if (p.merge != Merge::SLOTS) {
       p.core = parameters(*a.core);
-      p.core_t = parameters(a.core->transpose(-1, -2));
+      const bool tiles = std::min(p.window, p.tokens) * p.group() > FEW;
+      if (tiles) p.core_t = parameters(a.core->transpose(-1, -2));
     }
     if (a.gate) {
       const Tensor& gate = keep(
