@@ -1,10 +1,13 @@
-"""Triton kernels of hybrid attention: what its slots hold, chunk by chunk.
+"""Triton kernels of hybrid attention: what its slots hold, chunk by chunk, and how queries read the
+far field of merge="mass".
 
-`forward` and `backward` have the interface of `flashmark.hybrid.eager`. The attention to near keys
-and slots is that of the block-sparse kernels.
+The interface is that of `flashmark.hybrid.eager`. The attention to near keys and slots is that of
+the block-sparse kernels.
 """
 
-from .backward import backward
-from .forward import forward
+from .backward import backward as sums_backward
+from .forward import forward as sums_forward
+from .mass import backward as mass_backward
+from .mass import forward as mass_forward
 
-__all__ = ["backward", "forward"]
+__all__ = ["mass_backward", "mass_forward", "sums_backward", "sums_forward"]

@@ -1,4 +1,4 @@
-"""How queries read the far field of "mass": the interface of `flashmark.hybrid.eager_mass`."""
+"""How queries read the far field of "mass": the interface of `flashmark.hybrid.eager`."""
 
 from __future__ import annotations
 

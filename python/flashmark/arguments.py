@@ -14,6 +14,7 @@ from flashmark.masks.arguments import not_a_mask
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 256
 LARGEST = sys.float_info.max
+Landmarks = Tensor | tuple[Tensor, Tensor]  # tied, or (landmark queries, landmark keys)
 
 
 def check_tensor(name: str, value, dims: int) -> None:

@@ -18,7 +18,7 @@ MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
 CPU_KERNELS = {
     "block_sparse": "",
     "nystrom": "is_causal=False runs in plain PyTorch",
-    "hybrid": "slots and merges run in plain PyTorch",
+    "hybrid": "with gradients, the far field runs in plain PyTorch",
 }
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 #: Triton's interpreter multiplies the bit patterns of bfloat16; who mends it adds the dtype here

@@ -129,11 +129,11 @@ class Operator:
         for backend, module in backends.items():
             forward = f"{self.name}_forward.{backend}({arguments}) -> ({results})"
             run = functools.partial(self._run_forward, module) if module else None
-            self.forward[backend] = _overload(forward, run, self._fake_forward)
+            self.forward[backend] = overload(forward, run, self._fake_forward)
             given = f"{', '.join(incoming)}, {arguments}"
             backward = f"{self.name}_backward.{backend}({given}) -> ({grads})"
             run = functools.partial(self._run_backward, module) if module else None
-            self.backward[backend] = _overload(backward, run, self._fake_backward)
+            self.backward[backend] = overload(backward, run, self._fake_backward)
 
     def _run_forward(self, module: str, *flat):
         call = self.unflatten(flat)
@@ -169,12 +169,12 @@ class Operator:
         return flat[:outs], self.saved(**saved), self.unflatten(flat[outs + kept :])
 
 
-def _overload(schema: str, implementation: Callable | None, fake: Callable):
+def overload(schema: str, implementation: Callable | None, fake: Callable):
     """Define an overload, and return it. Without an implementation a C++ library brings it."""
     full_name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    name, overload = full_name.split(".")
-    found = getattr(getattr(torch.ops.flashmark, name), overload)
+    name, variant = full_name.split(".")
+    found = getattr(getattr(torch.ops.flashmark, name), variant)
     run = implementation or functools.partial(_load_and_run, found)
     _LIBRARY.impl(full_name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashmark::{full_name}", fake, lib=_LIBRARY)

@@ -197,3 +197,13 @@ def test_packed_sequences_have_one_length_each(op):
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         part = {x: arguments[x][:, :, start:stop] for x in ("query", "key", "value")}
         helpers.assert_close(op(**(arguments | part)), whole[:, :, start:stop], 1e-6)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_parameters_that_no_row_reads_have_a_gradient_of_zeros(op, merge):
+    """In two windows all is near: an optimiser, or a wrapper for many processes, waits for all."""
+    case = Case(16, 8, 5, merge, given_core=merge != "slots")
+    arguments = case.arguments()
+    op(**arguments).sum().backward()
+    for name in {"landmarks", "core", "gate"} & arguments.keys():
+        assert arguments[name].grad is not None and not arguments[name].grad.any(), name

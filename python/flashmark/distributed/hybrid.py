@@ -28,9 +28,9 @@ from flashmark.distributed.pieces import (
 )
 from flashmark.distributed.plan import ContextPlan, Exchange
 from flashmark.hybrid import far_field, hybrid_attention
-from flashmark.hybrid.checks import backends_of, check_merge, check_window
-from flashmark.hybrid.far_field import Far, Totals
-from flashmark.hybrid.state import HybridState
+from flashmark.hybrid.call import check_merge, check_window, parts_of
+from flashmark.hybrid.far_field import Far
+from flashmark.hybrid.state import HybridState, Totals, empty_totals
 from flashmark.nystrom.checks import check_landmarks, default_core
 
 
@@ -93,7 +93,7 @@ def context_parallel_hybrid_attention(
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
         core = default_core(lq, None if lk is lq else lk, width, kind, query.dtype)
-    runs = backends_of("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
+    runs = parts_of("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
     far = Far(merge, lq, lk, core, width, runs[1])
     pieces = pieces_of(plan, group, key, bounds=True)
     bounds = pieces.limits or torch.as_tensor(pieces.bounds).tolist()
@@ -113,7 +113,7 @@ def context_parallel_hybrid_attention(
         own = tokens.part(slice(place.start, place.start + whole))
         sent.append(_sum(far, torch.cat([last, own.chunks(far, window)]) if whole else last))
     blank = _packed(
-        far_field.empty(
+        empty_totals(
             merge, (*key.shape[:2], 1, lq.shape[-2]), key.shape[3], value.shape[3],
             sent[0].dtype, key.device,
         )

@@ -9,31 +9,28 @@ import torch
 from torch import Tensor
 
 from flashmark import reference
-from flashmark.arguments import check_key_mask, check_qkv, finite
-from flashmark.autograd import distinct, refuse_transforms, under_autocast, unit_stride
+from flashmark.arguments import Landmarks, check_key_mask, check_qkv, finite
+from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
 from flashmark.hybrid import far_field
-from flashmark.hybrid import operator as _operators  # noqa: F401, registers torch.ops.flashmark.hybrid_*
-from flashmark.hybrid.checks import MERGES, backends_of, check_merge, check_window
+from flashmark.hybrid.call import MERGES, Call, Options, check_merge, check_window, parts_of
 from flashmark.hybrid.far_field import Far
-from flashmark.hybrid.layout import FromStart, Packing, Resumed, taken
-from flashmark.hybrid.merge import attend
-from flashmark.hybrid.state import HybridState, check_state
+from flashmark.hybrid.layout import FromStart
+from flashmark.hybrid.operator import run
+from flashmark.hybrid.state import HybridState, check_state, tensors_of
 from flashmark.nystrom.checks import check_core, check_landmarks, check_lengths, default_core
-from flashmark.options import HybridOptions, Landmarks
-from flashmark.sharded import over_shards
+from flashmark.sharded import call_on_shards, is_sharded
 
 
 @overload
 def hybrid_attention(
     query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *, window: int,
-    return_state: Literal[False] = False, **options: Unpack[HybridOptions],
+    return_state: Literal[False] = False, **options: Unpack[Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def hybrid_attention(
     query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *, window: int,
-    return_state: Literal[True], **options: Unpack[HybridOptions],
+    return_state: Literal[True], **options: Unpack[Options],
 ) -> tuple[Tensor, HybridState]: ...  # fmt: skip
-@over_shards
 def hybrid_attention(
     query: Tensor,
     key: Tensor,
@@ -49,6 +46,7 @@ def hybrid_attention(
     cu_seqlens: Tensor | None = None,
     state: HybridState | None = None,
     return_state: bool = False,
+    state_out: HybridState | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, HybridState]:
     """Causal attention that is exact nearby and goes through landmarks beyond, in linear time.
@@ -80,10 +78,11 @@ def hybrid_attention(
             None, with kind="kernel" for "mass".
         scale: factor of every score; 1 / sqrt(D) when None.
         key_mask: bool (B, N), True where the key takes part. Masked tokens still advance time.
-        cu_seqlens: int32 (S + 1,), B = 1: S sequences packed along N; states then lead with S. They
-            are spread over S rows of the longest length, which waits for a GPU.
+        cu_seqlens: int32 (S + 1,), B = 1: S sequences packed along N; states then lead with S.
         state: what the tokens before left, from `return_state`; differentiable.
         return_state: also return the state after the last token; differentiable.
+        state_out: a state to write the state after the last token into; it may be `state` itself,
+            which then moves on in place, and is what `return_state` returns. Without gradients.
         backend: "auto", "triton", "cpu", "eager" or "reference". A named backend runs or raises.
 
     Returns:
@@ -94,6 +93,8 @@ def hybrid_attention(
         ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
         flashmark.BackendUnavailable: the named backend cannot run here.
     """
+    if is_sharded(query, key, value, landmarks, gate, core):
+        return call_on_shards(hybrid_attention, **locals())
     refuse_transforms("hybrid_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
@@ -104,46 +105,56 @@ def hybrid_attention(
     tied = isinstance(landmarks, Tensor)
     lq, lk = check_landmarks(landmarks, query, key)
     marks = lq.shape[-2]
-    near, far = backends_of(backend, merge, query, marks)
+    parts = parts_of(backend, merge, query, marks)
     check_core(core, query.shape[0], key.shape[1], marks, query.device)
-    check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
+    if key_mask is not None:
+        check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if near == "reference":
+    if parts[0] == "reference":
+        if state_out is not None:
+            raise ValueError("state_out: expected None with backend='reference', got a state")
         return reference.hybrid_attention(  # type: ignore[return-value]
             query, key, value, landmarks, window=window, merge=merge, gate=gate, core=core,
             scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state,  # type: ignore[arg-type]
             return_state=return_state,
         )  # fmt: skip
-    check_state(state, rows, window, merge, marks, key, value)
+    sizes = rows, window, merge, marks, key, value
+    if state is not None:
+        check_state("state", state, *sizes)
+    if state_out is not None:
+        if state_out is not state:
+            check_state("state_out", state_out, *sizes)
+        if torch.is_grad_enabled():
+            _check_no_gradient(query, key, value, lq, lk, core, gate, state, state_out)
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
         core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
-    lq, lk, core = _unit_strides(lq, lk, core)
-    far = Far(merge, lq, lk, core, scale, far)
-
-    lengths, packing = query.shape[2], None
-    if cu_seqlens is not None:
-        packing = Packing(cu_seqlens, query.shape[2])
-        if gate is not None:
-            gate = packing.rows_of(gate.expand(*query.shape[:3], 1))
-        query, key, value = (packing.rows_of(x) for x in (query, key, value))
-        key_mask = packing.mask_of(key_mask)
-        lengths = packing.lengths
-    query, key, value = distinct(*(unit_stride(x) for x in (query, key, value)))
-    if state is None and not return_state:
-        out = _from_start(far, near, window, query, key, value, gate, key_mask)
-    else:
-        if state is None:
-            state = HybridState.empty(
-                rows, key.shape[1], marks, key.shape[3], value.shape[3], window=window,
-                merge=merge, dtype=key.dtype, device=key.device,
-            )  # fmt: skip
-        out, state = _resumed(
-            far, near, window, query, key, value, gate, key_mask, state, lengths, return_state
-        )
-    if packing is not None:
-        out = packing.packed(out)
+    keys = unit_stride(lk)
+    call = Call(
+        unit_stride(query), unit_stride(key), unit_stride(value),
+        keys if tied else unit_stride(lq), keys, window, merge, scale,
+        None if core is None else unit_stride(core), gate, key_mask, cu_seqlens,
+        *_fields_of(state), return_state or state_out is not None,
+    )  # fmt: skip
+    out, state = run(call, parts, state_out)
     return (out, state) if return_state and state is not None else out
+
+
+def _fields_of(state: HybridState | None) -> tuple[Tensor | None, ...]:
+    """The tensors of a state as a call has them."""
+    if state is None:
+        return (None,) * 7
+    *held, first, last = (x.contiguous() for x in tensors_of(state))
+    return (*held, first, None, last) if len(held) == 4 else (*held, first, last)
+
+
+def _check_no_gradient(*given) -> None:
+    tensors = (x for x in torch.utils._pytree.tree_leaves(given) if isinstance(x, Tensor))
+    if any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "state_out: expected a call without gradients (torch.no_grad), got inputs that "
+            "require one"
+        )
 
 
 class HybridStatistics(NamedTuple):
@@ -215,76 +226,3 @@ def hybrid_statistics(
         dropped = layout.joined((mass <= 0).unsqueeze(-1).to(wide)) * reads
         clamped = dropped.sum((2, 3)) / reads.sum((2, 3)).clamp_min(1.0)
     return HybridStatistics(held / held.sum(-1, keepdim=True).clamp_min(1e-30), clamped)
-
-
-def _from_start(far, backend, window, query, key, value, gate, key_mask) -> Tensor:
-    layout = FromStart(window, query.shape[2])
-    keep = key_mask
-    if keep is not None:
-        hidden = ~keep[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    totals = None
-    if layout.chunks:
-        if keep is not None:
-            keep = layout.keys(keep[:, None, :, None])[:, 0, :, :, 0]
-        totals = far_field.of_chunks(far, layout.keys(key), layout.keys(value), keep)
-        totals = far_field.running(far, totals)
-    return attend(far, backend, layout, query, key, value, gate, key_mask, totals)
-
-
-def _resumed(
-    far, backend, window, query, key, value, gate, key_mask, state, lengths, return_state
-) -> tuple[Tensor, HybridState | None]:
-    layout = Resumed(window, query.shape[2], state.position)
-    own = layout.own
-    if key_mask is not None:
-        hidden = ~key_mask[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-        own = own & layout.keys(key_mask[:, None, :, None])[:, 0, :, :, 0]
-    # all before the two chunks at hand, the one before, the current one so far, those that follow
-    chunks = tuple(state.far)
-    if layout.chunks:
-        new = far_field.of_chunks(far, layout.keys(key), layout.keys(value), own)
-        current = far_field.added(
-            far, tuple(x[:, :, 2:] for x in chunks), tuple(x[:, :, :1] for x in new)
-        )
-        chunks = tuple(
-            torch.cat([x[:, :, :2], c, n[:, :, 1:]], 2)
-            for x, c, n in zip(chunks, current, new, strict=True)
-        )
-    totals = far_field.running(far, chunks)
-    near_key, near_value = layout.near(state.key, key), layout.near(state.value, value)
-    near_keep = layout.near_mask(state.keep, key_mask)
-    read = tuple(x[:, :, : layout.chunks] for x in totals)
-    out = attend(far, backend, layout, query, near_key, near_value, gate, near_keep, read)
-    if not return_state:
-        return out, None
-    entered = layout.entered(lengths)
-    nothing = far_field.empty(
-        far.merge, (*chunks[0].shape[:2], 1, chunks[0].shape[3]), key.shape[3], value.shape[3],
-        chunks[0].dtype, key.device,
-    )  # fmt: skip
-    held = []
-    for total, chunk, none in zip(totals, chunks, nothing, strict=True):
-        chunk = torch.cat([chunk, none], 2)
-        parts = [_at(total, entered), _at(chunk, entered + 1), _at(chunk, entered + 2)]
-        held.append(torch.cat(parts, 2))
-    keep = layout.last(near_keep[:, None, :, None], entered)[:, 0, :, 0]
-    return out, HybridState(
-        state.position + lengths,
-        keep,
-        layout.last(near_key, entered),
-        layout.last(near_value, entered),
-        tuple(held),
-    )
-
-
-def _at(x: Tensor, chunk: Tensor) -> Tensor:
-    """(B, H, 1, ...): one chunk of each row."""
-    return taken(x.flatten(3), chunk.unsqueeze(1)).view(*x.shape[:2], 1, *x.shape[3:])
-
-
-def _unit_strides(lq: Tensor, lk: Tensor, core: Tensor | None):
-    """Landmarks that were one tensor stay so."""
-    keys = unit_stride(lk)
-    return keys if lq is lk else unit_stride(lq), keys, None if core is None else unit_stride(core)

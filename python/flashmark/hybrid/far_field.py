@@ -1,21 +1,24 @@
 """The far field of hybrid attention: what landmarks keep of chunks of keys, and running totals.
 
-A total is a tuple of tensors (B, Hkv, C, M, ...), one entry a chunk. "slots" has plain sums
-(n, K, V); "mass" and "gate" have states (L, R) of Nyström attention, merged in log space.
+"slots" has plain sums of chunks; "mass" and "gate" have states of Nyström attention, merged in log
+space. The operators `flashmark::hybrid_sums_*`, `hybrid_running_sums`, `hybrid_scan_*` and
+`hybrid_mass_*` are those of `flashmark.hybrid.eager`, or Triton kernels.
 """
 
 from __future__ import annotations
 
-import math
+import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashmark.autograd import first_order, unit_stride
+from flashmark.flops import FORMULAS
+from flashmark.hybrid import eager
+from flashmark.hybrid.state import Totals
+from flashmark.library import register
 from flashmark.nystrom import NystromState, nystrom_attention
-
-Totals = tuple[Tensor, ...]
 
 
 class Far(NamedTuple):
@@ -57,20 +60,6 @@ def running(far: Far, totals: Totals) -> Totals:
     if far.merge == "slots":
         return tuple(_RunningSums.apply(x) for x in totals)
     return _RunningStates.apply(*totals)
-
-
-def shapes(merge: str, shape: tuple[int, ...], dim: int, v_dim: int) -> list[tuple[int, ...]]:
-    """Of totals of `shape` (B, Hkv, C, M)."""
-    return [shape, (*shape, dim), (*shape, v_dim)] if merge == "slots" else [shape, (*shape, v_dim)]
-
-
-def empty(
-    merge: str, shape: tuple[int, ...], dim: int, v_dim: int, dtype: torch.dtype, device
-) -> Totals:
-    """Totals of nothing; `shape` is (B, Hkv, C, M)."""
-    wanted = shapes(merge, shape, dim, v_dim)
-    first, *rest = (torch.zeros(each, dtype=dtype, device=device) for each in wanted)
-    return (first if merge == "slots" else first.fill_(-math.inf), *rest)
 
 
 def by_sample(x: Tensor) -> Tensor:
@@ -167,3 +156,135 @@ class _RunningStates(torch.autograd.Function):
     @first_order("hybrid_attention")
     def backward(ctx, dL, dR):
         return torch.ops.flashmark.hybrid_scan_backward(dL, dR, *ctx.saved_tensors)
+
+
+_SUMS = "Tensor key, Tensor value, Tensor landmarks, Tensor? keep, float scale, str backend"
+
+
+def _backend(name: str, x: Tensor):
+    """The module that runs. Empty tensors leave kernels nothing to launch."""
+    triton = name == "triton" and x.numel() > 0
+    return importlib.import_module("flashmark.kernels.hybrid") if triton else eager
+
+
+def _sums(key, *rest):
+    *rest, backend = rest
+    return _backend(backend, key).sums_forward(key, *rest)
+
+
+def _sums_fake(key, value, landmarks, *_):
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    n = key.new_empty(*key.shape[:3], landmarks.shape[-2], dtype=dtype)
+    return n, n.new_empty(*n.shape, key.shape[-1]), n.new_empty(*n.shape, value.shape[-1])
+
+
+def _sums_backward(dn, dK, dV, key, *rest):
+    *rest, backend = rest
+    return _backend(backend, key).sums_backward(dn, dK, dV, key, *rest)
+
+
+def _sums_backward_fake(dn, dK, dV, key, value, landmarks, *_):
+    return tuple(x.new_empty(x.shape) for x in (key, value, landmarks))
+
+
+register(f"hybrid_sums_forward({_SUMS}) -> (Tensor n, Tensor K, Tensor V)", _sums, _sums_fake)
+register(
+    f"hybrid_sums_backward(Tensor dn, Tensor dK, Tensor dV, {_SUMS}) "
+    "-> (Tensor dkey, Tensor dvalue, Tensor dlandmarks)",
+    _sums_backward,
+    _sums_backward_fake,
+)
+
+_MASS = "Tensor query, Tensor landmarks, Tensor core, Tensor L, Tensor R, float scale, str backend"
+
+
+def _mass(query, *rest):
+    *rest, backend = rest
+    return _backend(backend, query).mass_forward(query, *rest)
+
+
+def _mass_backward(*inputs):
+    *inputs, backend = inputs
+    return _backend(backend, inputs[2]).mass_backward(*inputs)
+
+
+def _mass_fake(query, landmarks, core, L, R, *_):
+    mass = L.new_empty(query.shape[:4])
+    return L.new_empty(*query.shape[:4], R.shape[4]), mass, torch.empty_like(mass)
+
+
+def _mass_backward_fake(dnumerator, dmass, query, landmarks, core, L, R, *_):
+    return tuple(x.new_empty(x.shape) for x in (query, landmarks, core, L, R))
+
+
+def _running_fake(x, reverse):
+    return x.new_empty(x.shape)
+
+
+def _scan_fake(l, r):  # noqa: E741, the letters of the formula
+    return l.new_empty(l.shape), r.new_empty(r.shape)
+
+
+def _scan_backward_fake(dL, dR, l, r, L, R):  # noqa: E741
+    return _scan_fake(l, r)
+
+
+register(
+    f"hybrid_mass_forward({_MASS}) -> (Tensor numerator, Tensor mass, Tensor reference)",
+    _mass,
+    _mass_fake,
+)
+register(
+    f"hybrid_mass_backward(Tensor dnumerator, Tensor dmass, {_MASS}) "
+    "-> (Tensor dquery, Tensor dlandmarks, Tensor dcore, Tensor dL, Tensor dR)",
+    _mass_backward,
+    _mass_backward_fake,
+)
+register("hybrid_running_sums(Tensor x, bool reverse) -> Tensor", eager.running_sums, _running_fake)
+register(
+    "hybrid_scan_forward(Tensor l, Tensor r) -> (Tensor L, Tensor R)",
+    eager.running_states,
+    _scan_fake,
+)
+register(
+    "hybrid_scan_backward(Tensor dL, Tensor dR, Tensor l, Tensor r, Tensor L, Tensor R) "
+    "-> (Tensor dl, Tensor dr)",
+    eager.running_states_backward,
+    _scan_backward_fake,
+)
+
+
+def _sums_flops(key, value, landmarks, *args, **kwargs) -> int:
+    """s; K and V."""
+    return 2 * _pairs(key, landmarks) * (2 * key.shape[4] + value.shape[4])
+
+
+def _sums_backward_flops(dn, dK, dV, key, value, landmarks, *args, **kwargs) -> int:
+    """s, dK . k, a dK, ds x and ds^T k; dV . v and a dV."""
+    return 2 * _pairs(key, landmarks) * (5 * key.shape[4] + 2 * value.shape[4])
+
+
+def _mass_flops(query, landmarks, core, L, R, *args, **kwargs) -> int:
+    """The reading, F core, U R."""
+    widths = query.shape[4] + landmarks.shape[-2] + R.shape[4]
+    return 2 * _pairs(query, landmarks) * widths
+
+
+def _mass_backward_flops(dn, dm, query, landmarks, core, L, R, *args, **kwargs) -> int:
+    """The reading, dq and dx; F core, dF and dcore; dU and dR."""
+    widths = 3 * query.shape[4] + 3 * landmarks.shape[-2] + 2 * R.shape[4]
+    return 2 * _pairs(query, landmarks) * widths
+
+
+def _pairs(x, landmarks) -> int:
+    """(token, landmark) pairs of tokens (B, H, C, w, D)."""
+    batch, heads, chunks, width, _ = x.shape
+    return batch * heads * chunks * width * landmarks.shape[-2]
+
+
+FORMULAS |= {
+    "hybrid_sums_forward": _sums_flops,
+    "hybrid_sums_backward": _sums_backward_flops,
+    "hybrid_mass_forward": _mass_flops,
+    "hybrid_mass_backward": _mass_backward_flops,
+}

@@ -1,167 +1,102 @@
-"""The far field of hybrid attention: `flashmark::hybrid_sums_*`, what slots hold;
-`flashmark::hybrid_running_sums` and `flashmark::hybrid_scan_*`, totals over chunks;
-`flashmark::hybrid_mass_*`, how queries read those with merge="mass".
+"""The operators of hybrid attention.
+
+`flashmark::hybrid_forward.cpu` and `flashmark::hybrid_update.cpu` are whole calls without gradients
+in C++; the second moves the state of the call on in place. All other calls are composed of
+block-sparse attention, Nyström attention and the operators of `flashmark.hybrid.far_field`.
 """
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+import re
 
 import torch
+from torch import Tensor
 
-from flashmark.flops import FORMULAS
-from flashmark.library import register
+from flashmark.autograd import needs_gradient
+from flashmark.flops import FORMULAS, register_if_counting
+from flashmark.hybrid import composition
+from flashmark.hybrid.call import Call
+from flashmark.hybrid.state import HybridState, shapes, tensors_of
+from flashmark.library import overload, schema_of
 
-_MODULES = {
-    "eager": "flashmark.hybrid.eager",
-    "triton": "flashmark.kernels.hybrid",
-    "cpu": "flashmark.hybrid.eager",  # dense products, which PyTorch does as fast as the machine
-}
-
-_SUMS = "Tensor key, Tensor value, Tensor landmarks, Tensor? keep, float scale, str backend"
-
-
-def _backend(name: str, key):
-    """The module that runs. Empty tensors leave kernels nothing to launch."""
-    return importlib.import_module(_MODULES["eager" if key.numel() == 0 else name])
-
-
-def _sums(key, *rest):
-    *rest, backend = rest
-    return _backend(backend, key).forward(key, *rest)
+_FIELDS = [field.name for field in dataclasses.fields(Call)]
+_STATE = ("position", "keep", "held_keys", "held_values", "far_counts", "far_keys", "far_values")
+_DIFFERENTIABLE = [
+    n for n, name in enumerate(_FIELDS)
+    if name not in ("window", "merge", "scale", "key_mask", "cu_seqlens", "return_state")
+    and name not in _STATE[:2]
+]  # fmt: skip
 
 
-def _sums_fake(key, value, landmarks, *_):
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    n = key.new_empty(*key.shape[:3], landmarks.shape[-2], dtype=dtype)
-    return n, n.new_empty(*n.shape, key.shape[-1]), n.new_empty(*n.shape, value.shape[-1])
+def run(call: Call, parts: tuple[str, str], state_out: HybridState | None):
+    """(out, state | None), differentiable where an argument needs a gradient."""
+    if not torch.compiler.is_compiling():
+        register_if_counting()
+    flat = tuple([getattr(call, name) for name in _FIELDS])
+    if parts[0] != "cpu" or needs_gradient(flat, _DIFFERENTIABLE):
+        out, state = composition.run(call, parts)
+    elif state_out is not None and _in_place(call, state_out):
+        return _update(*flat), state_out
+    else:
+        out, *tensors = _forward(*flat)
+        state = HybridState(*tensors[:4], tuple(tensors[4:])) if tensors else None
+    if state_out is None:
+        return out, state
+    for old, new in zip(tensors_of(state_out), tensors_of(state), strict=True):
+        old.copy_(new)
+    return out, state_out
 
 
-def _sums_backward(dn, dK, dV, key, *rest):
-    *rest, backend = rest
-    return _backend(backend, key).backward(dn, dK, dV, key, *rest)
+def _in_place(call: Call, state_out: HybridState) -> bool:
+    """Whether the call goes on from `state_out` itself."""
+    given = [getattr(call, name) for name in _STATE if name != "far_keys" or call.merge == "slots"]
+    return all(x is y for x, y in zip(given, tensors_of(state_out), strict=True))
 
 
-def _sums_backward_fake(dn, dK, dV, key, value, landmarks, *_):
-    return tuple(x.new_empty(x.shape) for x in (key, value, landmarks))
+def _fake_forward(*flat) -> list[Tensor]:
+    call = Call(*flat)
+    query, key, value = call.query, call.key, call.value
+    results = [query.new_empty(*query.shape[:3], value.shape[3])]
+    if not call.return_state:
+        return results
+    rows = key.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    held = rows, key.shape[1], 2 * call.window
+    results += [
+        key.new_empty(rows, dtype=torch.int64),
+        key.new_empty(rows, 2 * call.window, dtype=torch.bool),
+        key.new_empty(*held, key.shape[3]),
+        key.new_empty(*held, value.shape[3]),
+    ]
+    far = (rows, key.shape[1], 3, call.landmark_queries.shape[-2])
+    wanted = shapes(call.merge, far, key.shape[3], value.shape[3])
+    return results + [key.new_empty(shape, dtype=torch.float32) for shape in wanted]
 
 
-register(f"hybrid_sums_forward({_SUMS}) -> (Tensor n, Tensor K, Tensor V)", _sums, _sums_fake)
-register(
-    f"hybrid_sums_backward(Tensor dn, Tensor dK, Tensor dV, {_SUMS}) "
-    "-> (Tensor dkey, Tensor dvalue, Tensor dlandmarks)",
-    _sums_backward,
-    _sums_backward_fake,
+def _fake_update(*flat) -> Tensor:
+    return _fake_forward(*flat[:-1], False)[0]
+
+
+_SCHEMA = schema_of(Call)
+_WRITTEN = re.sub(
+    rf"Tensor\? ({'|'.join(_STATE)})\b",
+    lambda found: f"Tensor({chr(97 + _STATE.index(found[1]))}!)? {found[1]}",
+    _SCHEMA,
 )
-
-_MASS = "Tensor query, Tensor landmarks, Tensor core, Tensor L, Tensor R, float scale, str backend"
-
-
-def _mass(query, *rest):
-    *rest, backend = rest
-    return _mass_backend(backend, query).forward(query, *rest)
+_forward = overload(f"hybrid_forward.cpu({_SCHEMA}) -> Tensor[]", None, _fake_forward)
+_update = overload(f"hybrid_update.cpu({_WRITTEN}) -> Tensor", None, _fake_update)
 
 
-def _mass_backward(*inputs):
-    *inputs, backend = inputs
-    return _mass_backend(backend, inputs[2]).backward(*inputs)
+def _flops(*flat, **_) -> int:
+    """Near keys, 1.5 windows a row; routing and sums; what reads the landmarks."""
+    call = Call(*flat)
+    (batch, heads, tokens, dim), kv_heads = call.query.shape, call.key.shape[1]
+    v_dim, marks = call.value.shape[3], call.landmark_queries.shape[-2]
+    slots = call.merge == "slots"
+    near = min(3 * call.window // 2, (tokens + 1) // 2) * (dim + v_dim)
+    sums = marks * (dim + v_dim + (dim if slots else 0))
+    reading = marks * (dim + v_dim + (0 if slots else marks))
+    return 2 * batch * tokens * (heads * (near + reading) + kv_heads * sums)
 
 
-def _mass_backend(name: str, query):
-    triton = name == "triton" and query.numel() > 0
-    module = "flashmark.kernels.hybrid.mass" if triton else "flashmark.hybrid.eager_mass"
-    return importlib.import_module(module)
-
-
-def _scan(*inputs):
-    return importlib.import_module("flashmark.hybrid.eager_scan").forward(*inputs)
-
-
-def _scan_backward(*inputs):
-    return importlib.import_module("flashmark.hybrid.eager_scan").backward(*inputs)
-
-
-def _mass_fake(query, landmarks, core, L, R, *_):
-    mass = L.new_empty(query.shape[:4])
-    return L.new_empty(*query.shape[:4], R.shape[4]), mass, torch.empty_like(mass)
-
-
-def _mass_backward_fake(dnumerator, dmass, query, landmarks, core, L, R, *_):
-    return tuple(x.new_empty(x.shape) for x in (query, landmarks, core, L, R))
-
-
-def _running(x, reverse):
-    return importlib.import_module("flashmark.hybrid.eager_scan").running_sums(x, reverse)
-
-
-def _running_fake(x, reverse):
-    return x.new_empty(x.shape)
-
-
-def _scan_fake(l, r):  # noqa: E741, the letters of the formula
-    return l.new_empty(l.shape), r.new_empty(r.shape)
-
-
-def _scan_backward_fake(dL, dR, l, r, L, R):  # noqa: E741
-    return _scan_fake(l, r)
-
-
-register(
-    f"hybrid_mass_forward({_MASS}) -> (Tensor numerator, Tensor mass, Tensor reference)",
-    _mass,
-    _mass_fake,
-)
-register(
-    f"hybrid_mass_backward(Tensor dnumerator, Tensor dmass, {_MASS}) "
-    "-> (Tensor dquery, Tensor dlandmarks, Tensor dcore, Tensor dL, Tensor dR)",
-    _mass_backward,
-    _mass_backward_fake,
-)
-register("hybrid_running_sums(Tensor x, bool reverse) -> Tensor", _running, _running_fake)
-register(
-    "hybrid_scan_forward(Tensor l, Tensor r) -> (Tensor L, Tensor R)",
-    _scan,
-    _scan_fake,
-)
-register(
-    "hybrid_scan_backward(Tensor dL, Tensor dR, Tensor l, Tensor r, Tensor L, Tensor R) "
-    "-> (Tensor dl, Tensor dr)",
-    _scan_backward,
-    _scan_backward_fake,
-)
-
-
-def _sums_flops(key, value, landmarks, *args, **kwargs) -> int:
-    """s; K and V."""
-    return 2 * _pairs(key, landmarks) * (2 * key.shape[4] + value.shape[4])
-
-
-def _sums_backward_flops(dn, dK, dV, key, value, landmarks, *args, **kwargs) -> int:
-    """s, dK . k, a dK, ds x and ds^T k; dV . v and a dV."""
-    return 2 * _pairs(key, landmarks) * (5 * key.shape[4] + 2 * value.shape[4])
-
-
-def _mass_flops(query, landmarks, core, L, R, *args, **kwargs) -> int:
-    """The reading, F core, U R."""
-    widths = query.shape[4] + landmarks.shape[-2] + R.shape[4]
-    return 2 * _pairs(query, landmarks) * widths
-
-
-def _mass_backward_flops(dn, dm, query, landmarks, core, L, R, *args, **kwargs) -> int:
-    """The reading, dq and dx; F core, dF and dcore; dU and dR."""
-    widths = 3 * query.shape[4] + 3 * landmarks.shape[-2] + 2 * R.shape[4]
-    return 2 * _pairs(query, landmarks) * widths
-
-
-def _pairs(x, landmarks) -> int:
-    """(token, landmark) pairs of tokens (B, H, C, w, D)."""
-    batch, heads, chunks, width, _ = x.shape
-    return batch * heads * chunks * width * landmarks.shape[-2]
-
-
-FORMULAS |= {
-    "hybrid_sums_forward": _sums_flops,
-    "hybrid_sums_backward": _sums_backward_flops,
-    "hybrid_mass_forward": _mass_flops,
-    "hybrid_mass_backward": _mass_backward_flops,
-}
+FORMULAS |= {"hybrid_forward": _flops, "hybrid_update": _flops}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashmark.arguments import check_tensor
-from flashmark.hybrid import far_field
-from flashmark.hybrid.far_field import Totals
+
+#: what landmarks keep of chunks, (B, Hkv, C, M, ...) each: sums (n, K, V) of "slots", or the states
+#: (L, R) of Nyström attention
+Totals = tuple[Tensor, ...]
 
 
 class HybridState(NamedTuple):
@@ -49,32 +52,51 @@ class HybridState(NamedTuple):
             torch.zeros(batch, 2 * window, dtype=torch.bool, device=device),
             torch.zeros(*held, head_dim, dtype=dtype, device=device),
             torch.zeros(*held, v_dim, dtype=dtype, device=device),
-            far_field.empty(merge, shape, head_dim, v_dim, wide, device),
+            empty_totals(merge, shape, head_dim, v_dim, wide, device),
         )
 
 
-def check_state(state, rows, window, merge, marks, key, value) -> None:
-    if state is None:
-        return
+def tensors_of(state: HybridState) -> tuple[Tensor, ...]:
+    """The tensors of a state, in order."""
+    return (*state[:4], *state.far)
+
+
+def shapes(merge: str, shape: tuple[int, ...], dim: int, v_dim: int) -> list[tuple[int, ...]]:
+    """Shapes of totals; `shape` is (B, Hkv, C, M)."""
+    return [shape, (*shape, dim), (*shape, v_dim)] if merge == "slots" else [shape, (*shape, v_dim)]
+
+
+def empty_totals(
+    merge: str, shape: tuple[int, ...], dim: int, v_dim: int, dtype: torch.dtype, device
+) -> Totals:
+    """Totals of nothing; `shape` is (B, Hkv, C, M)."""
+    wanted = shapes(merge, shape, dim, v_dim)
+    first, *rest = (torch.zeros(each, dtype=dtype, device=device) for each in wanted)
+    return (first if merge == "slots" else first.fill_(-math.inf), *rest)
+
+
+def check_state(name: str, state, rows: int, window: int, merge: str, marks: int, key, value):
+    """A HybridState of these sizes, or an error."""
     if not isinstance(state, HybridState):
-        raise TypeError(f"state: expected a HybridState, got {type(state).__name__}")
-    held, wide = (rows, key.shape[1]), torch.promote_types(key.dtype, torch.float32)
-    dims = key.shape[3], value.shape[3]
-    totals = far_field.shapes(merge, (*held, 3, marks), *dims)
+        raise TypeError(f"{name}: expected a HybridState, got {type(state).__name__}")
+    dim, v_dim, dtype, device = key.shape[3], value.shape[3], key.dtype, key.device
+    held, wide = (rows, key.shape[1]), torch.promote_types(dtype, torch.float32)
+    totals = shapes(merge, (*held, 3, marks), dim, v_dim)
     if len(state.far) != len(totals):
-        raise ValueError(f"state.far: expected that of merge={merge!r}, got another merge's")
-    wanted = {
-        "position": ((rows,), torch.int64),
-        "keep": ((rows, 2 * window), torch.bool),
-        "key": ((*held, 2 * window, dims[0]), key.dtype),
-        "value": ((*held, 2 * window, dims[1]), key.dtype),
-    } | {f"far[{n}]": (shape, wide) for n, shape in enumerate(totals)}
-    for (name, (shape, dtype)), x in zip(wanted.items(), (*state[:4], *state.far), strict=True):
-        check_tensor(f"state.{name}", x, len(shape))
-        if x.shape != shape or x.device != key.device:
+        raise ValueError(f"{name}.far: expected that of merge={merge!r}, got another merge's")
+    tensors, kept = tensors_of(state), 2 * window
+    wanted = [(rows,), (rows, kept), (*held, kept, dim), (*held, kept, v_dim), *totals]
+    dtypes = [torch.int64, torch.bool, dtype, dtype] + [wide] * len(totals)
+    for n, (x, shape, expected) in enumerate(zip(tensors, wanted, dtypes, strict=True)):
+        if isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (shape, expected, device):
+            continue
+        part = f"{name}.{_NAMES[n]}" if n < 4 else f"{name}.far[{n - 4}]"
+        check_tensor(part, x, len(shape))
+        if x.shape != shape or x.device != device:
             raise ValueError(
-                f"state.{name}: expected shape {shape} on {key.device}, "
-                f"got {tuple(x.shape)} on {x.device}"
+                f"{part}: expected shape {shape} on {device}, got {tuple(x.shape)} on {x.device}"
             )
-        if x.dtype != dtype:
-            raise TypeError(f"state.{name}: expected {dtype}, got {x.dtype}")
+        raise TypeError(f"{part}: expected {expected}, got {x.dtype}")
+
+
+_NAMES = HybridState._fields

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashmark.hybrid import hybrid_attention
-from flashmark.hybrid.checks import MERGES
+from flashmark.hybrid.call import MERGES
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
@@ -137,8 +137,9 @@ class HybridAttention(ProjectedAttention):
         else:
             check_no_gradient(query, key, value)
             out, cache.state = hybrid_attention(
-                query, key, value, landmarks, state=cache.state, return_state=True, **options
-            )
+                query, key, value, landmarks, state=cache.state, return_state=True,
+                state_out=cache.state, **options,
+            )  # fmt: skip
             cache.length += x.shape[1] if key_mask is None else counts
         out = self.merge_heads(out)
         if key_mask is None:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flashmark import reference
-from flashmark.arguments import check_key_mask, check_qkv, check_same, check_tensor, finite
+from flashmark.arguments import (
+    Landmarks,
+    check_key_mask,
+    check_qkv,
+    check_same,
+    check_tensor,
+    finite,
+)
 from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
 from flashmark.dispatch import choose_backend
 from flashmark.nystrom.call import Call, Options
@@ -22,7 +29,6 @@ from flashmark.nystrom.checks import (
 )
 from flashmark.nystrom.operator import run
 from flashmark.nystrom.state import NystromState
-from flashmark.options import Landmarks
 from flashmark.sharded import over_shards
 
 NORMALIZATIONS = ("landmark", "mass")
