@@ -12,6 +12,7 @@ from .primitives import (
     LN2,
     LOG2E,
     dropout_keep,
+    keep_seen,
     load_tile,
     log2_factor,
     logits,
@@ -90,7 +91,7 @@ def attend_tile(
         s = tl.where(shown(bits, start_n, r2, n2, end_n, problem, F), s, float("-inf"))
     elif BOUND:
         seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
-        s = tl.where(seen, s, float("-inf"))
+        s = keep_seen(seen, s, float("-inf"), MASKED, F)
     safe: tl.constexpr = BOUND or F.BIAS != "none"
     p, alpha, m_i, l_i = online_softmax(s, log2_factor(modifiers, F), m_i, l_i, safe)
     if F.DROPOUT:

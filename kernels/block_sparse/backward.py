@@ -14,7 +14,7 @@ from . import arguments as args
 from . import bias as bias_gradient
 from .backward_kv import Operands, backward_kv_kernel
 from .backward_q import backward_q_kernel
-from .primitives import head_of, load_rows, load_tile
+from .primitives import LOG2E, ROWS_OF_A_TILE, head_of, load_rows, load_tile, padded_rows
 
 DELTA_ROWS = 64
 
@@ -27,6 +27,7 @@ def delta_kernel(
     dlse_ptr,
     sinks_ptr,
     delta_ptr,
+    lse2_ptr,
     dsinks_ptr,
     dout_strides,
     heads,
@@ -36,7 +37,9 @@ def delta_kernel(
     DIM_V: tl.constexpr,
     PAD_V: tl.constexpr,
 ):
-    """Delta = rowsum(dO * O) - dLSE, and each tile's share of dsink = -sum e^(sink - lse) Delta."""
+    """Delta = rowsum(dO * O) - dLSE, lse in the log2 domain, and each tile's share of dsink = -sum
+    e^(sink - lse) Delta.
+    """
     pid = tl.program_id(0)
     pair, start = pid // tiles, (pid % tiles) * BLOCK
     rows64 = tl.cast(pair, tl.int64) * q_len
@@ -50,7 +53,9 @@ def delta_kernel(
     empty = lse == float("-inf")
     delta = tl.where(empty, 0.0, delta)
     offs = start + tl.arange(0, BLOCK)
-    tl.store(delta_ptr + rows64 + offs, delta, mask=offs < q_len)
+    padded = tl.cast(pair, tl.int64) * padded_rows(q_len) + offs
+    tl.store(delta_ptr + padded, delta)
+    tl.store(lse2_ptr + padded, tl.where(empty, float("inf"), lse * LOG2E))
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + pair % heads).to(tl.float32)
         weight = tl.where(empty, 0.0, tl.exp(sink - tl.where(empty, 0.0, lse)))
@@ -70,10 +75,10 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     with args.on_device(query):
-        delta, dsinks = _delta(dout, dlse, saved.out, saved.lse, described.modifiers.sinks)
+        delta, lse2, dsinks = _delta(dout, dlse, saved.out, saved.lse, described.modifiers.sinks)
         total = bias_gradient.start(bias, dout, value, delta, described, call.deterministic)
         operands = Operands(
-            query, key, value, dout, saved.lse, delta,
+            query, key, value, dout, lse2, delta,
             args.strides(query), args.strides(key), args.strides(value), args.strides(dout),
         )  # fmt: skip
         if call.deterministic:
@@ -82,16 +87,19 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         else:
             dquery = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
             dkey, dvalue = _keys_and_values(operands, dquery, total, call, described)
-            dquery = dquery.mul_(call.scale).to(query.dtype)
+            rounded = dquery.new_empty(query.shape, dtype=query.dtype)
+            dquery = torch.mul(dquery, call.scale, out=rounded)
     return Grads(dquery, dkey, dvalue, bias_gradient.finish(total, bias), dsinks)
 
 
 def _delta(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, heads, q_len, dim_v = dout.shape
-    tiles = triton.cdiv(q_len, DELTA_ROWS)
-    delta = torch.empty(batch, heads, q_len, dtype=torch.float32, device=dout.device)
+    rows = triton.cdiv(q_len, ROWS_OF_A_TILE.value) * ROWS_OF_A_TILE.value
+    tiles = rows // DELTA_ROWS
+    delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=dout.device)
+    lse2 = torch.empty_like(delta)
     shares = None
     if sinks is not None:
         shares = torch.empty(batch, heads, tiles, dtype=torch.float32, device=dout.device)
@@ -102,6 +110,7 @@ def _delta(
         None if dlse is None else dlse.contiguous(),
         sinks,
         delta,
+        lse2,
         shares,
         args.strides(dout),
         heads,
@@ -111,7 +120,7 @@ def _delta(
         DIM_V=dim_v,
         PAD_V=args.padded(dim_v),
     )
-    return delta, None if sinks is None else shares.sum((0, 2)).to(sinks.dtype)
+    return delta, lse2, None if sinks is None else shares.sum((0, 2)).to(sinks.dtype)
 
 
 def _keys_and_values(

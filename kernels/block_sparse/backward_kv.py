@@ -27,9 +27,9 @@ from .primitives import (
     load_rows,
     load_tile,
     locate,
-    log2_lse,
     masked_tile,
     next_tile,
+    padded_rows,
     sample_bounds,
     score_gradient,
     store_tile,
@@ -38,13 +38,17 @@ from .primitives import (
 
 
 class Operands(NamedTuple):
-    """What a backward kernel reads; strides are (batch, head, row)."""
+    """What a backward kernel reads; strides are (batch, head, row).
+
+    lse2 and delta are contiguous (batch, heads, padded_rows of the queries), so that tiles of them
+    are read without a check: +inf, which makes every probability 0, and 0 beyond the queries.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     dout: Tensor
-    lse: Tensor
+    lse2: Tensor  # lse in the log2 domain; +inf where no key is seen
     delta: Tensor
     query_strides: tuple[int, int, int]
     key_strides: tuple[int, int, int]
@@ -81,7 +85,7 @@ def gather_queries(
     v,
     q_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_ptr,
     q_strides,
@@ -108,12 +112,12 @@ def gather_queries(
     check: tl.constexpr = MASKED or F.OFFSET
     q = load_tile(q_ptr, start_i, q_strides[0], problem.q_len, F.BLOCK_M, F.DIM, F.PAD, check)
     qk_t = tl.dot(k, tl.trans(q), input_precision=F.PRECISION)
-    lse = load_rows(lse_ptr, start_i, problem.q_len, float("-inf"), F.BLOCK_M, check)
+    lse2 = load_rows(lse2_ptr, start_i, problem.q_len, float("inf"), F.BLOCK_M, F.OFFSET)
     dout = load_tile(
         dout_ptr, start_i, q_strides[1], problem.q_len, F.BLOCK_M, F.DIM_V, F.PAD_V, check
     )
     dp_t = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
-    delta = load_rows(delta_ptr, start_i, problem.q_len, 0.0, F.BLOCK_M, check)
+    delta = load_rows(delta_ptr, start_i, problem.q_len, 0.0, F.BLOCK_M, F.OFFSET)
     r2 = (start_r + tl.arange(0, F.BLOCK_M))[None, :]
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[:, None]
     keep = True
@@ -121,12 +125,12 @@ def gather_queries(
         i2 = (start_i + tl.arange(0, F.BLOCK_M))[:, None]
         keep = tl.trans(dropout_keep(i2, start_n, pair, modifiers, F.BLOCK_N))
     p_t, ds_t, slope = score_gradient(
-        qk_t, dp_t, log2_lse(lse)[None, :], delta[None, :], keep, bits_ptr, bits, start_n, r2, n2,
+        qk_t, dp_t, lse2[None, :], delta[None, :], keep, bits_ptr, bits, start_n, r2, n2,
         offset, end_n, base, problem, modifiers, MASKED, F,
     )  # fmt: skip
-    dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=F.PRECISION)
-    if F.BIAS_GRADIENT:
+    if F.BIAS_GRADIENT:  # before the product that follows, or ptxas would wait for each product
         add_bias_gradient(ds_t, b, h, start_n, start_r, offset, bias_gradient, problem, F)
+    dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=F.PRECISION)
     if F.SOFTCAP:
         ds_t = ds_t * slope
     ds_t = ds_t.to(q.dtype)
@@ -168,8 +172,8 @@ def gather_head(
     q_ptr = head_of(operands.query, operands.query_strides, b, h)
     dout_ptr = head_of(operands.dout, operands.dout_strides, b, h)
     pair64 = tl.cast(pair, tl.int64)
-    lse_ptr = operands.lse + pair64 * problem.q_len
-    delta_ptr = operands.delta + pair64 * problem.q_len
+    rows64 = pair64 * padded_rows(problem.q_len)
+    lse2_ptr, delta_ptr = operands.lse2 + rows64, operands.delta + rows64
     if F.ATOMIC:
         dq_ptr += pair64 * problem.q_len * F.DIM
     base = bias_base(modifiers, b, h, F)
@@ -178,20 +182,26 @@ def gather_head(
         problem, lists, line, start_n, offset, end_n, F
     )
     full_start = start
-    for _ in range(n_full):
-        dk, dv = gather_queries(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, row_strides,
-            start_n, start, lists.bits, 0, b, h, pair, offset, end_n, base,
-            bias_gradient, problem, modifiers, False, F,
-        )  # fmt: skip
-        run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
-    for t in range(n_masked):
-        start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F)
-        dk, dv = gather_queries(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, row_strides,
-            start_n, start, lists.bits, bits, b, h, pair, offset, end_n, base,
-            bias_gradient, problem, modifiers, True, F,
-        )  # fmt: skip
+    if n_full > 0:  # as in the forward
+        for _ in range(n_full):
+            dk, dv = gather_queries(
+                dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, row_strides,
+                start_n, start, lists.bits, 0, b, h, pair, offset, end_n, base,
+                bias_gradient, problem, modifiers, False, F,
+            )  # fmt: skip
+            run, start, stop = next_tile(
+                lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F
+            )
+    if n_masked > 0:
+        for t in range(n_masked):
+            start, bits = masked_tile(
+                lists, first, t, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F
+            )
+            dk, dv = gather_queries(
+                dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, row_strides,
+                start_n, start, lists.bits, bits, b, h, pair, offset, end_n, base,
+                bias_gradient, problem, modifiers, True, F,
+            )  # fmt: skip
     return dk, dv
 
 

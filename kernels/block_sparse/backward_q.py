@@ -16,9 +16,9 @@ from .primitives import (
     load_rows,
     load_tile,
     locate,
-    log2_lse,
     masked_tile,
     next_tile,
+    padded_rows,
     query_tile,
     sample_bounds,
     score_gradient,
@@ -111,9 +111,10 @@ def backward_q_kernel(
     end_i = problem.q_len
     q = load_tile(q_ptr, start_i, q_stride, end_i, BLOCK_M, F.DIM, PAD, True)
     dout = load_tile(dout_ptr, start_i, dout_stride, end_i, BLOCK_M, F.DIM_V, F.PAD_V, True)
-    lse = load_rows(operands.lse + rows64, start_i, end_i, float("-inf"), BLOCK_M, True)
-    delta = load_rows(operands.delta + rows64, start_i, end_i, 0.0, BLOCK_M, True)
-    lse2, delta2 = log2_lse(lse)[:, None], delta[:, None]
+    padded64 = tl.cast(pair, tl.int64) * padded_rows(problem.q_len)
+    lse2_ptr, delta_ptr = operands.lse2 + padded64, operands.delta + padded64
+    lse2 = load_rows(lse2_ptr, start_i, end_i, float("inf"), BLOCK_M, F.OFFSET)[:, None]
+    delta2 = load_rows(delta_ptr, start_i, end_i, 0.0, BLOCK_M, F.OFFSET)[:, None]
     base = bias_base(modifiers, b, h, F)
 
     dq = tl.zeros([BLOCK_M, PAD], tl.float32)
@@ -122,17 +123,23 @@ def backward_q_kernel(
         problem, lists, line, row0, end_n, F
     )
     full_start = start
-    for _ in range(n_full):
-        dq = gather_keys(
-            dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
-            row0, offset, end_n, pair, base, problem, modifiers, False, F,
-        )  # fmt: skip
-        run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
-    for t in range(n_masked):
-        start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
-        dq = gather_keys(
-            dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
-            row0, offset, end_n, pair, base, problem, modifiers, True, F,
-        )  # fmt: skip
+    if n_full > 0:  # as in the forward
+        for _ in range(n_full):
+            dq = gather_keys(
+                dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
+                row0, offset, end_n, pair, base, problem, modifiers, False, F,
+            )  # fmt: skip
+            run, start, stop = next_tile(
+                lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
+            )
+    if n_masked > 0:
+        for t in range(n_masked):
+            start, bits = masked_tile(
+                lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F
+            )
+            dq = gather_keys(
+                dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
+                row0, offset, end_n, pair, base, problem, modifiers, True, F,
+            )  # fmt: skip
     dq_ptr += rows64 * F.DIM
     store_tile(dq_ptr, start_i, F.DIM, end_i, dq * scale, BLOCK_M, F.DIM, PAD)

@@ -78,18 +78,25 @@ def forward_kernel(
         problem, lists, line, row0, end_n, F
     )
     full_start = start
-    for _ in range(n_full):
-        acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
-            r2, offset, end_n, pair, base, problem, modifiers, False, F,
-        )  # fmt: skip
-        run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
-    for t in range(n_masked):
-        start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
-        acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
-            r2, offset, end_n, pair, base, problem, modifiers, True, F,
-        )  # fmt: skip
+    # a loop that may run zero times makes ptxas wait for every product before the next
+    if n_full > 0:
+        for _ in range(n_full):
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
+                r2, offset, end_n, pair, base, problem, modifiers, False, F,
+            )  # fmt: skip
+            run, start, stop = next_tile(
+                lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
+            )
+    if n_masked > 0:
+        for t in range(n_masked):
+            start, bits = masked_tile(
+                lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F
+            )
+            acc, l_i, m_i = attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
+                r2, offset, end_n, pair, base, problem, modifiers, True, F,
+            )  # fmt: skip
 
     acc, lse = normalise(acc, l_i, m_i, h, modifiers)
     store_rows(out_ptr, lse_ptr, acc, lse, start_i, pair, problem, F)

@@ -78,5 +78,6 @@ def shown(words, start_n, r2, n2, end_n, problem, F: tl.constexpr):
         if F.CLIP:
             seen = seen & (n2 < end_n)
     else:
-        seen = visible(None, 0, start_n, r2, n2, end_n, problem, True, F)
+        key, end = visible(None, 0, start_n, r2, n2, end_n, problem, True, F)
+        seen = key < end
     return seen

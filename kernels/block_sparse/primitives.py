@@ -11,9 +11,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# $0 = $3 where an element takes part, else OTHER
+SELECT = "{ .reg .pred seen; .reg .b32 set; TEST; selp.f32 $0, $3, OTHER, seen; }"
+HAS_BIT = SELECT.replace("TEST", "and.b32 set, $1, $2; setp.ne.b32 seen, set, 0")
+COMES_BEFORE = SELECT.replace("TEST", "setp.lt.s32 seen, $1, $2")
+HAS_BIT_OR_ZERO = tl.constexpr(HAS_BIT.replace("OTHER", "0f00000000"))
+HAS_BIT_OR_INF = tl.constexpr(HAS_BIT.replace("OTHER", "0fFF800000"))
+BEFORE_OR_ZERO = tl.constexpr(COMES_BEFORE.replace("OTHER", "0f00000000"))
+BEFORE_OR_INF = tl.constexpr(COMES_BEFORE.replace("OTHER", "0fFF800000"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ROWS_OF_A_TILE = tl.constexpr(128)  # at most
 
 
 @triton.jit
@@ -63,7 +74,8 @@ def load_tile(
     offs = tl.arange(0, SIZE)
     offs_d = tl.arange(0, PAD)
     ptrs = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + offs_d[None, :])
-    inside = (start + offs >= 0) & (start + offs < end)
+    # as unsigned numbers, so that one comparison is both
+    inside = (start + offs).to(tl.uint32, bitcast=True) < tl.cast(end, tl.uint32, bitcast=True)
     if CHECK and DIM != PAD:
         tile = tl.load(ptrs, mask=inside[:, None] & (offs_d < DIM)[None, :], other=0.0)
     elif CHECK:
@@ -242,20 +254,74 @@ def walk_queries(problem, lists, line, start_n, offset, end_n, F: tl.constexpr):
 
 
 @triton.jit
+def tile_bits(bits_ptr, bits, start_n, r2, F: tl.constexpr):
+    """(word, bit), both int32 of a tile's shape: an element has its bit set where word & bit.
+
+    The word is shifted by the column % 8 and the bit is at the column // 8 * 8, because a thread
+    holds columns 8 apart of a matrix product: they share one shift, and have constants as bits.
+    """
+    WIDTH: tl.constexpr = F.BLOCK_N if F.BLOCK_N < 32 else 32
+    WORDS: tl.constexpr = F.BLOCK_N // WIDTH
+    DOWN: tl.constexpr = r2.shape[0] == 1  # keys down, queries across
+    per_row: tl.constexpr = (F.BLOCK_KV + 31) // 32
+    rows = bits_ptr + (bits.to(tl.int64) * F.BLOCK_Q + r2 % F.BLOCK_Q) * per_row
+    rows += (start_n % F.BLOCK_KV) // 32
+    w = tl.arange(0, WORDS)
+    c = tl.arange(0, WIDTH)
+    if DOWN:
+        word = tl.load(rows + w[:, None])[:, None, :]  # [WORDS, 1, BLOCK_M]
+        c = c[None, :, None]
+        shape: tl.constexpr = (F.BLOCK_N, r2.shape[1])
+    else:
+        word = tl.load(rows + w[None, :])[:, :, None]  # [BLOCK_M, WORDS, 1]
+        c = c[None, None, :]
+        shape: tl.constexpr = (r2.shape[0], F.BLOCK_N)
+    if F.BLOCK_N < 32:
+        word >>= start_n % F.BLOCK_KV % 32
+    word, bit = tl.broadcast(word >> (c % 8), 1 << (c // 8 * 8))
+    return tl.reshape(word, shape), tl.reshape(bit, shape)
+
+
+@triton.jit
 def visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED: tl.constexpr, F: tl.constexpr):
-    """Which elements of a tile take part: one bit each, or a comparison."""
-    seen = n2 < end_n
-    if MASKED and F.KIND == "causal":
-        seen = seen & (n2 <= r2 + (problem.kv_len - problem.rows))
-    elif MASKED and F.KIND == "sparse":
-        words: tl.constexpr = (F.BLOCK_KV + 31) // 32
-        row_ptr = bits_ptr + (bits.to(tl.int64) * F.BLOCK_Q + r2 % F.BLOCK_Q) * words
-        row_ptr += (start_n % F.BLOCK_KV) // 32
-        word = tl.load(row_ptr)
-        for w in tl.static_range(1, (F.BLOCK_N + 31) // 32):
-            word = tl.where((n2 - start_n) // 32 == w, tl.load(row_ptr + w), word)
-        seen = seen & (((word >> (n2 % F.BLOCK_KV % 32)) & 1) != 0)
-    return seen
+    """Which elements of a tile take part, for `keep_seen`: `tile_bits`, or the number of a key and
+    that of the first key that is not seen.
+    """
+    if MASKED and F.KIND == "sparse":
+        left, right = tile_bits(bits_ptr, bits, start_n, r2, F)
+        if F.CLIP:  # bits beyond the keys of the mask are 0, those beyond a sample's need not be
+            right = tl.where(n2 < end_n, right, 0)
+    elif MASKED and F.KIND == "causal":
+        left = n2
+        right = tl.minimum(r2 + (problem.kv_len - problem.rows + 1), end_n)
+    else:
+        left = n2
+        right = end_n
+    return left, right
+
+
+@triton.jit
+def keep_seen(seen, x, OTHER: tl.constexpr, MASKED: tl.constexpr, F: tl.constexpr):
+    """The elements of a float32 tile that take part, OTHER in place of the rest.
+
+    In PTX where it can be: the compiler collects the comparisons of a tile in words of their own,
+    which costs more than the comparisons.
+    """
+    BITS: tl.constexpr = MASKED and F.KIND == "sparse"
+    left, right = seen
+    if not INTERPRETED and is_cuda():
+        if OTHER == 0.0:
+            ASM: tl.constexpr = HAS_BIT_OR_ZERO if BITS else BEFORE_OR_ZERO
+        else:
+            ASM: tl.constexpr = HAS_BIT_OR_INF if BITS else BEFORE_OR_INF
+        kept = tl.inline_asm_elementwise(
+            ASM, "=f,r,r,f", [left, right, x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif BITS:
+        kept = tl.where((left & right) != 0, x, OTHER)
+    else:
+        kept = tl.where(left < right, x, OTHER)
+    return kept
 
 
 @triton.jit
@@ -369,11 +435,17 @@ def score_gradient(
     ds = p * (dp - delta2)
     if MASKED or F.CLIP:
         seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
-        p = tl.where(seen, p, 0.0)
-        ds = tl.where(seen, ds, 0.0)
+        p = keep_seen(seen, p, 0.0, MASKED, F)
+        ds = keep_seen(seen, ds, 0.0, MASKED, F)
     if F.DROPOUT:
         p = tl.where(keep, p, 0.0)
     return p, ds, slope
+
+
+@triton.jit
+def padded_rows(q_len):
+    """Rows, a whole number of the largest tiles, that vectors over queries are padded to."""
+    return tl.cdiv(q_len, ROWS_OF_A_TILE) * ROWS_OF_A_TILE
 
 
 @triton.jit
@@ -388,9 +460,3 @@ def load_rows(ptr, start_i, end, other, SIZE: tl.constexpr, CHECK: tl.constexpr)
     else:
         rows = tl.load(ptrs)
     return rows
-
-
-@triton.jit
-def log2_lse(lse):
-    """lse in the log2 domain; +inf, which makes every probability 0, where no key is seen."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
