@@ -57,7 +57,7 @@ class Config(Runnable):
 # By (width of the head, whether extras are on).
 _HALF = {
     "forward": {
-        (64, False): Config(128, 128, 8, 2),
+        (64, False): Config(128, 64, 8, 3, registers=128),  # two programs to a multiprocessor
         (64, True): Config(128, 64, 8, 2),
         (128, False): Config(128, 64, 8, 3),
         (128, True): Config(128, 64, 8, 2),
@@ -65,7 +65,7 @@ _HALF = {
         (256, True): Config(64, 32, 8, 2),
     },
     "backward_q": {
-        (64, False): Config(128, 64, 8, 3, registers=128),  # two programs, and no spill for it
+        (64, False): Config(128, 64, 8, 3, registers=128),  # as the forward
         (64, True): Config(128, 64, 8, 2),
         (128, False): Config(128, 64, 8, 2),
         (128, True): Config(64, 64, 8, 2),
