@@ -17,6 +17,7 @@ from . import bias as bias_gradient
 from . import configs
 
 LOG2E = math.log2(math.e)
+WIDE = 1 << 24  # elements from row to row from which on a tile of 128 rows needs 64 bits
 L2_BYTES = (
     24 << 20
 )  # keys and values that run side by side should fit in about half of a Hopper's L2
@@ -107,9 +108,9 @@ class Features:
     OFFSET: bool
     LENGTHS: bool
     CLIP: bool  # FULL tiles may reach beyond a sample's keys
+    WIDE: bool  # offsets within a tile take 64 bits
     PRECISION: str
     SLACK: int = 0  # how far, in log2, a maximum may grow before the output is rescaled
-    WORDS: bool = False  # the bits of a tile come as words, which FULL tiles have too
     BIAS_GRADIENT: bool = False
     ATOMIC: bool = False  # dQ, and dK and dV of a group of heads, through float32 atomics
     GROUPED: bool = False  # one program walks all query heads of a group
@@ -169,6 +170,7 @@ def describe(call: Call) -> KernelArguments:
         OFFSET=offset is not None,
         LENGTHS=call.kv_lengths is not None,
         CLIP=call.kv_lengths is not None and sparse,
+        WIDE=max(x.stride(2) for x in (call.query, call.key, call.value)) >= WIDE,
         PRECISION=dot_precision(call.query.dtype),
     )
     nothing = Lists(*[None] * 7)
@@ -200,7 +202,6 @@ def over_queries(
         call.features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        WORDS=config.form != "pointers",
         SLACK=configs.SLACK if config.lazy else 0,
     )
     (batch, heads), problem = query.shape[:2], call.problem
@@ -271,8 +272,8 @@ def strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed, after torch.set_float32_matmul_precision."""
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    """How float32 products are computed: as PyTorch's own on a GPU, however that was set."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 
 

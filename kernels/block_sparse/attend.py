@@ -7,7 +7,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .line import shown
 from .primitives import (
     LN2,
     LOG2E,
@@ -52,44 +51,10 @@ def attend(
     BOUND: tl.constexpr = MASKED or F.CLIP
     k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, BOUND)
     v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, BOUND)
-    return attend_tile(
-        acc, l_i, m_i, q, k, v, start_n, bits_ptr, bits,
-        r2, offset, end_n, pair, base, problem, modifiers, MASKED, F,
-    )  # fmt: skip
-
-
-@triton.jit
-def attend_tile(
-    acc,
-    l_i,
-    m_i,
-    q,
-    k,
-    v,
-    start_n,
-    bits_ptr,
-    bits,
-    r2,
-    offset,
-    end_n,
-    pair,
-    base,
-    problem,
-    modifiers,
-    MASKED: tl.constexpr,
-    F: tl.constexpr,
-):
-    """`attend` with the keys [BLOCK_N, PAD] and values [BLOCK_N, PAD_V] at hand.
-
-    With F.WORDS, `bits` are the words of the tile.
-    """
-    BOUND: tl.constexpr = MASKED or F.CLIP
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[None, :]
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     s, _ = logits(qk, base, r2, n2, offset, problem, modifiers, F)
-    if F.WORDS:
-        s = tl.where(shown(bits, start_n, r2, n2, end_n, problem, F), s, float("-inf"))
-    elif BOUND:
+    if BOUND:
         seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
         s = keep_seen(seen, s, float("-inf"), MASKED, F)
     safe: tl.constexpr = BOUND or F.BIAS != "none"

@@ -72,7 +72,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     if not query.numel() or not key.numel():
         return eager.backward(call, saved, dout, dlse)  # nothing to launch
     described = args.describe(call)
-    if dout.stride(-1) != 1:
+    if dout.stride(-1) != 1 or dout.stride(2) >= args.WIDE:
         dout = dout.contiguous()
     with args.on_device(query):
         delta, lse2, dsinks = _delta(dout, dlse, saved.out, saved.lse, described.modifiers.sinks)

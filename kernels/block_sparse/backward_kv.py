@@ -30,6 +30,7 @@ from .primitives import (
     masked_tile,
     next_tile,
     padded_rows,
+    row_stride,
     sample_bounds,
     score_gradient,
     store_tile,
@@ -168,7 +169,7 @@ def gather_head(
     F: tl.constexpr,
 ):
     """Take all queries of one head that see the tile of keys into dK and dV."""
-    row_strides = (operands.query_strides[2], operands.dout_strides[2])
+    row_strides = (row_stride(operands.query_strides, F), row_stride(operands.dout_strides, F))
     q_ptr = head_of(operands.query, operands.query_strides, b, h)
     dout_ptr = head_of(operands.dout, operands.dout_strides, b, h)
     pair64 = tl.cast(pair, tl.int64)
@@ -189,14 +190,10 @@ def gather_head(
                 start_n, start, lists.bits, 0, b, h, pair, offset, end_n, base,
                 bias_gradient, problem, modifiers, False, F,
             )  # fmt: skip
-            run, start, stop = next_tile(
-                lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F
-            )
+            run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
     if n_masked > 0:
         for t in range(n_masked):
-            start, bits = masked_tile(
-                lists, first, t, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F
-            )
+            start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F)
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr, row_strides,
                 start_n, start, lists.bits, bits, b, h, pair, offset, end_n, base,
@@ -246,7 +243,7 @@ def backward_kv_kernel(
     if start_n >= problem.kv_len:
         return
 
-    k_ptr, v_ptr, kv_strides = keys_of(operands, b, hk)
+    k_ptr, v_ptr, kv_strides = keys_of(operands, b, hk, F)
     k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, True)
     v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, True)
     BLOCK_N: tl.constexpr = F.BLOCK_N

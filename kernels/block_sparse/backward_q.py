@@ -20,6 +20,7 @@ from .primitives import (
     next_tile,
     padded_rows,
     query_tile,
+    row_stride,
     sample_bounds,
     score_gradient,
     store_tile,
@@ -102,10 +103,11 @@ def backward_q_kernel(
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD: tl.constexpr = F.PAD
-    q_stride, dout_stride = operands.query_strides[2], operands.dout_strides[2]
+    q_stride = row_stride(operands.query_strides, F)
+    dout_stride = row_stride(operands.dout_strides, F)
     q_ptr = head_of(operands.query, operands.query_strides, b, h)
     dout_ptr = head_of(operands.dout, operands.dout_strides, b, h)
-    k_ptr, v_ptr, kv_strides = keys_of(operands, b, h // problem.group)
+    k_ptr, v_ptr, kv_strides = keys_of(operands, b, h // problem.group, F)
     rows64 = tl.cast(pair, tl.int64) * problem.q_len
     start_i = row0 - offset
     end_i = problem.q_len
@@ -129,14 +131,10 @@ def backward_q_kernel(
                 dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
                 row0, offset, end_n, pair, base, problem, modifiers, False, F,
             )  # fmt: skip
-            run, start, stop = next_tile(
-                lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
-            )
+            run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
     if n_masked > 0:
         for t in range(n_masked):
-            start, bits = masked_tile(
-                lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F
-            )
+            start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
             dq = gather_keys(
                 dq, q, dout, lse2, delta2, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
                 row0, offset, end_n, pair, base, problem, modifiers, True, F,

@@ -16,8 +16,8 @@ import torch
 KEY_PASSES = ("backward_kv", "backward_grouped", "backward_fused")
 PASSES = ("forward", "backward_q", *KEY_PASSES, "decode")
 
-# how a forward kernel reads its operands; all but the first are of Hopper alone
-FORMS = ("pointers", "descriptors", "gluon")
+# how a forward kernel reads its operands; the second is of Hopper alone
+FORMS = ("pointers", "gluon")
 
 # log2 of how far a lazy form lets a maximum grow, and its probabilities with it
 SLACK = 8
@@ -120,11 +120,9 @@ _TF32 = {
     "decode": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 1)},
 }
 
-# The forward kernel's other forms by (form, width of the head): compiled, not run on a GPU, so
-# `choose` does not choose them. A call takes one with `using(forward=hopper(...))`.
+# The forward kernel's other form by (form, width of the head): compiled, not run on a GPU, so
+# `choose` does not choose it. A call takes it with `using(forward=hopper(...))`.
 HOPPER = {
-    ("descriptors", 64): Config(128, 128, 4, 3, "descriptors"),
-    ("descriptors", 128): Config(128, 128, 4, 2, "descriptors"),
     ("gluon", 64): Config(128, 128, 4, 3, "gluon"),
     ("gluon", 128): Config(128, 128, 4, 2, "gluon"),
 }
@@ -188,8 +186,8 @@ def choose(
 
 
 def hopper(form: str, head_dim: int, block: tuple[int, int] | None = None) -> Config:
-    """The config of a Hopper form, "descriptors" or "gluon", for `head_dim`, the wider of keys and
-    values, and a mask's block as in `choose`.
+    """The config of a Hopper form, "gluon", for `head_dim`, the wider of keys and values, and a
+    mask's block as in `choose`.
     """
     config = HOPPER[form, 64 if head_dim <= 64 else 128]
     if block is None:

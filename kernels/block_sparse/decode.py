@@ -134,7 +134,7 @@ def decode_kernel(
     q = tl.load(
         q_ptrs + offs_d[None, :], mask=inside[:, None] & (offs_d < F.DIM)[None, :], other=0.0
     )
-    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, hk)
+    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, hk, F)
     base = modifiers.bias
     if F.BIAS != "none":
         base += (h64 * modifiers.bias_strides[1] + b64 * modifiers.bias_strides[0])[:, None]

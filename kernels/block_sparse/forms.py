@@ -1,4 +1,4 @@
-"""Which calls the Hopper forms of the forward kernel take: the launcher's question and the user's
+"""Which calls the Hopper form of the forward kernel takes: the launcher's question and the user's
 message.
 """
 
@@ -42,9 +42,9 @@ def _objection(
     if form == "pointers":
         return None
     arch = configs.device_arch(query.device)
-    if arch != 90 and not (arch == "cpu" and form == "descriptors"):
+    if arch != 90:
         return NotImplementedError(f"form {form!r}: expected compute capability 9.0, got {arch}")
-    lacking = _lacking(form, call)
+    lacking = _lacking(call)
     if lacking:
         return NotImplementedError(f"form {form!r}: expected no {' and no '.join(lacking)}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -54,15 +54,15 @@ def _objection(
     return None
 
 
-def _lacking(form: str, call: KernelArguments) -> list[str]:
-    """Names of the features of a call that a form does not have."""
+def _lacking(call: KernelArguments) -> list[str]:
+    """Names of the features of a call that the Hopper form does not have."""
     features = call.features
     asked = {
         "bias": features.BIAS != "none",
         "dropout": features.DROPOUT,
         "softcap": features.SOFTCAP,
         "query_offset": features.OFFSET,
-        "kv_lengths": features.LENGTHS and form == "gluon",
+        "kv_lengths": features.LENGTHS,
     }
     return [name for name, on in asked.items() if on]
 

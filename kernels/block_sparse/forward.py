@@ -30,6 +30,7 @@ from .primitives import (
     masked_tile,
     next_tile,
     place,
+    row_stride,
     walk_keys,
 )
 
@@ -61,10 +62,10 @@ def forward_kernel(
         return
 
     q_ptr = head_of(inputs.query, inputs.query_strides, b, h)
-    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // problem.group)
+    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // problem.group, F)
     base = bias_base(modifiers, b, h, F)
     start_i = row0 - offset
-    q_stride = inputs.query_strides[2]
+    q_stride = row_stride(inputs.query_strides, F)
     q = load_tile(q_ptr, start_i, q_stride, problem.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
@@ -85,14 +86,10 @@ def forward_kernel(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
                 r2, offset, end_n, pair, base, problem, modifiers, False, F,
             )  # fmt: skip
-            run, start, stop = next_tile(
-                lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
-            )
+            run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
     if n_masked > 0:
         for t in range(n_masked):
-            start, bits = masked_tile(
-                lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F
-            )
+            start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
                 r2, offset, end_n, pair, base, problem, modifiers, True, F,

@@ -1,4 +1,4 @@
-"""A line of the mask as one sequence of tiles, FULL ones first: the walk of the Hopper forms of the
+"""A line of the mask as one sequence of tiles, FULL ones first: the walk of the Hopper form of the
 forward kernel, where loads run ahead of the arithmetic in a loop of their own.
 """
 
@@ -8,16 +8,6 @@ import triton
 import triton.language as tl
 
 from .primitives import visible
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-LOAD_OR_ONES = tl.constexpr("""
-{
-    .reg .pred partial;
-    setp.ge.s32 partial, $2, 0;
-    mov.b32 $0, -1;
-    @partial ld.global.b32 $0, [$1];
-}
-""")
 
 
 @triton.jit
@@ -42,25 +32,14 @@ def any_tile(lists, t, n_full, n_masked, first, full_start, F: tl.constexpr):
 
 @triton.jit
 def bit_words(bits_ptr, bits, start_n, r2, F: tl.constexpr):
-    """The bits of a tile, a word [BLOCK_M, 1] to 32 keys; all set where `bits` is -1.
-
-    In PTX, because the compiler gives what it knows as a load, and a dot product depends on, to the
-    warps that load, which take nothing but descriptors.
-    """
+    """The bits of a tile, a word [BLOCK_M, 1] to 32 keys; all set where `bits` is -1."""
     words = ()
     if F.KIND == "sparse":
         per_row: tl.constexpr = (F.BLOCK_KV + 31) // 32
         row_ptr = bits_ptr + (bits.to(tl.int64) * F.BLOCK_Q + r2 % F.BLOCK_Q) * per_row
         row_ptr += (start_n % F.BLOCK_KV) // 32
         for w in tl.static_range((F.BLOCK_N + 31) // 32):
-            if INTERPRETED:
-                word = tl.load(row_ptr + w, mask=bits >= 0, other=-1)
-            else:
-                address = (row_ptr + w).to(tl.int64)
-                word = tl.inline_asm_elementwise(
-                    LOAD_OR_ONES, "=r,l,r", [address, bits], dtype=tl.int32, is_pure=True, pack=1
-                )
-            words = words + (word,)
+            words = words + (tl.load(row_ptr + w, mask=bits >= 0, other=-1),)
     return words
 
 

@@ -50,11 +50,20 @@ def head_of(base, strides, b, h):
 
 
 @triton.jit
-def keys_of(inputs, b, h):
+def row_stride(strides, F: tl.constexpr):
+    """Step from one row to the next; in 64 bits where a tile of rows outgrows 32."""
+    stride = strides[2]
+    if F.WIDE:
+        stride = tl.cast(stride, tl.int64)
+    return stride
+
+
+@triton.jit
+def keys_of(inputs, b, h, F: tl.constexpr):
     """(keys, values, their row strides) of a key head."""
     k_ptr = head_of(inputs.key, inputs.key_strides, b, h)
     v_ptr = head_of(inputs.value, inputs.value_strides, b, h)
-    return k_ptr, v_ptr, (inputs.key_strides[2], inputs.value_strides[2])
+    return k_ptr, v_ptr, (row_stride(inputs.key_strides, F), row_stride(inputs.value_strides, F))
 
 
 @triton.jit

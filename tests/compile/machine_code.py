@@ -106,7 +106,9 @@ class Code:
             for i, x in enumerate(self.instructions)
             if (first := self.target(x)) is not None and first + LEAST <= i
         ]
-        inner = [a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] for b in spans if a != b)]
+        inner = [
+            a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] for b in spans if a != b)
+        ]
         products = ("HGMMA", "HMMA", "IMMA")
         return [
             last + 1 - first

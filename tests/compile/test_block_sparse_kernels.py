@@ -9,8 +9,9 @@ import torch
 import triton
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
-from flashmark.kernels.block_sparse import configs
-from tests.compile.block_sparse_launches import HALF, Launch, all_launches
+from flashmark.kernels.block_sparse import arguments, configs
+from tests.compile import budgets
+from tests.compile.block_sparse_launches import HALF, SINGLE, Launch, all_launches
 
 # Triton 3.6 keeps a few more values alive than the version the configs were chosen with
 SPILL_ALLOWED = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
@@ -25,6 +26,9 @@ def test_kernel(target, launch):
         launch.run()
     reports = [inspect(*each) for each in launches]
     assert reports
+    if arch == 90:
+        for name, kernel in launches:
+            assert budgets.complaints(str(launch), name, kernel) == []
     for report in reports:
         assert report.shared <= SHARED_MEMORY[arch], report
         if arch == 90 and launch.dim <= 128:
@@ -78,3 +82,33 @@ def test_launches_reach_every_config_of_the_tuned_blocks():
         for launch in all_launches():
             launch.run()
     assert chosen <= reached
+
+
+SETTINGS = {  # of float32 products: all of PyTorch, those of matmul, ours
+    "nothing": ("none", "none", "ieee"),
+    "matmul-tf32": ("none", "tf32", "tf32"),
+    "all-tf32": ("tf32", "none", "tf32"),
+    "all-tf32-but-matmul": ("tf32", "ieee", "ieee"),
+}
+
+
+@pytest.fixture
+def precision():
+    """PyTorch's settings of float32 products, as they were at first afterwards."""
+    yield torch.backends
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_float32_products_are_as_exact_as_those_of_pytorch(name, precision):
+    precision.fp32_precision, precision.cuda.matmul.fp32_precision, expected = SETTINGS[name]
+    assert arguments.dot_precision(SINGLE) == expected
+    assert arguments.dot_precision(HALF) == "tf32"
+
+
+@pytest.mark.parametrize("legacy", ["highest", "high", "medium"])
+def test_float32_products_follow_the_setting_that_is_older(legacy, precision):
+    torch.set_float32_matmul_precision(legacy)
+    assert arguments.dot_precision(SINGLE) == ("ieee" if legacy == "highest" else "tf32")

@@ -227,3 +227,24 @@ def test_tile_sizes_divide_the_block(device):
         config = configs.choose(arch, torch.bfloat16, dim, (block_q, block_kv), pass_)
         assert block_kv % config.block_n == 0
         assert pass_ == "decode" or block_q % config.block_m == 0
+
+
+def test_rows_so_far_apart_that_a_tile_outgrows_32_bits(device, tmp_path):
+    """A file with holes is the memory: the last of 32 rows lies beyond 2^31 elements."""
+    if device.type != "cpu":
+        pytest.skip("maps a file")
+    length, dim, stride = 32, 16, 70_000_000
+    size = (length - 1) * stride + dim
+    whole = torch.from_file(str(tmp_path / "rows"), shared=True, size=size, dtype=torch.float16)
+    far = whole.as_strided((1, 1, length, dim), (size, size, stride, 1))
+    near = torch.randn(1, 1, length, dim, generator=torch.Generator().manual_seed(0)).half()
+    far.copy_(near)
+    mask = masks.compile_mask(masks.causal(), 1, 1, length, length, device="cpu")
+    options = (mask, None, None, None, None, None, 0.25, 0.0, 0.0)
+    results = []
+    for x in (near, far):
+        out, lse = block_sparse.forward(x, x, x, *options)
+        gradients = block_sparse.backward(x, None, x, x, x, out, lse, *options, True)
+        results.append((out, lse, *gradients[:3]))
+    for apart, together in zip(results[1], results[0], strict=True):
+        assert torch.equal(apart, together)

@@ -1,10 +1,9 @@
-"""The Hopper forms of the block-sparse forward kernel: against the definition, against the pointer
+"""The Hopper form of the block-sparse forward kernel: against the definition, against the pointer
 form, and what they refuse.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -20,15 +19,15 @@ from tests.interpreter.attention_cases import Call, Case
 HALF = torch.float16
 
 
-@pytest.fixture(params=["descriptors", "gluon"])
+@pytest.fixture(params=["gluon"])
 def form(request, device):
     if device.type == "cpu":
-        with gluon_emulation.emulated() if request.param == "gluon" else contextlib.nullcontext():
+        with gluon_emulation.emulated():
             yield request.param
     elif configs.device_arch(device) == 90:
         yield request.param
     else:
-        pytest.skip("the Hopper forms need compute capability 9.0")
+        pytest.skip("the Hopper form needs compute capability 9.0")
 
 
 def run(form: str, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,10 +131,6 @@ def test_sinks_and_a_negative_scale(form, device):
 @pytest.mark.parametrize("name", ["causal", "random-bits"])
 def test_lazy_rescaling(form, name, device):
     """Scores far apart, so that maxima grow by more than the slack, and by less."""
-    if form == "descriptors":
-        with pytest.raises(ValueError, match="lazy: expected the form 'gluon', got 'descriptors'"):
-            configs.Config(128, 64, 4, 2, form, lazy=True)
-        return
     case = Case(mask=MASKS[name], q_len=150, block=64, dtype=HALF, sinks=True)
     call = Call(case, device, magnitude=6.0)
     expected = call.reference()
@@ -147,16 +142,9 @@ def test_lazy_rescaling(form, name, device):
         assert relative_error(tensor, expected[key]) <= budget[key], key
 
 
-def test_kv_lengths(form, device):
-    """What lies beyond a sample's keys, NaN here, is not read."""
-    case = Case(batch=3, heads=1, q_len=100, kv_lengths=(0, 45, 100), block=64, dtype=HALF)
-    for mask in (masks.causal(), masks.sliding_window(60)):
-        case = dataclasses.replace(case, mask=mask)
-        if form == "gluon":
-            with pytest.raises(NotImplementedError, match="expected no kv_lengths"):
-                run(form, Call(case, device))
-        else:
-            check(form, case, device)
+def test_lazy_rescaling_is_of_the_hopper_form():
+    with pytest.raises(ValueError, match="lazy: expected the form 'gluon', got 'pointers'"):
+        configs.Config(128, 64, 4, 2, "pointers", lazy=True)
 
 
 @pytest.mark.parametrize("layout", ["bnhd", "gaps"])
@@ -199,6 +187,11 @@ REFUSED = {
         Case(query_offset=(3,), q_len=60, rows=70, kv_len=70),
         NotImplementedError,
         "expected no query_offset",
+    ),
+    "kv_lengths": (
+        Case(batch=3, heads=1, q_len=100, kv_lengths=(0, 45, 100)),
+        NotImplementedError,
+        "expected no kv_lengths",
     ),
     "dtype": (Case(), ValueError, "query: expected float16 or bfloat16, got torch.float32"),
     "head dimension": (Case(dim=136), ValueError, "head dimension of at most 128, got 136"),

@@ -1,0 +1,146 @@
+"""Committed figures of the machine code of the block-sparse kernels for sm_90, which may only get
+better: tests/compile/budgets.csv, by the versions of Triton and ptxas.
+
+python tests/compile/budgets.py [part of a launch's name] measures the launches of HEADLINES, or
+with --all every launch of the suite, and writes what is new or better; with --worse what is worse,
+too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import triton
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from bench.offline import compiling_for, inspect
+from tests.compile import machine_code
+
+TABLE = Path(__file__).with_name("budgets.csv")
+SMALL = ("delta_kernel", "merge_kernel")  # no matrix products in them
+HEADLINES = (
+    "forward-bf16-D64-causal-plain", "forward-bf16-D64-block128-plain",
+    "forward-bf16-D128-causal-plain", "forward-bf16-D128-block128-plain",
+    "forward-bf16-D64-block128-relative", "forward-bf16-D128-block128-relative",
+    "two-pass-bf16-D64-causal-plain", "two-pass-bf16-D64-block128-plain",
+    "two-pass-bf16-D128-causal-plain", "two-pass-bf16-D128-block128-plain",
+    "two-pass-bf16-D64-block128-relative", "two-pass-bf16-D128-block128-relative",
+    "one-pass-bf16-D64-block128-plain", "one-pass-bf16-D128-block128-plain",
+    "gluon-D64-sparse128-bfloat16", "gluon-D128-sparse128-bfloat16",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """One kernel. Of `full` and `partial`, instructions of the loops over FULL and PARTIAL tiles, 0
+    where there is no such loop.
+    """
+
+    registers: int
+    spilled: int
+    serialised: int  # 1 where ptxas waits for each matrix product before it starts the next
+    full: int
+    partial: int
+
+    def worse_than(self, other: Figures) -> list[str]:
+        """Each figure that is higher. Registers are no worse below a step of the occupancy."""
+        pairs = [
+            (field.name, getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+        ]
+        return [
+            f"{name}: expected at most {least}, got {now}"
+            for name, now, least in pairs
+            if now > least and not (name == "registers" and _step(now) == _step(least))
+        ]
+
+
+def _step(registers: int) -> int:
+    """Programs of 8 warps that fit a multiprocessor's registers."""
+    return 65536 // (256 * max(registers, 1))
+
+
+Key = tuple[str, str, str, str]  # versions of Triton and ptxas, launch, kernel
+
+
+def tools() -> tuple[str, str]:
+    """Versions of Triton and of the ptxas that it runs."""
+    return triton.__version__, triton.knobs.nvidia.ptxas.version
+
+
+def measure(name: str, kernel) -> Figures:
+    """The figures of a compiled kernel."""
+    code = machine_code.disassemble(kernel.asm["cubin"])
+    report = inspect(name, kernel)
+    full, partial = (*code.product_loops(), 0, 0)[:2]
+    return Figures(
+        report.registers, report.spilled, int(machine_code.serialised(code)), full, partial
+    )
+
+
+@functools.cache
+def table() -> dict[Key, Figures]:
+    """What is committed."""
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return {(a, b, c, d): Figures(*map(int, rest)) for a, b, c, d, *rest in rows}
+
+
+def complaints(launch: str, name: str, kernel) -> list[str]:
+    """What is wrong with the machine code of a kernel, or worse than is committed."""
+    code = machine_code.disassemble(kernel.asm["cubin"])
+    wrong = machine_code.hazards(code) + machine_code.beyond_grants(code)
+    known = table().get((*tools(), launch, name))
+    return wrong if known is None else wrong + measure(name, kernel).worse_than(known)
+
+
+def all_launches() -> list:
+    """The launches of the suite, of both forms."""
+    from tests.compile import block_sparse_launches, test_hopper_forms
+
+    return [*block_sparse_launches.all_launches(), *test_hopper_forms.LAUNCHES]
+
+
+def main(part: str, everything: bool, worse: bool) -> int:
+    """Measure, print and write; 1 where something is worse and was left as it is."""
+    rows, left = dict(table()), 0
+    for launch in all_launches():
+        if part not in str(launch) or not (everything or str(launch) in HEADLINES):
+            continue
+        with compiling_for(90) as launches:
+            launch.run()
+        for name, kernel in launches:
+            if name in SMALL:
+                continue
+            key = (*tools(), str(launch), name)
+            now, before = measure(name, kernel), rows.get(key)
+            lost = now.worse_than(before) if before else []
+            print(*key, *dataclasses.astuple(now), "; ".join(lost), flush=True)
+            if lost and not worse:
+                left = 1
+            else:
+                rows[key] = now
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        names = [field.name for field in dataclasses.fields(Figures)]
+        writer.writerow(["triton", "ptxas", "launch", "kernel", *names])
+        writer.writerows([*key, *dataclasses.astuple(rows[key])] for key in sorted(rows))
+    return left
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", default="")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--worse", action="store_true")
+    given = parser.parse_args()
+    sys.exit(main(given.part, given.all, given.worse))
