@@ -1,0 +1,118 @@
+"""Triton's own driver and launcher on CPU tensors, over a libcuda.so.1 without a GPU (stub_cuda.c).
+
+Nothing is computed: a result is whatever lay in the memory that was allocated for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+SOURCE = Path(__file__).with_name("stub_cuda.c")
+DEVICE = 1 << 20  # by its number Triton keeps what it has loaded; bench.offline counts from 0
+CODE_OF_A_FAILURE = 719  # CUDA_ERROR_LAUNCH_FAILED
+
+
+class Launch(NamedTuple):
+    """The last launch, as the driver was asked for it."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+
+
+def why_not() -> str | None:
+    """What keeps the stub from being built and used here."""
+    if torch.cuda.is_available():
+        return "the CUDA driver of this machine is loaded"
+    if shutil.which("cc") is None:
+        return "there is no C compiler"
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The stub, built and loaded in place of the driver."""
+    folder = Path(tempfile.mkdtemp(prefix="stub_cuda_"))
+    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    flags = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
+    target = folder / "libcuda.so.1"
+    subprocess.run(["cc", *flags, str(SOURCE), "-o", str(target)], check=True)
+    triton.knobs.nvidia.libcuda_path = str(folder)
+    stub = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
+    stub.stub_launches.restype = stub.stub_tensor_maps.restype = ctypes.c_long
+    stub.stub_name.restype = ctypes.c_char_p
+    stub.stub_parameter.restype = ctypes.c_uint64
+    return stub
+
+
+@functools.cache
+def _driver():
+    """Triton's driver for NVIDIA GPUs, but for what it asks torch."""
+    library()
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    class StubDriver(CudaDriver):
+        def __init__(self) -> None:
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+
+        def get_current_device(self) -> int:
+            return DEVICE
+
+        def set_current_device(self, device: int) -> None:
+            pass
+
+        def get_current_stream(self, device: int | None = None) -> int:
+            return 0
+
+        def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
+            return 9, 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    return StubDriver()
+
+
+@contextlib.contextmanager
+def launching() -> Iterator[ctypes.CDLL]:
+    """CPU tensors are taken for those of an H100: the backend "triton" can run, its kernels are
+    compiled for it and launched through the stub, which this yields.
+    """
+    from flashmark import dispatch
+    from flashmark.kernels.block_sparse import configs
+
+    active = driver._active
+    driver.set_active(_driver())
+    try:
+        with (
+            mock.patch.object(configs, "device_arch", lambda device: 90),
+            mock.patch.object(configs, "processors", lambda device: 132),
+            mock.patch.object(dispatch, "_why_not_triton", lambda *call: None),
+        ):
+            yield library()
+    finally:
+        driver._active = active
+
+
+def last_launch() -> Launch:
+    stub = library()
+    grid = tuple(stub.stub_grid(axis) for axis in range(3))
+    return Launch(stub.stub_name().decode(), grid, stub.stub_threads(), stub.stub_shared())

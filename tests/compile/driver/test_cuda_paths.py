@@ -1,0 +1,112 @@
+"""What a call on a GPU goes through besides the kernels: the choice of a backend for CUDA tensors
+that have no memory, and public functions, gradients and modules down to Triton's launcher.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import flashmark
+from flashmark import dispatch, masks
+from flashmark.kernels.block_sparse import configs
+from flashmark.nn import BlockSparseAttention
+from tests.compile.driver import stub
+
+needs_stub = pytest.mark.skipif(stub.why_not() is not None, reason=str(stub.why_not()))
+OPERATORS = ("block_sparse", "nystrom", "hybrid")
+HALF = torch.bfloat16
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Makes CUDA tensors without memory, as on a GPU of a compute capability."""
+
+    def make(capability: tuple[int, int], dtype: torch.dtype = HALF) -> torch.Tensor:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        return torch.empty(1, 4, 256, 64, device="cuda:0", dtype=dtype)
+
+    with FakeTensorMode():
+        yield make
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_auto_takes_triton_where_the_gpu_can(operator, on_cuda):
+    chosen = {
+        capability: dispatch.choose_backend(operator, "auto", on_cuda(capability))
+        for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0))
+    }
+    assert chosen.pop((7, 5)) == "eager"
+    assert set(chosen.values()) == {"triton"}
+    assert dispatch.choose_backend(operator, "auto", on_cuda((9, 0), torch.float64)) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"), [("triton", "compute capability 8.0 or later"), ("cpu", "CPU tensors")]
+)
+def test_a_backend_that_cannot_run_says_why(backend, reason, on_cuda):
+    with pytest.raises(dispatch.BackendUnavailable, match=reason):
+        dispatch.choose_backend("block_sparse", backend, on_cuda((7, 5)))
+
+
+def test_configs_are_those_of_the_gpu(on_cuda):
+    assert configs.device_arch(on_cuda((9, 0)).device) == 90
+    assert configs.device_arch(on_cuda((12, 0)).device) == 120
+
+
+def test_results_are_on_the_gpu(on_cuda):
+    query = on_cuda((9, 0))
+    out, lse = flashmark.block_sparse_attention(
+        query, query, query, masks.causal(), return_lse=True
+    )
+    assert out.device == lse.device == query.device
+    assert (out.shape, out.dtype) == (query.shape, HALF)
+    assert (lse.shape, lse.dtype) == (query.shape[:3], torch.float32)
+    landmarks, core = query.new_empty(4, 32, 64), query.new_empty(4, 32, 32)
+    out = flashmark.nystrom_attention(query, query, query, landmarks, core=core)
+    assert (out.device, out.shape, out.dtype) == (query.device, query.shape, HALF)
+
+
+def test_a_module_on_the_gpu_takes_its_kernels(on_cuda, monkeypatch):
+    chosen = []
+    forward = torch.ops.flashmark.block_sparse_forward
+    x = on_cuda((9, 0), torch.float32).new_empty(1, 200, 64)
+    with torch.device("cuda:0"):
+        module = BlockSparseAttention(64, 2)
+    monkeypatch.setattr(
+        torch.ops.flashmark,
+        "block_sparse_forward",
+        lambda *given: chosen.append(given[-1]) or forward(*given),
+    )
+    with torch.no_grad():
+        out = module(x)
+    assert (out.device, out.shape) == (x.device, x.shape)
+    assert chosen == ["triton"]
+
+
+@pytest.fixture
+def driver():
+    with stub.launching() as library:
+        yield library
+
+
+@needs_stub
+@pytest.mark.parametrize("expression", [masks.causal(), masks.sliding_window(70)], ids=str)
+def test_a_public_call_and_its_gradient_reach_the_launcher(expression, driver):
+    query = torch.zeros(1, 2, 200, 64, dtype=HALF, requires_grad=True)
+    out = flashmark.block_sparse_attention(query, query, query, expression, backend="triton")
+    assert stub.last_launch().kernel == "forward_kernel"
+    before = driver.stub_launches()
+    (gradient,) = torch.autograd.grad(out, query, torch.zeros_like(out))
+    assert driver.stub_launches() - before == 2  # Delta, then one pass over the keys
+    assert gradient.shape == query.shape
+
+
+@needs_stub
+def test_a_public_nystrom_call_reaches_the_launcher(driver):
+    query, landmarks = torch.zeros(1, 2, 200, 64, dtype=HALF), torch.zeros(2, 16, 64)
+    core = torch.zeros(2, 16, 16)
+    flashmark.nystrom_attention(query, query, query, landmarks, core=core, backend="triton")
+    assert driver.stub_launches() > 0
+    assert stub.last_launch().kernel == "output_kernel"
