@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 HAS_TRITON = $(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all bench docs lint format sanitize clean
+.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all compile-ptxas host-time bench docs lint format sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ test-interpreter: $(PACKAGE)  ## the Triton kernels on CPU tensors, in Triton's 
 	elif ! $(HAS_TRITON); then echo "tests/interpreter needs Triton, which is not installed: not run"; \
 	else TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/interpreter; fi
 
-test-compile: $(PACKAGE)  ## the Triton kernels compiled offline for sm_90: registers, spills, shared memory
+test-compile: $(PACKAGE)  ## the Triton kernels compiled offline for sm_90: registers, spills, budgets of machine code
 	@if [ ! -d tests/compile ]; then echo "no tests/compile: nothing to run"; \
 	elif ! $(HAS_TRITON); then echo "no Triton: its kernels are not compiled"; \
 	  $(PYTEST) tests/compile/test_cuda_sources.py; \
@@ -41,6 +41,15 @@ test-compile: $(PACKAGE)  ## the Triton kernels compiled offline for sm_90: regi
 
 compile-all: $(PACKAGE)  ## the same for sm_80, sm_89, sm_90, sm_100 and gfx942 (an hour)
 	FLASHMARK_COMPILE_TARGETS=sm_80,sm_89,sm_90,sm_100,gfx942 $(PYTEST) -n $(WORKERS) tests/compile
+
+compile-ptxas: $(PACKAGE)  ## the block-sparse kernels through the ptxas of nvidia-cuda-nvcc, where that is installed
+	@ptxas=$$(ls $(VENV)/lib/python3*/site-packages/nvidia/cu*/bin/ptxas 2>/dev/null | tail -1); \
+	if [ -z "$$ptxas" ]; then echo "nvidia-cuda-nvcc is not installed: its ptxas compiles nothing"; \
+	else TRITON_PTXAS_PATH="$$PWD/$$ptxas" $(PYTEST) -n $(WORKERS) tests/compile/test_block_sparse_kernels.py \
+	  tests/compile/test_hopper_forms.py; fi
+
+host-time: $(PACKAGE)  ## microseconds of a call on the host, through Triton's launcher and a driver without a GPU
+	$(BIN)/python -m tests.compile.driver.host_time
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
 	$(BIN)/python -m bench $(BENCH)
