@@ -8,6 +8,7 @@ import itertools
 import torch
 
 from flashmark import masks
+from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels import block_sparse
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -48,16 +49,20 @@ class Launch:
         if self.pass_ == "decode":
             query, offset = query[:, :, :1], torch.zeros(1, dtype=torch.int32)
         softcap = 30.0 if self.feature == "softcap" else 0.0
-        options = (bias, None, offset, None, seed, 0.125, softcap, 0.1 if seed is not None else 0.0)
+        dropout_p = 0.1 if seed is not None else 0.0
+        call = Call(
+            query, key, key, mask, 0.125, bias, None, offset, None, seed, softcap, dropout_p,
+            self.pass_ != "one-pass",
+        )  # fmt: skip
         plain = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
         try:
             if self.pass_ in ("forward", "decode"):
-                block_sparse.forward(query, key, key, mask, *options)
+                block_sparse.forward(call)
             else:
                 lse = torch.zeros(1, HEADS, Q_LEN)
-                tensors = (query, None, query, key, key, query, lse, mask)
-                block_sparse.backward(*tensors, *options, self.pass_ != "one-pass")
+                saved = Saved(query, lse, lse.new_zeros(0 if bias is None else lse.shape))
+                block_sparse.backward(call, saved, query, None)
         finally:
             torch.set_float32_matmul_precision(plain)
 

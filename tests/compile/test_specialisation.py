@@ -9,6 +9,7 @@ import torch
 
 from bench.offline import compiling_for
 from flashmark import masks
+from flashmark.block_sparse.call import Call
 from flashmark.kernels import block_sparse, hybrid, nystrom
 from flashmark.kernels.hybrid import configs as hybrid_configs
 from flashmark.kernels.hybrid import mass
@@ -29,17 +30,17 @@ def exact(batch: int, length: int, expression, deterministic: bool = True, bias:
     query = tokens(batch, length)
     mask = masks.compile_mask(expression, batch, HEADS, length, length, device="cpu")
     relative = torch.zeros(HEADS, 2 * length - 1) if bias else None
-    options = (relative, None, None, None, None, 0.125, 0.0, 0.0)
-    out, lse = block_sparse.forward(query, query, query, mask, *options)
-    block_sparse.backward(out, None, query, query, query, out, lse, mask, *options, deterministic)
+    call = Call(query, query, query, mask, 0.125, relative, deterministic=deterministic)
+    saved = block_sparse.forward(call)
+    block_sparse.backward(call, saved, saved.out, None)
 
 
 def decode(batch: int, length: int):
     mask = masks.compile_mask(masks.causal(), 1, 1, length, length, device="cpu")
     offset = torch.full((batch,), length - 1, dtype=torch.int32)
     cache = tokens(batch, length)
-    options = (None, None, offset, offset + 1, None, 0.125, 0.0, 0.0)
-    block_sparse.forward(tokens(batch, 1), cache, cache, mask, *options)
+    options = {"query_offset": offset, "kv_lengths": offset + 1}
+    block_sparse.forward(Call(tokens(batch, 1), cache, cache, mask, 0.125, **options))
 
 
 def landmark(

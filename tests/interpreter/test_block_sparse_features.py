@@ -11,6 +11,7 @@ import torch
 
 from flashmark import masks, reference
 from flashmark.block_sparse.call import Call as SparseCall
+from flashmark.kernels import block_sparse
 from flashmark.kernels.block_sparse import forward
 from tests.helpers import assert_identical
 from tests.interpreter.attention_cases import Call, Case, check
@@ -240,11 +241,11 @@ def test_rows_so_far_apart_that_a_tile_outgrows_32_bits(device, tmp_path):
     near = torch.randn(1, 1, length, dim, generator=torch.Generator().manual_seed(0)).half()
     far.copy_(near)
     mask = masks.compile_mask(masks.causal(), 1, 1, length, length, device="cpu")
-    options = (mask, None, None, None, None, None, 0.25, 0.0, 0.0)
     results = []
     for x in (near, far):
-        out, lse = block_sparse.forward(x, x, x, *options)
-        gradients = block_sparse.backward(x, None, x, x, x, out, lse, *options, True)
-        results.append((out, lse, *gradients[:3]))
+        call = SparseCall(x, x, x, mask, 0.25)
+        saved = block_sparse.forward(call)
+        gradients = block_sparse.backward(call, saved, x, None)
+        results.append((saved.out, saved.lse, *gradients[:3]))
     for apart, together in zip(results[1], results[0], strict=True):
         assert torch.equal(apart, together)

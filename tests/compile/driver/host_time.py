@@ -18,6 +18,7 @@ import torch
 
 import flashmark
 from flashmark import masks
+from flashmark.block_sparse.call import Call
 from flashmark.kernels import block_sparse
 from tests.compile.driver import stub
 
@@ -46,10 +47,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         for x in (masks.causal(), masks.sliding_window(100))
     )
     attention = flashmark.block_sparse_attention
-    plain = (None, None, None, None, None, 0.125, 0.0, 0.0)
     tensors = query, key, value
-    yield "launcher, forward, causal", lambda: block_sparse.forward(*tensors, causal, *plain)
-    yield "launcher, forward, window", lambda: block_sparse.forward(*tensors, window, *plain)
+    dense, sparse = Call(*tensors, causal, 0.125), Call(*tensors, window, 0.125)
+    yield "launcher, forward, causal", lambda: block_sparse.forward(dense)
+    yield "launcher, forward, window", lambda: block_sparse.forward(sparse)
     yield "forward, BlockMask", lambda: attention(*tensors, window, backend="triton")
     yield "forward, expression", lambda: attention(*tensors, masks.causal(), backend="triton")
     leaves = [x.clone().requires_grad_() for x in tensors]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from flashmark import masks
+from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels import block_sparse, nystrom
 from flashmark.kernels.block_sparse import arguments, configs, forms
 from tests.compile.driver import stub
@@ -37,13 +38,11 @@ def tensors(*heads: int, length: int = LENGTH, dim: int = DIM) -> list[torch.Ten
     return [torch.zeros(1, h, length, dim, dtype=torch.bfloat16) for h in heads]
 
 
-def call(query, key, value, expression=None, **options):
-    """Arguments of the forward launcher."""
+def make_call(query, key, value, expression=None, **options) -> Call:
     q_len, kv_len = query.shape[2], key.shape[2]
     expression = masks.causal() if expression is None else expression
     mask = masks.compile_mask(expression, 1, 1, q_len, kv_len, device="cpu")
-    named = dict.fromkeys(("bias", "sinks", "query_offset", "kv_lengths", "dropout_seed")) | options
-    return (query, key, value, mask, *named.values(), 0.125, 0.0, 0.0)
+    return Call(query, key, value, mask, 0.125, **options)
 
 
 def kernels_of(driver, run) -> list[str]:
@@ -77,7 +76,7 @@ def test_nested_tuples_and_none_arrive_flat(driver):
 def test_forward_gets_its_operands_and_grid(driver):
     query, key, value = tensors(HEADS, 2, 2)
     driver.stub_keep(3)
-    block_sparse.forward(*call(query, key, value))
+    block_sparse.forward(make_call(query, key, value))
     launch = stub.last_launch()
     config = configs.choose(90, torch.bfloat16, DIM, None, "forward")
     assert launch.kernel == "forward_kernel"
@@ -90,11 +89,11 @@ def test_forward_gets_its_operands_and_grid(driver):
 @pytest.mark.parametrize("deterministic", [True, False], ids=["two-pass", "one-pass"])
 def test_backward_launches(driver, deterministic):
     query, key, value = tensors(HEADS, 2, 2)
-    out, lse = torch.zeros_like(query), torch.zeros(1, HEADS, LENGTH)
-    q, k, v, *rest = call(query, key, value, masks.sliding_window(100))
-    names = kernels_of(
-        driver, lambda: block_sparse.backward(out, None, q, k, v, out, lse, *rest, deterministic)
-    )
+    lse = torch.zeros(1, HEADS, LENGTH)
+    window = masks.sliding_window(100)
+    call = make_call(query, key, value, window, deterministic=deterministic)
+    saved = Saved(query, lse, lse.new_zeros(0))
+    names = kernels_of(driver, lambda: block_sparse.backward(call, saved, query, None))
     expected = ["delta_kernel", "backward_kv_kernel"]
     assert names == (expected + ["backward_q_kernel"] if deterministic else expected)
 
@@ -103,8 +102,9 @@ def test_a_decoding_step_is_two_launches(driver):
     (query,), (key, value) = tensors(HEADS, length=1), tensors(2, 2, length=4096)
     offset, lengths = torch.tensor([4000], dtype=torch.int32), torch.tensor([4001])
     whole = masks.compile_mask(masks.causal(), 1, 1, 4096, 4096, device="cpu")
-    options = (None, None, offset, lengths.int(), None, 0.125, 0.0, 0.0)
-    names = kernels_of(driver, lambda: block_sparse.forward(query, key, value, whole, *options))
+    options = {"query_offset": offset, "kv_lengths": lengths.int()}
+    call = Call(query, key, value, whole, 0.125, **options)
+    names = kernels_of(driver, lambda: block_sparse.forward(call))
     assert names == ["decode_kernel", "merge_kernel"]
 
 
@@ -116,12 +116,12 @@ def test_nystrom_launches(driver):
 
 
 def test_a_launch_that_fails_raises_and_the_next_one_runs(driver):
-    arguments_ = call(*tensors(HEADS, 2, 2))
-    block_sparse.forward(*arguments_)
+    call = make_call(*tensors(HEADS, 2, 2))
+    block_sparse.forward(call)
     driver.stub_fail(stub.CODE_OF_A_FAILURE)
     with pytest.raises(RuntimeError, match="refused by the stub driver"):
-        block_sparse.forward(*arguments_)
-    block_sparse.forward(*arguments_)
+        block_sparse.forward(call)
+    block_sparse.forward(call)
 
 
 def laid_out(name: str) -> torch.Tensor:
@@ -145,25 +145,27 @@ LAYOUTS = ("contiguous", "tokens-first", "rows-8-apart", "rows-4-apart", "starts
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_hopper_form_takes_what_a_tensor_map_takes(driver, name, monkeypatch):
     query, key = tensors(HEADS)[0], laid_out(name)
-    arguments_ = call(query, key, key)
-    described = arguments.describe(*arguments_)
+    call = make_call(query, key, key)
+    described = arguments.describe(call)
     allowed = forms.can_use_form("gluon", query, key, key, described)
     monkeypatch.setattr(forms, "_misfit", lambda tensor: None)
     maps = driver.stub_tensor_maps()
     with configs.using(forward=configs.hopper("gluon", DIM)):
         if allowed:
-            block_sparse.forward(*arguments_)
+            block_sparse.forward(call)
             assert stub.last_launch().kernel == "forward_gluon_kernel"
             assert driver.stub_tensor_maps() - maps == 3
         else:
             with pytest.raises((AssertionError, RuntimeError)):
-                block_sparse.forward(*arguments_)
+                block_sparse.forward(call)
 
 
 def test_some_layouts_are_allowed_and_some_refused(driver):
     allowed = []
     for name in LAYOUTS:
         query, key = tensors(HEADS)[0], laid_out(name)
-        if forms.can_use_form("gluon", query, key, key, arguments.describe(*call(query, key, key))):
+        if forms.can_use_form(
+            "gluon", query, key, key, arguments.describe(make_call(query, key, key))
+        ):
             allowed.append(name)
     assert allowed == ["contiguous", "tokens-first", "rows-8-apart"]
