@@ -5,6 +5,7 @@ matrix products that run asynchronously.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import tempfile
@@ -283,7 +284,7 @@ def beyond_grants(code: Code) -> list[str]:
     """Registers beyond what the last setmaxnreg left to a warp, from each to the next."""
     marks = [i for i, x in enumerate(code.instructions) if x.name == "USETMAXREG"]
     over = []
-    for i, end in zip(marks, [*marks[1:], len(code.instructions)], strict=True):
+    for i, end in itertools.pairwise([*marks, len(code.instructions)]):
         granted = int(code.instructions[i].operands.split()[-1].rstrip(","), 0)
         part = code.instructions[i:end]
         highest = max((int(n) for x in part for n in REGISTER.findall(x.operands)), default=0)

@@ -88,6 +88,7 @@ def test_registers_beyond_a_grant_are_found():
     assert machine_code.beyond_grants(code(*lines, "FADD R239, R1, R2")) == []
     assert len(machine_code.beyond_grants(code(*lines, "FADD R240, R1, R2"))) == 1
     assert len(machine_code.beyond_grants(code(lines[0], "FADD R24, R1, R2"))) == 1
+    assert machine_code.beyond_grants(code("FADD R200, R1, R2")) == []  # none was asked for
 
 
 def test_loops_are_the_inner_ones_with_products():
