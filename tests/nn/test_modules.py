@@ -267,9 +267,14 @@ def test_few_tokens(module, size):
         (lambda: HybridAttention(32, 4, 4, window=4, merge="x"), ValueError, "merge: expected"),
         (lambda: HybridAttention(32, 4, 4, window=4, gate="x"), ValueError, "gate: expected"),
         (
-            lambda: HybridAttention(32, 4, 4, window=4, rotary=1e4, rotary_dim=8),
+            lambda: HybridAttention(32, 4, 4, window=4, rotary=1e4, rotary_dim=10),
             ValueError,
-            "rotary_dim: expected an even int from 2 to 7, got 8",
+            "rotary_dim: expected an even int from 2 to 8, got 10",
+        ),
+        (
+            lambda: HybridAttention(32, 4, 4, window=4, rotary=1e4, rotary_dim=8, merge="mass"),
+            NotImplementedError,
+            "rotary_dim: expected less than head_dim 8 with merge='mass'",
         ),
     ],
 )  # fmt: skip

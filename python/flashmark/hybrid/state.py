@@ -53,6 +53,9 @@ class HybridState(NamedTuple):
         )
 
 
+torch.serialization.add_safe_globals([HybridState])  # for torch.load, weights_only=True
+
+
 def check_state(state, rows, window, merge, marks, key, value) -> None:
     if state is None:
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flashmark.arguments import DTYPES
+
 
 class ProjectedAttention(nn.Module):
     """x -> query, key, value -> heads of attention -> output, all of width `embed_dim`.
@@ -49,9 +51,13 @@ class ProjectedAttention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
     def _place(self, dtype, device) -> dict:
-        """Where a cache lives: with the weights, unless told otherwise."""
-        weight = self.qkv.weight
-        return {"dtype": dtype or weight.dtype, "device": torch.device(device or weight.device)}
+        """Where a cache lives: with the weights, unless told otherwise.
+
+        `qkv` may be wrapped or quantised: the first of its tensors in a dtype that attention takes.
+        """
+        tensors = [*self.qkv.parameters(), *self.parameters(), *self.buffers()]
+        own = next((x for x in tensors if x.dtype in DTYPES), torch.empty(0))
+        return {"dtype": dtype or own.dtype, "device": torch.device(device or own.device)}
 
     def _repr(self, *names: str) -> str:
         heads = f"{self.embed_dim}, heads={self.num_heads}, kv_heads={self.num_kv_heads}"
