@@ -81,16 +81,24 @@ def force_after_end(tokens: Tensor, end_token: int, fill: int | None = None) -> 
     return tokens.masked_fill(after, end_token if fill is None else fill)
 
 
-def shift_right(labels: Tensor, *, start_token: int | None, padding_token: int) -> Tensor:
+def shift_right(labels: Tensor, *, start_token: int | None, padding_token: int | None) -> Tensor:
     """The decoder's input for `labels` (B, N): one place to the right, the start token first.
 
-    IGNORED labels become padding, which has an embedding. Source: Raffel et al., "T5" (2020).
+    IGNORED labels become padding, which has an embedding; None is enough where there are none.
+    Source: Raffel et al., "T5" (2020).
     """
     if start_token is None:
         raise ValueError("start_token: expected a token id to shift the labels right, got None")
     _check_tokens("labels", labels)
     shifted = torch.cat([torch.full_like(labels[..., :1], start_token), labels[..., :-1]], dim=-1)
-    return shifted.masked_fill(shifted == IGNORED, padding_token)
+    ignored = shifted == IGNORED
+    if padding_token is None:
+        if bool(ignored.any()):
+            raise ValueError(
+                "padding_token: expected a token id in the place of IGNORED labels, got None"
+            )
+        return shifted
+    return shifted.masked_fill(ignored, padding_token)
 
 
 def corrupt(

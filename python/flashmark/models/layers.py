@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flashmark.autograd import without_autocast
 from flashmark.nn.tokens import Packing, packed_places
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,7 +22,10 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.Lay
 
 
 class FeedForward(nn.Module):
-    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x)), as in Llama and T5 v1.1."""
+    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x)), as in Llama and T5 v1.1.
+
+    With `wide_down` the last product of float16 inputs is computed and returned in float32.
+    """
 
     def __init__(
         self,
@@ -32,8 +36,10 @@ class FeedForward(nn.Module):
         gated: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
+        wide_down: bool = False,
     ):
         super().__init__()
+        self.wide_down = wide_down
         self.activation = ACTIVATIONS[activation]
         self.up = nn.Linear(width, hidden, bias=bias)
         self.gate = nn.Linear(width, hidden, bias=bias) if gated else None
@@ -45,7 +51,11 @@ class FeedForward(nn.Module):
             hidden = self.activation(self.up(x))
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.down(self.dropout(hidden))
+        hidden = self.dropout(hidden)
+        if self.wide_down and hidden.dtype == torch.float16:
+            with without_autocast(hidden.device.type):
+                return F.linear(hidden.float(), self.down.weight.float())
+        return self.down(hidden)
 
 
 class ShortConvolution(nn.Module):
