@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from flashmark.arguments import finite
 from flashmark.autograd import under_autocast
 from flashmark.block_sparse import block_sparse_attention
-from flashmark.masks import causal, key_padding
+from flashmark.masks import causal
 from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
 from flashmark.nystrom.checks import MAX_LANDMARKS
 from flashmark.nystrom.landmark_core import landmark_core
 from flashmark.variants.arguments import check_count, check_inputs, empty
+from flashmark.variants.padding import without_padding
 from flashmark.variants.segments import group_mean, segment_means
 
 
@@ -47,7 +49,8 @@ def first_k_attention(
             means of the first queries, over the query heads of a group too.
         normalize: "landmark" or "mass", as for `flashmark.nystrom_attention`.
         scale: factor of every score; 1 / sqrt(D) when None.
-        key_mask: bool (B, N), True where the token takes part, in its landmark too.
+        key_mask: bool (B, N), True where the token takes part. The others are as if they had been
+            taken out before (the first k tokens are the first that take part), their rows are 0.
         backend: as for the two operators.
 
     Returns:
@@ -71,22 +74,21 @@ def first_k_attention(
     if not query.numel():
         return empty(query, value)
     if key_mask is not None:
-        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
+        attend = functools.partial(
+            first_k_attention, first=first, num_landmarks=num_landmarks, tied=tied,
+            normalize=normalize, scale=scale, backend=backend,
+        )  # fmt: skip
+        return without_padding(attend, query, key, value, key_mask)
 
-    def part(tokens: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        own_mask = None if key_mask is None else key_mask[:, tokens].contiguous()
-        return query[:, :, tokens], key[:, :, tokens], value[:, :, tokens], own_mask
-
-    *head, head_mask = part(slice(0, first))
-    mask = causal() if head_mask is None else causal() & key_padding(head_mask)
-    exact = block_sparse_attention(*head, mask, scale=scale, backend=backend)
+    head = [x[:, :, :first] for x in (query, key, value)]
+    exact = block_sparse_attention(*head, causal(), scale=scale, backend=backend)
     if first >= query.shape[2]:
         return exact
 
-    lk, _ = segment_means(head[1], num_landmarks, head_mask)
+    lk, _ = segment_means(head[1], num_landmarks)
     lq = lk
     if not tied:
-        lq, _ = segment_means(group_mean(head[0], key.shape[1]), num_landmarks, head_mask)
+        lq, _ = segment_means(group_mean(head[0], key.shape[1]), num_landmarks)
     kind = "softmax" if normalize == "landmark" else "kernel"
     core = landmark_core(lq, None if tied else lk, scale=scale, kind=kind)
     landmarks = lk if tied else (lq, lk)
@@ -94,9 +96,8 @@ def first_k_attention(
         "core": core, "scale": scale, "normalize": normalize, "backend": backend,
     }  # fmt: skip
     _, state = nystrom_attention(  # no query: only what the first tokens leave behind
-        query[:, :, :0], *head[1:], landmarks, **options, is_causal=False, key_mask=head_mask,
-        return_state=True,
-    )  # fmt: skip
-    *tail, tail_mask = part(slice(first, None))
-    rest = nystrom_attention(*tail, landmarks, **options, key_mask=tail_mask, state=state)
+        query[:, :, :0], *head[1:], landmarks, **options, is_causal=False, return_state=True
+    )
+    tail = (x[:, :, first:] for x in (query, key, value))
+    rest = nystrom_attention(*tail, landmarks, **options, state=state)
     return torch.cat([exact, rest], dim=2)
