@@ -274,6 +274,22 @@ def test_autocast_is_the_same_as_inputs_of_its_dtype(name):
     helpers.assert_close(out, op(*(x.bfloat16() for x in leaves)), 1e-2)
 
 
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_padded_sample_attends_as_it_does_alone(name, side):
+    """Whatever stands in the padding: the first tokens and the segments are its own."""
+    query, key, value = (x.detach() for x in inputs(SHAPES["grouped"], dtype=torch.float64))
+    key_mask = torch.ones(2, 45, dtype=torch.bool)
+    key_mask[1, {"left": slice(0, 9), "right": slice(30, 45), "holes": slice(2, 40, 3)}[side]] = 0
+    options = {name: x for name, x in EVERY[name].options.items() if name != "padded"}
+    poisoned = [x.masked_fill(~key_mask[:, None, :, None], torch.nan) for x in (query, key, value)]
+    out = EVERY[name].op(*poisoned, **options, key_mask=key_mask)
+    assert not out.mT[~key_mask[:, None, None].expand_as(out.mT)].any()
+    for row in range(2):
+        own = (x[row : row + 1, :, key_mask[row]] for x in (query, key, value))
+        helpers.assert_close(out[row, :, key_mask[row]], EVERY[name].op(*own, **options)[0], 1e-9)
+
+
 @pytest.mark.parametrize("size", [1, 7, 16, 64])
 def test_masks_between_tokens_and_segments(size):
     i = torch.arange(300)

@@ -301,9 +301,7 @@ class Decoder(nn.Module):
                 f"max_length: expected at most {self.config.max_length}, "
                 f"the learned positions, got {max_length}"
             )
-        if (memory is None) != (self.config.memory_dim is None):
-            got = "None" if memory is None else "a tensor"
-            raise ValueError(f"memory: expected {self._wanted_memory()}, got {got}")
+        self._check_memory(memory, None)
         weight = self.embed.weight
         dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
         layers = []
@@ -344,17 +342,15 @@ class Decoder(nn.Module):
             if not callable(kind) and kind not in ("exact", "bidirectional"):
                 raise ValueError(f"mask: expected None with attention={kind!r}, got {mask!r}")
 
-    def _wanted_memory(self) -> str:
-        dim = self.config.memory_dim
-        return "None without memory_dim in the config" if dim is None else f"shape (B, S, {dim})"
-
     def _check_memory(self, memory, cache) -> None:
-        has = memory is not None or (cache is not None and cache.layers[0].memory is not None)
-        if has != (self.config.memory_dim is not None) or (
-            memory is not None and cache is not None
-        ):
-            wanted = self._wanted_memory() if cache is None else "None with a cache, which holds it"
-            raise ValueError(f"memory: expected {wanted}, got {'one' if has else 'None'}")
+        """A memory is given where the config asks for one, to the call or to its cache."""
+        if memory is not None and cache is not None:
+            raise ValueError("memory: expected None with a cache, which holds it, got a tensor")
+        if cache is None and (memory is None) != (self.config.memory_dim is None):
+            dim, got = self.config.memory_dim, "None" if memory is None else "a tensor"
+            wanted = "None without memory_dim in the config"
+            wanted = wanted if dim is None else f"shape (B, S, {dim})"
+            raise ValueError(f"memory: expected {wanted}, got {got}")
 
     def _places(self, ids, key_mask, cu_seqlens, cache) -> Tensor:
         """(B | 1, N): how many tokens stand before each."""

@@ -75,6 +75,8 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
+        # one object for all calls: a mask is compiled once for each object and shape
+        self.mask = causal() if config.mask is None else config.mask
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.encoder = _Stack(config, config.encoder_layers, decoder=False)
         self.decoder = _Stack(config, config.decoder_layers, decoder=True)
@@ -181,7 +183,7 @@ class T5(nn.Module):
         counts = None if packing is None else packing.counts
         x = x if packing is None else packing.pack(x)
         if cache is None:
-            visible = {"mask": mask or self.config.mask or causal(), "kv_lengths": counts}
+            visible = {"mask": self.mask if mask is None else mask, "kv_lengths": counts}
         else:
             visible = {"first": first, "counts": x.shape[1] if counts is None else counts}
         if cache is None or not cache.memory:
@@ -220,7 +222,7 @@ class T5(nn.Module):
         here `crop` takes back any number."""
         config, weight = self.config, self.embed.weight
         sizes = batch, config.heads, max_length
-        mask = compiled(config.mask or causal(), *sizes, max_length, weight.device)
+        mask = compiled(self.mask, *sizes, max_length, weight.device)
         layers = [
             KeyValueCache(*sizes, config.head_dim, mask, dtype=weight.dtype, device=weight.device)
             for _ in self.decoder.layers
