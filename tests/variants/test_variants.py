@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 
 import pytest
@@ -272,6 +274,46 @@ def test_autocast_is_the_same_as_inputs_of_its_dtype(name):
         out = op(*leaves)
     assert out.dtype == torch.bfloat16
     helpers.assert_close(out, op(*(x.bfloat16() for x in leaves)), 1e-2)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 45, [13, 32], [9, 1, 0, 20, 15], [40, 5]], ids=str)
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name.startswith("first-k")])
+def test_first_k_in_pieces_is_first_k_at_once(name, sizes):
+    inputs_at_once = inputs(SHAPES["grouped"], dtype=torch.float64)
+    options = {k: x for k, x in EVERY[name].options.items() if k != "padded"}
+    whole = variants.first_k_attention(*inputs_at_once, **options)
+    state, parts = None, []
+    for piece in zip(*(x.split(sizes, 2) for x in inputs_at_once), strict=True):
+        out, state = variants.first_k_attention(*piece, **options, state=state, return_state=True)
+        parts.append(out)
+    helpers.assert_close(torch.cat(parts, 2), whole, 1e-9)
+    d_out = helpers.randn(*whole.shape, seed=5, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(torch.cat(parts, 2), inputs_at_once, d_out),
+        torch.autograd.grad(whole, inputs_at_once, d_out),
+        strict=True,
+    ):
+        helpers.assert_close(a, b, 1e-8)
+
+
+def test_a_state_of_first_k_is_saved_loaded_and_checked():
+    query, key, value = (x.detach() for x in inputs(SHAPES["grouped"]))
+    attend = functools.partial(variants.first_k_attention, query, key, value, first=13)
+    _, state = attend(return_state=True)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    helpers.assert_identical(attend(state=loaded), attend(state=state))
+    for options, words in (
+        ({"first": 12, "state": state}, "state: expected one made with first=12, got 13 first"),
+        ({"first": 14, "state": state}, "state: expected one made with first=14, got 13 first"),
+        ({"state": state, "key_mask": torch.ones(2, 45).bool()}, "key_mask: expected None with a"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend(**options)
+    with pytest.raises(TypeError, match="state: expected a FirstKState, got tuple"):
+        attend(state=(1, 2))
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])

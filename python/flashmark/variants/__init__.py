@@ -4,7 +4,7 @@ from flashmark.integrations.huggingface.nystromformer import (
     NystromformerSelfAttention,
     convert_nystromformer,
 )
-from flashmark.variants.first_k import first_k_attention
+from flashmark.variants.first_k import FirstKState, first_k_attention
 from flashmark.variants.nystromformer import convolution_residual, nystromformer_attention
 from flashmark.variants.segment import segment_attention
 from flashmark.variants.sequence_to_sequence import (
@@ -16,6 +16,7 @@ from flashmark.variants.sequence_to_sequence import (
 )
 
 __all__ = [
+    "FirstKState",
     "NystromformerSelfAttention",
     "SequenceToSequence",
     "convert_nystromformer",
