@@ -11,7 +11,7 @@ from flashmark.block_sparse import block_sparse_attention
 from flashmark.masks import Mask, causal
 from flashmark.masks.cache import compiled
 from flashmark.nn.cache import KeyValueCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import Packing, check_tokens
 
@@ -123,9 +123,10 @@ class BlockSparseAttention(ProjectedAttention):
             options["dropout_p"] = self.dropout_p
         counts = None if packing is None else packing.counts
         if cache is None:
-            return block_sparse_attention(
+            out = block_sparse_attention(
                 query, key, value, self.mask, kv_lengths=counts, **options
             )
+            return reached(out, self.sinks)
         check_no_gradient(query, key, value)
         offset = cache.length - first
         cache.append(key, value, first, query.shape[2] if counts is None else counts)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.checks import MERGES
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_tokens
-from flashmark.nystrom.landmark_core import cached_landmark_core, init_landmarks, mark_landmarks
+from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.sharded import is_sharded, local_part
 
 GATES = ("token", "head")
@@ -127,13 +127,15 @@ class HybridAttention(ProjectedAttention):
             query, key = apply_rotary(query, angles), apply_rotary(key, angles)
         options: dict[str, Any] = {
             "window": self.window, "merge": self.merge, "gate": self._gate(kept),
-            "core": self._core(), "cu_seqlens": bounds,
+            "core": self._core(cache), "cu_seqlens": bounds,
         }  # fmt: skip
         # of this rank's heads where they are divided: a DTensor may be padded as a whole alone
         marks = self.landmarks if is_sharded(query) else local_part(self.landmarks)
         landmarks = F.pad(marks, (self.rotary_dim, 0))
         if cache is None:
             out = hybrid_attention(query, key, value, landmarks, **options)
+            gate = self.gate.parameters() if isinstance(self.gate, nn.Module) else [self.gate]
+            out = reached(out, self.landmarks, *gate)
         else:
             check_no_gradient(query, key, value)
             out, cache.state = hybrid_attention(
@@ -161,13 +163,17 @@ class HybridAttention(ProjectedAttention):
             return self.gate.sigmoid().view(1, -1, 1, 1)
         return self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
-    def _core(self) -> Tensor | None:
-        """Kept by the parameter's version, which the landmarks padded for a call would not have."""
+    def _core(self, cache: StateCache | None) -> Tensor | None:
+        """Of the landmarks as they are; a cache keeps the one that it began with."""
         if self.merge == "slots":
             return None
+        if cache is not None and cache.core is not None:
+            return cache.core
         kind = "softmax" if self.merge == "gate" else "kernel"
-        scale = 1.0 / math.sqrt(self.head_dim)
-        return cached_landmark_core(self.landmarks, scale=scale, kind=kind)
+        core = landmark_core(self.landmarks, scale=1.0 / math.sqrt(self.head_dim), kind=kind)
+        if cache is not None:
+            cache.core = core
+        return core
 
     def extra_repr(self) -> str:
         marks = self.landmarks.shape[1]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention
+from flashmark.nn.projected import ProjectedAttention, reached
 from flashmark.nn.tokens import Packing, check_tokens
 from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
-from flashmark.nystrom.landmark_core import init_landmarks, mark_landmarks
+from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.nystrom.state import NystromState
 
 
@@ -35,7 +35,7 @@ class NystromAttention(ProjectedAttention):
         bias: of the projections.
 
     The landmarks, and the raw decay, are parameters that `landmark_parameter_groups` keeps out of
-    weight decay. Without gradients their core is computed once and kept until they change.
+    weight decay. Their core is computed in every call; a cache keeps the one that it began with.
 
     `forward(x, *, key_mask=None, cache=None)`:
         x: (B, N, embed_dim), any floating-point dtype.
@@ -108,12 +108,17 @@ class NystromAttention(ProjectedAttention):
         }
         if cache is None:
             out = nystrom_attention(query, key, value, self.landmarks, **options)
+            out = reached(out, self.landmarks, self.landmark_decay)
         else:
             check_no_gradient(query, key, value)
             state = cache.state
+            if cache.core is None:
+                kind = "softmax" if self.normalize == "landmark" else "kernel"
+                cache.core = landmark_core(self.landmarks, kind=kind)
             out = nystrom_attention(
-                query, key, value, self.landmarks, state=state, state_out=state, **options
-            )
+                query, key, value, self.landmarks, core=cache.core, state=state, state_out=state,
+                **options,
+            )  # fmt: skip
             counts = x.shape[1] if packing is None else packing.counts
             if packing is not None and decay is not None:
                 # the tokens left out stand last, and no time shall have passed in them
