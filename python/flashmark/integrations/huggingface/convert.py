@@ -111,7 +111,11 @@ def _convert(
                 "records, got none: call register() before from_pretrained"
             )
         if reason := refusal(module, kind):
-            raise NotImplementedError(f"layers: in layer {module.layer_idx}, expected {reason}")
+            fit = [x.layer_idx for x in attention_modules(model) if refusal(x, kind) is None]
+            raise NotImplementedError(
+                f"layers: expected {reason} in layer {module.layer_idx} (layers that can be "
+                f"converted: {fit})"
+            )
     register()
     if model.config._attn_implementation not in names:
         model.set_attn_implementation("flashmark")

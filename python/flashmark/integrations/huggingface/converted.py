@@ -278,7 +278,7 @@ def _beside(
             "head_dim: expected at most 256 with the rotary part counted twice, "
             f"got {key.shape[3]} + {width}"
         )
-    if getattr(module, "use_rope", True) is False:
+    if not getattr(module, "use_rope", True):
         content = key[..., :width]
     else:
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
