@@ -123,9 +123,7 @@ class BlockSparseAttention(ProjectedAttention):
             options["dropout_p"] = self.dropout_p
         counts = None if packing is None else packing.counts
         if cache is None:
-            out = block_sparse_attention(
-                query, key, value, self.mask, kv_lengths=counts, **options
-            )
+            out = block_sparse_attention(query, key, value, self.mask, kv_lengths=counts, **options)
             return reached(out, self.sinks)
         check_no_gradient(query, key, value)
         offset = cache.length - first
