@@ -93,6 +93,11 @@ def changed(model):
     return model
 
 
+def same_numbers(model, other):
+    found, wanted = model.state_dict(), other.state_dict()
+    return found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
 def close(found, wanted, tolerance=2e-5):
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
@@ -227,8 +232,8 @@ def test_saved_and_loaded(name, kind, tmp_path):
     expected = {"kind": kind, "landmarks": 5, "layers": [0, 1]}
     assert record == [expected | ({"window": WINDOW} if kind == "hybrid" else {})]
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert len(landmarks(again)) == 2
-    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert len(landmarks(again)) == 2 and same_numbers(again, model)
+    assert close(logits(again, ids), logits(model, ids))
     if name == "tied":
         assert again.lm_head.weight is again.model.embed_tokens.weight
     half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -242,7 +247,7 @@ def test_layers_converted_in_two_ways(tmp_path):
     changed(model).save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert [p.shape[1] for p in landmarks(again).values()] == [3, 5]
-    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert same_numbers(again, model) and close(logits(again, ids), logits(model, ids))
     options = {"max_new_tokens": 6, "do_sample": False}
     wanted = model.generate(ids, **options, use_cache=False)
     assert torch.equal(again.generate(ids, **options), wanted)
@@ -287,7 +292,7 @@ def test_a_configuration_alone_makes_a_converted_model():
     again = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     again.load_state_dict(model.state_dict())
     ids = tokens(2, 20)
-    assert torch.equal(logits(again.eval(), ids), logits(model, ids))
+    assert close(logits(again.eval(), ids), logits(model, ids))
 
 
 def test_a_part_of_a_larger_model(tmp_path):
@@ -300,7 +305,7 @@ def test_a_part_of_a_larger_model(tmp_path):
     assert close(logits(huggingface.to_hybrid(model, 5, window=10), ids), wanted)
     changed(model).save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert same_numbers(again, model) and close(logits(again, ids), logits(model, ids))
 
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])

@@ -147,4 +147,17 @@ def test_adapters_without_landmarks_leave_them_as_they_are(tmp_path):
     base = build("llama")
     torch.randn(9)
     again = peft.PeftModel.from_pretrained(KINDS["nystrom"](base), tmp_path).eval()
-    assert torch.equal(logits(again, ids), logits(model.eval(), ids))
+    assert close(logits(again, ids), logits(model.eval(), ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("Llama", "nystrom"), ("GPT-2", "hybrid"), ("Qwen2", "hybrid")]
+)
+def test_the_example(name, kind):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
+    from examples import converted_model
+
+    found = dict(converted_model.run(name, kind, steps=4))
+    assert found["beams / no cache"] == "identical"
+    assert ("near tokens / original" in found) == (kind == "hybrid")

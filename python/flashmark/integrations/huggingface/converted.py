@@ -295,8 +295,9 @@ def _takes_part(mask: object, tokens: int) -> Tensor | None:
     if mask is None or (isinstance(mask, TracedMask) and mask.is_causal):
         return None if mask is None or mask.padding is None else mask.padding[:, -tokens:]
     if not isinstance(mask, LazyMask) or mask.pattern is None or not is_plain_causal(mask.pattern):
+        got = mask.pattern if isinstance(mask, LazyMask) else type(mask).__name__
         raise NotImplementedError(
-            "attention_mask: expected causality and 2-d padding with landmark attention, got "
-            f"{mask!r}"
+            "attention_mask: expected causality and 2-d padding with landmark attention (under "
+            f"torch.compile, a 2-d mask of the tokens), got {got}"
         )
     return mask.kept(tokens)

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
