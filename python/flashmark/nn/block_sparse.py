@@ -12,7 +12,7 @@ from flashmark.hybrid.layout import Packing as Sequences
 from flashmark.masks import Mask, causal
 from flashmark.masks.cache import compiled
 from flashmark.nn.cache import KeyValueCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import Packing, check_packed, check_tokens, packed_places
 
@@ -146,7 +146,8 @@ class BlockSparseAttention(ProjectedAttention):
         if self.training:
             options["dropout_p"] = self.dropout_p
         if cache is None:
-            return block_sparse_attention(query, key, value, mask, kv_lengths=counts, **options)
+            out = block_sparse_attention(query, key, value, mask, kv_lengths=counts, **options)
+            return reached(out, self.sinks)
         check_no_gradient(query, key, value)
         offset = cache.length - first
         cache.append(key, value, first, query.shape[2] if counts is None else counts)

@@ -65,7 +65,9 @@ class KeyValueCache:
         """Write `counts` tokens a sample, in columns from `first` on, of (B, Hkv, N, D)."""
         columns = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
         column = columns - first[:, None]
-        new = (column >= 0) & (column < torch.as_tensor(counts, device=key.device).view(-1, 1))
+        # a number stays one: made a tensor, it would wait for the device
+        counted = counts if isinstance(counts, int) else counts.view(-1, 1)
+        new = (column >= 0) & (column < counted)
         rows = torch.where(new, self.length[:, None] + column + 1, 0).long()
         index = rows[:, None, :, None].expand_as(key)
         self._key.scatter_(2, index, key.to(self._key.dtype))
@@ -90,10 +92,13 @@ class StateCache:
     Attributes:
         length: int32 (B,), tokens consumed by each sample. Masked tokens are not counted.
         state: a NystromState or HybridState; None before the first token of a hybrid.
+        core: of the landmarks, computed by the first call and kept: what is trained in the meantime
+            reaches only caches that begin afterwards. None where there is none.
     """
 
     def __init__(self, state: NystromState | HybridState | None, length: Tensor):
         self.state, self.length = state, length
+        self.core: Tensor | None = None
         self._rollback: Rollback | None = None
 
     def allow_rollback(self, tokens: int) -> None:

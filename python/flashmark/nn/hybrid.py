@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,10 +14,10 @@ from flashmark.autograd import without_autocast
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.checks import MERGES
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_packed, check_tokens, packed_places
-from flashmark.nystrom.landmark_core import cached_landmark_core, init_landmarks, mark_landmarks
+from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.sharded import is_sharded, local_part
 
 GATES = ("token", "head")
@@ -146,12 +147,16 @@ class HybridAttention(ProjectedAttention):
             query, key = self._rotated(query, key, angles)
         gate = self._gate(kept)
         if cache is None:
-            out = self._attend(query, key, value, gate=gate, cu_seqlens=bounds)
+            core = self._core(None)
+            out = self._attend(query, key, value, core=core, gate=gate, cu_seqlens=bounds)
+            learned = self.gate.parameters() if isinstance(self.gate, nn.Module) else [self.gate]
+            out = reached(out, self.landmarks, *learned)
         else:
             check_no_gradient(query, key, value)
             rows = (key, value) if key_mask is None else _rows(key_mask, key, value)
-            cache.record(*rows, key_mask, self._consume)
-            out, cache.state = self._decode(query, key, value, cache.state, gate, bounds)
+            core = self._core(cache)
+            cache.record(*rows, key_mask, functools.partial(self._consume, core))
+            out, cache.state = self._decode(core, query, key, value, cache.state, gate, bounds)
             cache.length += x.shape[1] if key_mask is None else counts
         out = self.merge_heads(out)
         if key_mask is None:
@@ -163,13 +168,14 @@ class HybridAttention(ProjectedAttention):
         marks = self.landmarks if is_sharded(query) else local_part(self.landmarks)
         return hybrid_attention(
             query, key, value, F.pad(marks, (key.shape[3] - marks.shape[2], 0)),
-            window=self.window, merge=self.merge, core=self._core(),
-            scale=1.0 / math.sqrt(self.head_dim), **options,
+            window=self.window, merge=self.merge, scale=1.0 / math.sqrt(self.head_dim), **options,
         )  # fmt: skip
 
-    def _decode(self, query, key, value, state, gate, bounds):
+    def _decode(self, core, query, key, value, state, gate, bounds):
         """Output and new state of tokens after `state`."""
-        options: dict[str, Any] = {"state": state, "gate": gate, "cu_seqlens": bounds}
+        options: dict[str, Any] = {
+            "core": core, "state": state, "gate": gate, "cu_seqlens": bounds,
+        }  # fmt: skip
         if state is None:
             return self._attend(query, key, value, return_state=True, **options)
         held = state.key.dtype
@@ -179,7 +185,7 @@ class HybridAttention(ProjectedAttention):
             )
         return out.to(query.dtype), state
 
-    def _consume(self, state, key: Tensor, value: Tensor, counts: Tensor):
+    def _consume(self, core, state, key: Tensor, value: Tensor, counts: Tensor):
         """The state after the first `counts` (B,) of these tokens."""
         mask = torch.arange(key.shape[2], device=key.device) < counts[:, None]
         key, value = (x.transpose(1, 2)[mask].transpose(0, 1)[None] for x in (key, value))
@@ -188,7 +194,7 @@ class HybridAttention(ProjectedAttention):
         bounds = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         query = torch.zeros_like(key).repeat(1, self.num_heads // self.num_kv_heads, 1, 1)
         gate = None if self.gate is None else torch.ones_like(query[..., :1])
-        return self._decode(query, key, value, state, gate, bounds)[1]
+        return self._decode(core, query, key, value, state, gate, bounds)[1]
 
     def _rotated(self, query: Tensor, key: Tensor, angles) -> tuple[Tensor, Tensor]:
         turned = apply_rotary(query, angles), apply_rotary(key, angles)
@@ -215,13 +221,17 @@ class HybridAttention(ProjectedAttention):
             return self.gate.sigmoid().view(1, -1, 1, 1)
         return self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
-    def _core(self) -> Tensor | None:
-        """Kept by the parameter's version, which the landmarks padded for a call would not have."""
+    def _core(self, cache: StateCache | None) -> Tensor | None:
+        """Of the landmarks as they are; a cache keeps the one that it began with."""
         if self.merge == "slots":
             return None
+        if cache is not None and cache.core is not None:
+            return cache.core
         kind = "softmax" if self.merge == "gate" else "kernel"
-        scale = 1.0 / math.sqrt(self.head_dim)
-        return cached_landmark_core(self.landmarks, scale=scale, kind=kind)
+        core = landmark_core(self.landmarks, scale=1.0 / math.sqrt(self.head_dim), kind=kind)
+        if cache is not None:
+            cache.core = core
+        return core
 
     def extra_repr(self) -> str:
         marks = self.landmarks.shape[1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashmark.arguments import check_same, check_tensor
-from flashmark.nystrom.landmark_core import cached_landmark_core, landmark_core
+from flashmark.nystrom.landmark_core import landmark_core
 
 MAX_LANDMARKS = 256
 
@@ -15,7 +15,7 @@ def default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str, dtype) 
     if dtype == torch.float64 and lq.dtype != dtype:
         lk = None if lk is None else lk.to(dtype)
         return landmark_core(lq.to(dtype), lk, scale=scale, kind=kind)
-    return cached_landmark_core(lq, lk, scale=scale, kind=kind)
+    return landmark_core(lq, lk, scale=scale, kind=kind)
 
 
 def readable(x: Tensor) -> bool:
