@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 from bench.environment import describe
 from bench.timing import interleaved, peak_memory
+from examples.attention import byte_decoder
 from examples.compare_tasks import Task, loss_in_bits, recall_task, score, text_task
 from examples.compare_variants import LEAKY, VARIANTS, Rotated, TorchExact
-from examples.decoder import Decoder, learning_rate
+from examples.training import learning_rate
 from flashmark.causality import check_causality
+from flashmark.models import Decoder
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_RATE = 4e-3
@@ -101,7 +103,7 @@ def build(task: Task, variant: str, seed: int, width: int, heads: int) -> Decode
             layer = make(heads, head_width, task.window, task.landmarks)
             return Rotated(layer) if rotary else layer
 
-        return Decoder(attention, width=width, heads=heads)
+        return byte_decoder(attention, width=width, heads=heads)
 
     model = decoder(variant)
     model.load_state_dict(decoder("exact").state_dict(), strict=False)
@@ -149,7 +151,7 @@ def train(
 def causal(model: Decoder, task: Task, device: torch.device) -> bool:
     """Whether no logit of the trained model moves when a later token does."""
     tokens = next(task.batches(1_001, True))[0][:1].to(device)
-    return check_causality(model, text=tokens).ok
+    return check_causality(model, input_ids=tokens).ok
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> None:

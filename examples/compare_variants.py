@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flashmark
+from examples.leaky import leaky_segment_attention
 from flashmark import variants
 from flashmark.masks import Mask, causal, sliding_window
 from flashmark.nn import apply_rotary, rotary_angles
@@ -127,7 +128,5 @@ VARIANTS = {
     "hybrid slots": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="slots")),
     "hybrid mass": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="mass")),
     "hybrid gate": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="gate")),
-    LEAKY: Variant(
-        lambda h, d, w, m: Function(variants.leaky_segment_attention, num_landmarks=2 * m)
-    ),
+    LEAKY: Variant(lambda h, d, w, m: Function(leaky_segment_attention, num_landmarks=2 * m)),
 }

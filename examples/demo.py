@@ -21,10 +21,12 @@ from tqdm import tqdm
 import flashmark
 from bench.environment import machine
 from bench.timing import interleaved, peak_memory
-from examples.decoder import Decoder, Training, bits_per_byte, learning_rate
+from examples.attention import byte_decoder
 from examples.text import random_batches, standard_library
+from examples.training import Training, bits_per_byte, learning_rate
 from flashmark.dispatch import choose_backend
 from flashmark.masks import causal, prefix, sliding_window
+from flashmark.models import Decoder
 
 BATCH, CONTEXT, STEPS = 8, 256, 400
 LENGTHS = 2048, 8192  # where speed and memory are measured, with 8 heads of 64
@@ -144,7 +146,7 @@ def main() -> None:
 def train_side_by_side(text: Tensor, seconds: float) -> tuple[dict[str, Decoder], int]:
     """A model for each attention: same weights, same batches, until the time or STEPS is up."""
     torch.manual_seed(0)
-    models = {name: Decoder(attention) for name, attention in ATTENTIONS.items()}
+    models = {name: byte_decoder(attention) for name, attention in ATTENTIONS.items()}
     shared = next(iter(models.values())).state_dict()
     for model in models.values():
         model.load_state_dict(shared, strict=False)  # not strict: landmarks are an attention's own
@@ -181,12 +183,12 @@ def validation_bits(model: Decoder, validation: Tensor, batches: int = 12) -> fl
 def blind_to_the_future(model: Decoder, text: Tensor) -> bool:
     """Exchange every byte from a place on: the logits before that place must keep their bits."""
     places = [cut - 1 for cut in (1, 50, 128, 200, CONTEXT - 1)]
-    return flashmark.check_causality(model, positions=places, text=text[None, :CONTEXT]).ok
+    return flashmark.check_causality(model, positions=places, input_ids=text[None, :CONTEXT]).ok
 
 
 def check_on_trained_inputs(model: Decoder, text: Tensor) -> flashmark.Report | None:
     """The last layer's attention on what really reaches it, against the float64 reference."""
-    attention, seen = model.blocks[-1].attention, []
+    attention, seen = model.layers[-1].attention.attention, []
     handle = attention.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
     with torch.no_grad():
         model(text[None])

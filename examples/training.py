@@ -1,15 +1,44 @@
-"""The training loop of the examples: several models side by side, a progress bar over them."""
+"""Training of the examples: one model a step at a time, or several side by side."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.decoder import learning_rate
 from flashmark import landmark_parameter_groups
+from flashmark.objectives import token_loss
+
+
+class Training:
+    """AdamW on one model. The caller brings batch and rate, so that several models share them."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self, batch: Tensor, rate: float) -> float:
+        """One update with learning rate `rate`; returns the loss before it, in bits per byte."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        loss = bits_per_byte(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+def learning_rate(step: int, progress: float, peak: float = 2e-3) -> float:
+    """Warmed up over 20 steps, then half a cosine over `progress` from 0 to 1, down to a tenth."""
+    return peak * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def bits_per_byte(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cost of a byte given those before it. `batch` (B, N + 1)."""
+    return token_loss(model(batch[:, :-1]), batch[:, 1:]) / math.log(2)
 
 
 def train(

@@ -17,7 +17,7 @@ from bench.readme import ROOT, headlines
 from bench.readme import table as readme_table
 from bench.report import print_report
 from bench.timing import Spread, interleaved, peak_memory
-from examples.decoder import Decoder
+from examples.attention import byte_decoder
 from examples.demo import ATTENTIONS, Exact, blind_to_the_future
 from examples.text import random_batches, standard_library
 from flashmark import masks
@@ -170,7 +170,7 @@ def test_demo_probe_tells_a_leak_from_a_causal_attention():
     _, text = standard_library(limit=2000)
     torch.manual_seed(0)
     causal, leaking = (
-        Decoder(lambda heads, width, mask=mask: Exact(mask), width=32, heads=2, layers=1)
+        byte_decoder(lambda heads, width, mask=mask: Exact(mask), width=32, heads=2, layers=1)
         for mask in (masks.causal(), masks.sliding_window(64, 1))
     )
     assert blind_to_the_future(causal, text)

@@ -29,21 +29,23 @@ def test_landmarks_are_parameters_and_nothing_else_changes_its_name(model):
     new = {name: after[name] for name in after.keys() - before}
     assert before <= after.keys() and len(new) == 2
     kv_heads = 2 if kind == "Llama" else 4
-    assert all(n.endswith(".landmarks") and p.shape == (kv_heads, 6, 8) for n, p in new.items())
+    assert all(".landmarks." in n and p.shape == (kv_heads, 6, 8) for n, p in new.items())
     groups = landmark_parameter_groups(model, 0.1)
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in new.values()}
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_every_layer_computes_the_reference(model, padding, monkeypatch):
-    from flashmark.integrations.huggingface import nystrom as layer
+    from flashmark.integrations.huggingface import converted as layer
 
     seen = []
     attend = layer.nystrom_attention
 
     def compare(query, key, value, landmarks, **options):
         out = attend(query, key, value, landmarks, **options)
-        wanted = reference.nystrom_attention(query, key, value, landmarks, **options)
+        wanted = reference.nystrom_attention(
+            query, key, value, landmarks, **options | {"core": None}
+        )
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
         seen.append(options["key_mask"])
         return out
@@ -62,7 +64,7 @@ def test_every_layer_computes_the_reference(model, padding, monkeypatch):
 def test_gradients_reach_landmarks_and_never_the_future(model):
     ids = example.inputs("none")["input_ids"]
     model(ids, use_cache=False).logits.square().sum().backward()
-    assert all(p.grad.any() for n, p in model.named_parameters() if n.endswith("landmarks"))
+    assert all(p.grad.any() for n, p in model.named_parameters() if "landmarks" in n)
     changed = ids.clone()
     changed[:, 15:] = 5
     first, second = (model(x, use_cache=False).logits[:, :15] for x in (ids, changed))
@@ -111,14 +113,7 @@ def test_a_copy_and_its_state_dict(model):
     assert torch.equal(again(**given).logits, wanted)
 
 
-def test_what_nystrom_attention_cannot_do_is_refused():
-    given = example.inputs("none")
-    softcapped = huggingface.to_nystrom(example.build("Gemma-2"), landmarks=4)
-    with pytest.raises(NotImplementedError, match="(softcap|sliding_window): expected None"):
-        softcapped(**given)
-    packed = huggingface.to_nystrom(example.build("Llama"), landmarks=4)
+def test_packed_sequences_are_refused(model):
     positions = torch.arange(12).repeat(2).expand(3, -1)
     with pytest.raises(NotImplementedError, match="attention_mask: expected causality"):
-        packed(given["input_ids"], position_ids=positions, use_cache=False)
-    with pytest.raises(ValueError, match="model: expected causal attention modules"):
-        huggingface.to_nystrom(torch.nn.Linear(2, 2))
+        model(example.inputs("none")["input_ids"], position_ids=positions, use_cache=False)

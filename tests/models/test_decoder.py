@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flashmark import landmark_parameter_groups, masks
+from flashmark.generation import beam_search
 from flashmark.models import Decoder, DecoderConfig, MaskedLM
 from flashmark.models.decoder import ATTENTIONS
 from flashmark.nn import BlockSparseAttention
@@ -147,6 +148,97 @@ def test_a_module_factory_gives_a_layer_its_attention():
         helpers.assert_close(decoder(tokens, cache=cache), decoder(tokens), 1e-5)
 
 
+LENGTHS = [9, 1, 14]
+BOUNDS = torch.tensor([0, 9, 10, 24], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_packed_sequences_are_as_if_alone(name):
+    decoder, tokens = model(**CAUSAL[name]), ids(1, 24)
+    alone = torch.cat([decoder(part) for part in tokens.split(LENGTHS, 1)], 1)
+    helpers.assert_close(decoder(tokens, cu_seqlens=BOUNDS), alone, 1e-5)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_tokens_taken_back_are_as_if_never_read(name, rounds):
+    decoder, tokens = model(**CAUSAL[name]), ids(2, 13)
+    cache = decoder.init_cache(2, 40, rollback=5)
+    decoder(tokens, cache=cache)
+    kept = [*tokens]
+    for number in range(rounds):
+        more = ids(2, 5, seed=number + 2)
+        out = decoder(more, cache=cache)
+        for row in range(2):
+            whole = decoder(torch.cat([kept[row], more[row]])[None])[0]
+            helpers.assert_close(out[row], whole[len(kept[row]) :], 1e-5)
+            kept[row] = torch.cat([kept[row], more[row, : number + 2 * row]])
+        cache.crop(torch.tensor([len(x) for x in kept]))
+    last = ids(2, 1, seed=9)
+    out = decoder(last, cache=cache)
+    for row in range(2):
+        whole = decoder(torch.cat([kept[row], last[row]])[None])[0]
+        helpers.assert_close(out[row, 0], whole[-1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"attention": ("exact", "nystrom")}, {"convolution": 3}], ids=["state", "taps"]
+)
+@torch.no_grad()
+def test_a_refused_crop_changes_nothing(options):
+    decoder, tokens = model(**options), ids(2, 20)
+    cache = decoder.init_cache(2, 30, rollback=2)
+    decoder(tokens[:, :15], cache=cache)
+    with pytest.raises(ValueError, match="length: expected at least"):
+        cache.crop(9)
+    helpers.assert_close(decoder(tokens[:, 15:], cache=cache), decoder(tokens)[:, 15:], 1e-5)
+
+
+def test_embeddings_in_the_place_of_tokens():
+    decoder, tokens = model(**CAUSAL["mixed-learned"]), ids(2, 9)
+    embeds = decoder.embed(tokens)
+    helpers.assert_identical(decoder(inputs_embeds=embeds), decoder(tokens))
+
+
+MEMORY = {"memory_dim": 12}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_decoder_reads_its_memory(name):
+    """In steps with a cache as at once, padded as alone; and it does read it."""
+    decoder, tokens = model(**CAUSAL[name], **MEMORY), ids(2, 15)
+    memory = helpers.randn(2, 7, 12)
+    key_mask = torch.arange(7) < torch.tensor([[7], [3]])
+    whole = decoder(tokens, memory=memory, memory_mask=key_mask)
+    alone = decoder(tokens[1:], memory=memory[1:, :3])
+    helpers.assert_close(whole[1], alone[0], 1e-5)
+    given = decoder.given(memory, key_mask=key_mask)
+    helpers.assert_identical(given(tokens), whole)
+    cache = given.init_cache(2, 15)
+    with torch.no_grad():
+        parts = [given(part, cache=cache) for part in tokens.split([9, 1, 5], 1)]
+    helpers.assert_close(torch.cat(parts, 1), whole, 1e-5)
+    assert (decoder(tokens, memory=2 * memory) - whole).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_beams_of_a_decoder_read_their_own_memory():
+    decoder, start, memory = model(**MEMORY), ids(2, 1), helpers.randn(2, 7, 12)
+    found = beam_search(decoder.given(memory), start, 5, beams=3)
+    for row in range(2):
+        one = slice(row, row + 1)
+        alone = beam_search(decoder.given(memory[one]), start[one], 5, beams=3)
+        assert torch.equal(found.tokens[row], alone.tokens[0])
+
+
+def test_every_parameter_of_a_decoder_with_a_memory_learns():
+    decoder = model(**MEMORY).train()
+    logits = decoder(ids(2, 9), memory=helpers.randn(2, 7, 12))
+    token_loss(logits, ids(2, 9, seed=3)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in decoder.parameters())
+
+
 def test_layers_share_the_configured_mask_object():
     mask = masks.pinned(5)
     decoder = model(mask=mask)
@@ -276,6 +368,47 @@ def config(**options):
             config(positions="learned", max_length=None),
             ValueError,
             "max_length: expected an int with positions='learned', got None",
+        ),
+        (
+            config(mask=masks.causal(), attention=("exact", "hybrid")),
+            ValueError,
+            r"mask: expected None with attention='hybrid', which cannot follow one "
+            r"\('exact' can\), got causal\(\)",
+        ),
+        (
+            lambda decoder: model(attention="window")(ids(2, 3), mask=masks.causal()),
+            ValueError,
+            r"mask: expected None with attention='window', got causal\(\)",
+        ),
+        (
+            lambda decoder: decoder(ids(2, 3), inputs_embeds=torch.zeros(2, 3, 16)),
+            ValueError,
+            "input_ids: expected token ids or inputs_embeds, got both",
+        ),
+        (
+            lambda decoder: decoder(inputs_embeds=torch.zeros(2, 3, 15)),
+            ValueError,
+            r"inputs_embeds: expected shape \(B, N, 16\), got \(2, 3, 15\)",
+        ),
+        (
+            lambda decoder: decoder(ids(2, 3), memory=torch.zeros(2, 3, 12)),
+            ValueError,
+            "memory: expected None without memory_dim in the config, got a tensor",
+        ),
+        (
+            lambda decoder: model(memory_dim=12)(ids(2, 3)),
+            ValueError,
+            r"memory: expected shape \(B, S, 12\), got None",
+        ),
+        (
+            lambda decoder: model(memory_dim=12).init_cache(2, 3),
+            ValueError,
+            r"memory: expected shape \(B, S, 12\), got None",
+        ),
+        (
+            lambda decoder: decoder(ids(1, 65), cu_seqlens=torch.tensor([0, 65]).int()),
+            ValueError,
+            "input_ids: expected at most 64 tokens, the learned positions, got 65",
         ),
         (config(norm="batch"), ValueError, "norm: expected one of rms, layer, got 'batch'"),
         (

@@ -14,6 +14,7 @@ EXAMPLES = {
     "encoder_decoder": (["--steps", "2"], "all letters at once against one by one"),
     "masked_lm": (["--steps", "4"], "masked bytes guessed"),
     "parallel_decoding": (["--steps", "2"], "in 64 calls: the same bits"),
+    "parallel_memory": (["--steps", "2"], "one by one: the same bits"),
     "generate": (["--steps", "2"], "same bytes      same bytes"),
     "long_decode": (["--prompt", "40", "--new", "6"], "last logits against no cache"),
 }

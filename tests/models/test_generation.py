@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashmark import masks
-from flashmark.generation import generate, predict_in_parallel
+from flashmark.generation import generate, predict_in_parallel, stream
 from flashmark.models import Decoder, DecoderConfig
 from flashmark.objectives import IGNORED, token_loss
 from tests import helpers
@@ -122,6 +122,67 @@ def test_samples_end_at_their_end_token(filler):
     assert ended.shape == (5, last)
 
 
+def test_any_of_several_end_tokens_ends_a_sample():
+    decoder, prompt = model(), ids(4, 6)
+    free = generate(decoder, prompt, 16)
+    ends = [int(free[0, 3]), int(free[1, 5])]
+    ended = generate(decoder, prompt, 16, end_token=ends)
+    for row, found in zip(free, ended, strict=True):
+        places = torch.isin(row, torch.tensor(ends)).nonzero()
+        stop = int(places[0]) + 1 if len(places) else len(found)
+        assert torch.equal(found[:stop], row[:stop]) and (found[stop:] == ends[0]).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_three_turns_of_a_conversation_equal_it_alone(name, side):
+    """A sample that ends early keeps its own conversation in the cache, nothing else."""
+    decoder = model(**ATTENTIONS[name])
+    cache = decoder.init_cache(3, 64)
+    end = int(generate(decoder, ids(3, 6), 3)[1, 1])
+    said = list(ids(3, 6))
+    unread = list(said)
+    for turn in range(3):
+        longest = max(len(x) for x in unread)
+        pads = [(0, longest - len(x)) if side == "right" else (longest - len(x), 0) for x in unread]
+        pad = torch.nn.functional.pad
+        prompts = torch.stack([pad(x, p) for x, p in zip(unread, pads, strict=True)])
+        key_mask = torch.stack(
+            [pad(torch.ones_like(x), p) > 0 for x, p in zip(unread, pads, strict=True)]
+        )
+        answers = generate(decoder, prompts, 7, key_mask=key_mask, end_token=end, cache=cache)
+        for row in range(3):
+            alone = generate(decoder, said[row][None], 7, end_token=end)[0]
+            assert torch.equal(answers[row, : len(alone)], alone)
+            assert (answers[row, len(alone) :] == end).all()
+            said[row] = torch.cat([said[row], alone])
+            assert int(cache.length[row]) == len(said[row]) - 1
+            words = ids(1, 2 + row, seed=turn)[0]
+            unread[row] = torch.cat([said[row][-1:], words])
+            said[row] = torch.cat([said[row], words])
+
+
+def test_a_stream_gives_each_token_as_soon_as_it_is_known():
+    decoder, prompt = model(), ids(3, 6)
+    cache = decoder.init_cache(3, 20)
+    tokens = stream(decoder, prompt, 15, cache=cache)
+    assert cache.length.tolist() == [0] * 3
+    held = []
+    for count, token in enumerate(tokens):
+        held.append(token)
+        assert cache.length.tolist() == [6 + count] * 3
+        if count == 8:
+            break
+    assert torch.equal(torch.stack(held, 1), generate(decoder, prompt, 9))
+    rest = generate(decoder, held[-1][:, None], 6, cache=cache)
+    assert torch.equal(rest, generate(decoder, prompt, 15)[:, 9:])
+
+
+def test_arguments_of_a_stream_are_checked_before_its_first_token():
+    with pytest.raises(ValueError, match="max_new_tokens: expected"):
+        stream(model(), ids(2, 5), -1)
+
+
 class Fixed:
     """A model whose next token always has the same logits."""
 
@@ -213,6 +274,22 @@ def test_places_in_a_cache_equal_all_at_once():
         decoder(prefix, cache=cache)
         steps = [decoder(place, cache=cache) for place in places.split(1, dim=1)]
     helpers.assert_close(torch.cat(steps, 1), together, 1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prefixes_of_different_lengths(side):
+    """Each place sees the prefix of its own sample and itself, however the prefix is padded."""
+    decoder, prefix, places = model(), ids(3, PREFIX), ids(3, 6, seed=2)
+    lengths = torch.tensor([PREFIX, 2, 5])
+    key_mask = torch.arange(PREFIX) < lengths[:, None]
+    key_mask = key_mask.flip(1) if side == "left" else key_mask
+    mask = masks.causal() & masks.pinned(lengths)
+    together = predict_in_parallel(decoder, prefix, places, key_mask=key_mask, mask=mask)
+    for row, n in enumerate(lengths.tolist()):
+        alone = model(mask=masks.causal() & masks.pinned(n))
+        own = prefix[row, key_mask[row]][None]
+        expected = predict_in_parallel(alone, own, places[row : row + 1])
+        helpers.assert_close(together[row], expected[0], 1e-5)
 
 
 def test_the_gradient_of_one_place_passes_no_other():

@@ -173,11 +173,39 @@ def test_decoder_greedy_generation_of_a_padded_batch(name, chunk):
 def test_conversion_keeps_dtype_and_takes_our_options():
     torch.manual_seed(0)
     theirs = llama().bfloat16().train()
-    ours = from_huggingface(
-        theirs, attention=["hybrid", "nystrom"], landmarks=4, merge="gate", convolution=3
-    )
+    ours = from_huggingface(theirs, attention=["hybrid", "nystrom"], landmarks=4, convolution=3)
     assert ours.training and {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     assert ours(ids(1, 9)).shape == (1, 9, VOCABULARY)
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@torch.no_grad()
+def test_a_hybrid_llama_is_the_llama_while_all_tokens_are_near(padding):
+    theirs, tokens = llama().eval(), ids(2, 40)
+    ours = from_huggingface(theirs, attention="hybrid", window=20, landmarks=4)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    if padding:
+        mask[1, :9] = False
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    expected = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits
+    helpers.assert_close(ours(tokens, key_mask=mask)[mask], expected[mask], 1e-4)
+    far = from_huggingface(theirs, attention="hybrid", window=4, landmarks=4)(tokens)
+    assert far.isfinite().all()
+
+
+def test_a_hybrid_that_cannot_keep_the_rotation_is_refused():
+    with pytest.raises(NotImplementedError, match="rotary_dim: expected less than head_dim 6"):
+        from_huggingface(llama(), attention="hybrid", merge="gate")
+    ours = from_huggingface(llama(), attention="hybrid", merge="gate", rotary_dim=2, landmarks=4)
+    assert ours(ids(1, 9)).isfinite().all()
+
+
+def test_t5_in_float16_keeps_the_dtype_of_each_weight():
+    theirs = t5().half()
+    theirs.encoder.block[0].layer[-1].DenseReluDense.wo.float()
+    ours = from_huggingface(theirs)
+    assert ours.encoder.layers[0].mlp.down.weight.dtype == torch.float32
+    assert ours.encoder.layers[1].mlp.down.weight.dtype == torch.float16
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,82 @@ def test_corruption_repeats_with_its_generator():
     assert not torch.equal(first[0], other[0])
 
 
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_every_integer_dtype_is_as_good(dtype):
+    tokens = torch.tensor([[7, 8, 9, 1, 4], [5, 1, 2, 2, 2]])
+    narrow = tokens.to(dtype)
+    for make in (
+        lambda x: next_token_pairs(list(x), end_token=300, padding_token=301, first_token=302),
+        lambda x: (force_after_end(x, 1, -100),),
+        lambda x: (shift_right(x, start_token=300, padding_token=0),),
+        lambda x: corrupt(
+            x, vocab_size=1000, mask_token=999, probability=0.6, protected=(1, 500),
+            generator=torch.Generator().manual_seed(0),
+        ),
+        lambda x: (token_loss(torch.arange(100.0).view(2, 5, 10), x),),
+    ):  # fmt: skip
+        for found, expected in zip(make(narrow), make(tokens), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("first", [None, CLS])
+def test_pairs_of_a_matrix_of_sentences(first):
+    sentences = torch.tensor([[7, 8, 9], [0, 5, 6], [3, 0, 0]])
+    options = {"end_token": END, "padding_token": PAD, "first_token": first}
+    for found, expected in zip(
+        next_token_pairs(sentences, **options),
+        next_token_pairs(list(sentences), **options),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    kept = [sentences[0], sentences[1, 1:], sentences[2, :1]]
+    for found, expected in zip(
+        next_token_pairs(sentences, key_mask=sentences != 0, **options),
+        next_token_pairs(kept, **options),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.3, 0.6)], ids=str)
+def test_shares_of_masked_random_and_kept_tokens(shares):
+    n = 40_000
+    tokens = torch.randint(1000, (4, n // 4))
+    inputs, labels = corrupt(
+        tokens, vocab_size=1000, mask_token=1000, probability=0.5, mask_share=shares[0],
+        random_share=shares[1], allowed=[2000, 2001, 2002],
+    )  # fmt: skip
+    chosen = labels != IGNORED
+    found = [(inputs[chosen] == 1000), inputs[chosen] >= 2000]
+    for share, expected in zip(found, shares, strict=True):
+        deviation = math.sqrt(expected * (1 - expected) / (n / 2))
+        assert abs(share.float().mean().item() - expected) <= 5 * deviation
+    assert set(inputs[inputs >= 2000].tolist()) == ({2000, 2001, 2002} if shares[1] else set())
+    assert torch.equal(inputs[~chosen], tokens[~chosen])
+
+
+def test_words_are_chosen_whole():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(50, (200, 12), generator=generator)
+    words = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, -1, -1]).expand(200, -1)
+    inputs, labels = corrupt(
+        tokens, vocab_size=50, mask_token=50, words=words, probability=0.3, protected=(7,),
+        generator=generator,
+    )  # fmt: skip
+    chosen, free = labels != IGNORED, tokens != 7
+    assert not chosen[~free].any()
+    for start, stop in ((0, 3), (3, 4), (4, 6), (6, 10), (10, 12)):
+        word = chosen[:, start:stop] | ~free[:, start:stop]
+        some = (chosen[:, start:stop]).any(1)
+        assert word[some].all()
+        assert abs(some.float().mean().item() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 200)
+    fates = (inputs == 50)[:, 6:10][chosen[:, 6:10].all(1)]
+    assert (fates.any(1) & ~fates.all(1)).any()  # each token of a word meets its own
+
+
 def test_growing_length_doubles_in_equal_stages():
     lengths = [growing_length(step, 40, 32, 256) for step in range(40)]
     assert lengths == [32] * 10 + [64] * 10 + [128] * 10 + [256] * 10
@@ -158,6 +234,33 @@ TOKENS = torch.tensor([[1, 2]])
             lambda: next_token_pairs([TOKENS[0][:0]], end_token=1, padding_token=0),
             ValueError,
             "sentences: expected at least one token in each, got an empty one",
+        ),
+        (
+            lambda: next_token_pairs(TOKENS[:0], end_token=1, padding_token=0),
+            ValueError,
+            "sentences: expected at least one, got none",
+        ),
+        (
+            lambda: next_token_pairs(
+                list(TOKENS), end_token=1, padding_token=0, key_mask=TOKENS > 1
+            ),
+            ValueError,
+            "key_mask: expected None with a sequence of sentences, got a tensor",
+        ),
+        (
+            lambda: corrupt(TOKENS, vocab_size=3, mask_token=3, random_share=0.3),
+            ValueError,
+            "random_share: expected 0 to 0.2, the rest of mask_share, got 0.3",
+        ),
+        (
+            lambda: corrupt(TOKENS, vocab_size=3, mask_token=3, allowed=[]),
+            ValueError,
+            "allowed: expected at least one token id, got none",
+        ),
+        (
+            lambda: corrupt(TOKENS, vocab_size=3, mask_token=3, words=TOKENS[0]),
+            ValueError,
+            r"words: expected shape \(1, 2\) like tokens, got \(2,\)",
         ),
         (
             lambda: next_token_pairs([TOKENS], end_token=1, padding_token=0),

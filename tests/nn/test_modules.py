@@ -188,7 +188,9 @@ def test_decoding_compiles_once(name):
     x, cache = helpers.randn(2, 6, WIDTH), module.init_cache(2, 8)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     step = torch.compile(module, fullgraph=True, backend=counter)
-    out = torch.cat([step(token, cache=cache) for token in x.split(1, 1)], 1)
+    first, *tokens = x.split(1, 1)
+    out = [module(first, cache=cache)]  # which begins the cache
+    out = torch.cat(out + [step(token, cache=cache) for token in tokens], 1)
     helpers.assert_close(out, module(x), 1e-5)
     assert counter.frame_count == 1
 
@@ -201,6 +203,35 @@ def test_no_weight_decay_on_landmarks():
         assert {names[id(p)] for p in decayed["params"]} == {"qkv.weight", "out.weight"}
         assert all(names[id(p)].startswith("landmark") for p in spared["params"])
         assert spared["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["nystrom", "nystrom-mass", "mass", "gate"])
+def test_a_call_uses_the_landmarks_as_they_are(name):
+    """Through a write that no version counter shows, at the same address."""
+    module, x = MODULES[name]().eval(), helpers.randn(1, N, WIDTH)
+    with torch.no_grad():
+        module(x)
+        module.landmarks.data.mul_(0.5)
+        version = module.landmarks._version
+        found = module(x)
+        module.landmarks = torch.nn.Parameter(module.landmarks.clone())
+        helpers.assert_identical(found, module(x))
+    assert version == 0
+
+
+@pytest.mark.parametrize("name", ["nystrom", "nystrom-mass", "mass", "gate"])
+def test_a_cache_keeps_the_core_that_it_began_with(name, monkeypatch):
+    module, x = MODULES[name]().eval(), helpers.randn(2, 6, WIDTH)
+    source = sys.modules[type(module).__module__]
+    calls, compute = [], source.landmark_core
+    monkeypatch.setattr(
+        source, "landmark_core", lambda *a, **k: calls.append(1) or compute(*a, **k)
+    )
+    with torch.no_grad():
+        cache = module.init_cache(2)
+        for token in x.split(1, 1):
+            module(token, cache=cache)
+    assert len(calls) == 1
 
 
 def test_dropout_only_while_training():
@@ -247,9 +278,14 @@ def test_few_tokens(module, size):
         (lambda: HybridAttention(32, 4, 4, window=4, merge="x"), ValueError, "merge: expected"),
         (lambda: HybridAttention(32, 4, 4, window=4, gate="x"), ValueError, "gate: expected"),
         (
-            lambda: HybridAttention(32, 4, 4, window=4, rotary=1e4, rotary_dim=8),
+            lambda: HybridAttention(32, 4, 4, window=4, rotary=1e4, rotary_dim=10),
             ValueError,
-            "rotary_dim: expected an even int from 2 to 7, got 8",
+            "rotary_dim: expected an even int from 2 to 8, got 10",
+        ),
+        (
+            lambda: HybridAttention(32, 4, 4, window=4, rotary=1e4, rotary_dim=8, merge="mass"),
+            NotImplementedError,
+            "rotary_dim: expected less than head_dim 8 with merge='mass'",
         ),
     ],
 )  # fmt: skip

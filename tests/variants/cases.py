@@ -74,8 +74,4 @@ BIDIRECTIONAL = {
         variants.nystromformer_attention, {"num_landmarks": 4, "inverse": "tikhonov", "scale": 0.2}
     ),
 }
-LEAKY = {
-    "leaky": Member(variants.leaky_segment_attention, {"num_landmarks": 9}),
-    "leaky-padded": Member(variants.leaky_segment_attention, {"num_landmarks": 8} | MASKED),
-}
-EVERY = CAUSAL | BIDIRECTIONAL | LEAKY
+EVERY = CAUSAL | BIDIRECTIONAL

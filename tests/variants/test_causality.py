@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import flashmark
+from examples.leaky import leaky_segment_attention
 from flashmark import check_causality, masks, variants
 from tests import helpers
 from tests.nystrom.cases import BACKENDS
-from tests.variants.cases import BIDIRECTIONAL, CAUSAL, LEAKY
+from tests.variants.cases import BIDIRECTIONAL, CAUSAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:untied landmarks")
 
@@ -67,9 +68,15 @@ def test_segment_attention_at_the_edges_of_segments_and_with_steep_scores(segmen
     assert report, report
 
 
-@pytest.mark.parametrize("name", LEAKY | BIDIRECTIONAL)
+LEAKS = {name: member.bound(2, N, 2) for name, member in BIDIRECTIONAL.items()} | {
+    f"segment-means-{count}": functools.partial(leaky_segment_attention, num_landmarks=count)
+    for count in (8, 9)
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
 def test_leaks_are_found(name):
-    op = (LEAKY | BIDIRECTIONAL)[name].bound(2, N, 2)
+    op = LEAKS[name]
     report = check_causality(op, positions=(7, 26), **inputs())
     assert not report
     assert {leak.input for leak in report.leaks} >= {"key", "value"}
@@ -144,7 +151,7 @@ def test_models_and_layers_are_probed_by_tokens_and_by_hidden_states():
 def test_positions_may_be_chosen():
     report = check_causality(OPERATORS["exact"], positions=[3], gradients=False, **inputs())
     assert report.probes == 4 + 4 + 2
-    leaky = functools.partial(variants.leaky_segment_attention, num_landmarks=N // 2)
+    leaky = functools.partial(leaky_segment_attention, num_landmarks=N // 2)
     assert check_causality(leaky, positions=[3], **inputs())  # a segment ends there
     assert not check_causality(leaky, positions=[4], **inputs())
 

@@ -14,7 +14,6 @@ from tests import helpers
 SEGMENT = functools.partial(variants.segment_attention, segment=4)
 FIRST = functools.partial(variants.first_k_attention, first=4)
 CLASSIC = functools.partial(variants.nystromformer_attention, num_landmarks=4)
-LEAKY = functools.partial(variants.leaky_segment_attention, num_landmarks=4)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -38,7 +37,7 @@ EVERY = {
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize(
-    "op", [SEGMENT, FIRST, CLASSIC, LEAKY], ids=["segment", "first-k", "nystromformer", "leaky"]
+    "op", [SEGMENT, FIRST, CLASSIC], ids=["segment", "first-k", "nystromformer"]
 )
 def test_what_all_refuse(op, name):
     error, argument, changes = EVERY[name]
@@ -56,7 +55,6 @@ OWN = {
     "too-many-landmarks": (ValueError, "num_landmarks", FIRST, {"first": 300}),
     "unknown-normalisation": (ValueError, "normalize", FIRST, {"normalize": "rows"}),
     "no-landmarks": (ValueError, "num_landmarks", CLASSIC, {"num_landmarks": 0}),
-    "leaky-no-landmarks": (ValueError, "num_landmarks", LEAKY, {"num_landmarks": 0}),
     "unknown-inverse": (ValueError, "inverse", CLASSIC, {"inverse": "pinv"}),
     "no-iterations": (ValueError, "iterations", CLASSIC, {"iterations": 0}),
     "even-taps": (ValueError, "conv_weight", CLASSIC, {"conv_weight": torch.zeros(2, 4)}),

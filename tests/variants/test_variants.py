@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 
 import pytest
@@ -12,7 +14,7 @@ from flashmark import masks, variants
 from flashmark.variants.segments import segment_masks
 from tests import helpers
 from tests.nystrom.cases import BACKENDS
-from tests.variants.cases import CAUSAL, EVERY, LEAKY
+from tests.variants.cases import CAUSAL, EVERY
 
 pytestmark = pytest.mark.filterwarnings("ignore:untied landmarks")
 
@@ -95,15 +97,14 @@ def test_no_token(name):
     assert out.shape == (2, 4, 0, 5)
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *LEAKY, "nystromformer-tikhonov"])
+@pytest.mark.parametrize("name", [*CAUSAL, "nystromformer-tikhonov"])
 def test_a_constant_value_comes_back(name):
     query, key, value = (x.detach() for x in inputs(SHAPES["grouped"]))
     options = EVERY[name].keywords(2, 45, 2)
     value = torch.ones_like(value) * torch.arange(5.0)
     out = EVERY[name].op(query, key, value, **options)
     expected = value[:, :1].expand(2, 4, 45, 5)
-    seen = options.get("key_mask", torch.ones(2, 45, dtype=torch.bool)).cumsum(-1) > 0
-    seen = seen | (out != 0).any(-1).all(1)  # a leak may see a key before it is there
+    seen = options.get("key_mask", torch.ones(2, 45, dtype=torch.bool))
     helpers.assert_close(out, expected * seen[:, None, :, None], 1e-5)
 
 
@@ -131,7 +132,7 @@ def test_all_keys_hidden_gives_zeros_and_no_gradient(name):
 
 
 # not Newton-Schulz, which does not converge there, nor "mass", whose denominator may vanish
-@pytest.mark.parametrize("name", [n for n in CAUSAL | LEAKY if n != "first-k-mass"])
+@pytest.mark.parametrize("name", [n for n in CAUSAL if n != "first-k-mass"])
 def test_huge_scores_stay_finite(name):
     query, key, value = (x.detach() for x in inputs(SHAPES["grouped"]))
     leaves = [x.requires_grad_() for x in (100 * query, 100 * key, value)]
@@ -260,7 +261,7 @@ def test_the_convolution_residual_by_shifts(is_causal):
 
 def test_backends_that_cannot_run_are_named():
     query, key, value = (x.detach() for x in inputs(SHAPES["grouped"]))
-    for name in ("segment", "first-k", "nystromformer", "leaky"):
+    for name in ("segment", "first-k", "nystromformer"):
         with pytest.raises(flashmark.BackendUnavailable):
             EVERY[name].bound(2, 45, 2, backend="triton")(query, key, value)
 
@@ -275,6 +276,62 @@ def test_autocast_is_the_same_as_inputs_of_its_dtype(name):
     helpers.assert_close(out, op(*(x.bfloat16() for x in leaves)), 1e-2)
 
 
+@pytest.mark.parametrize("sizes", [[1] * 45, [13, 32], [9, 1, 0, 20, 15], [40, 5]], ids=str)
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name.startswith("first-k")])
+def test_first_k_in_pieces_is_first_k_at_once(name, sizes):
+    inputs_at_once = inputs(SHAPES["grouped"], dtype=torch.float64)
+    options = {k: x for k, x in EVERY[name].options.items() if k != "padded"}
+    whole = variants.first_k_attention(*inputs_at_once, **options)
+    state, parts = None, []
+    for piece in zip(*(x.split(sizes, 2) for x in inputs_at_once), strict=True):
+        out, state = variants.first_k_attention(*piece, **options, state=state, return_state=True)
+        parts.append(out)
+    helpers.assert_close(torch.cat(parts, 2), whole, 1e-9)
+    d_out = helpers.randn(*whole.shape, seed=5, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(torch.cat(parts, 2), inputs_at_once, d_out),
+        torch.autograd.grad(whole, inputs_at_once, d_out),
+        strict=True,
+    ):
+        helpers.assert_close(a, b, 1e-8)
+
+
+def test_a_state_of_first_k_is_saved_loaded_and_checked():
+    query, key, value = (x.detach() for x in inputs(SHAPES["grouped"]))
+    attend = functools.partial(variants.first_k_attention, query, key, value, first=13)
+    _, state = attend(return_state=True)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    helpers.assert_identical(attend(state=loaded), attend(state=state))
+    for options, words in (
+        ({"first": 12, "state": state}, "state: expected one made with first=12, got 13 first"),
+        ({"first": 14, "state": state}, "state: expected one made with first=14, got 13 first"),
+        ({"state": state, "key_mask": torch.ones(2, 45).bool()}, "key_mask: expected None with a"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend(**options)
+    with pytest.raises(TypeError, match="state: expected a FirstKState, got tuple"):
+        attend(state=(1, 2))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_padded_sample_attends_as_it_does_alone(name, side):
+    """Whatever stands in the padding: the first tokens and the segments are its own."""
+    query, key, value = (x.detach() for x in inputs(SHAPES["grouped"], dtype=torch.float64))
+    key_mask = torch.ones(2, 45, dtype=torch.bool)
+    key_mask[1, {"left": slice(0, 9), "right": slice(30, 45), "holes": slice(2, 40, 3)}[side]] = 0
+    options = {name: x for name, x in EVERY[name].options.items() if name != "padded"}
+    poisoned = [x.masked_fill(~key_mask[:, None, :, None], torch.nan) for x in (query, key, value)]
+    out = EVERY[name].op(*poisoned, **options, key_mask=key_mask)
+    assert not out.mT[~key_mask[:, None, None].expand_as(out.mT)].any()
+    for row in range(2):
+        own = (x[row : row + 1, :, key_mask[row]] for x in (query, key, value))
+        helpers.assert_close(out[row, :, key_mask[row]], EVERY[name].op(*own, **options)[0], 1e-9)
+
+
 @pytest.mark.parametrize("size", [1, 7, 16, 64])
 def test_masks_between_tokens_and_segments(size):
     i = torch.arange(300)
@@ -284,7 +341,6 @@ def test_masks_between_tokens_and_segments(size):
     dense = {
         "own": own,
         "finished": segment < of_token[:, None],
-        "begun": segment <= of_token[:, None],
         "so_far": of_token <= segment[:, None],
     }
     for name, mask in segment_masks(size)._asdict().items():
@@ -293,7 +349,7 @@ def test_masks_between_tokens_and_segments(size):
         assert torch.equal(compiled.to_dense()[0, 0], dense[name]), name
 
 
-@pytest.mark.parametrize("name", ["segment-odd", "leaky"])
+@pytest.mark.parametrize("name", ["segment-odd"])
 def test_compiles_into_one_graph_for_any_length(name):
     torch.compiler.reset()
     op = EVERY[name].bound(1, 30, 2)

@@ -56,6 +56,9 @@ class HybridState(NamedTuple):
         )
 
 
+torch.serialization.add_safe_globals([HybridState])  # for torch.load, weights_only=True
+
+
 def tensors_of(state: HybridState) -> tuple[Tensor, ...]:
     """The tensors of a state, in order."""
     return (*state[:4], *state.far)

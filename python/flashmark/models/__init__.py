@@ -1,7 +1,8 @@
 """Small, complete models on flashmark's attention."""
 
 from flashmark.models.convert import from_huggingface
-from flashmark.models.decoder import Decoder, DecoderCache, DecoderConfig
+from flashmark.models.decoder import Decoder, DecoderConfig
+from flashmark.models.decoder_cache import DecoderCache, GivenMemory
 from flashmark.models.masked_lm import MaskedLM
 from flashmark.models.t5 import T5, GivenSource, T5Cache, T5Output
 from flashmark.models.t5_layers import T5Config
@@ -10,6 +11,7 @@ __all__ = [
     "Decoder",
     "DecoderCache",
     "DecoderConfig",
+    "GivenMemory",
     "GivenSource",
     "MaskedLM",
     "T5",

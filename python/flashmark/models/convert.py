@@ -38,6 +38,9 @@ def from_huggingface(model: nn.Module, **options) -> T5 | Decoder:
         state.pop("head.weight", None)
     first = next(model.parameters())
     ours = ours.to(first.device, first.dtype).train(model.training)
+    for name, parameter in ours.named_parameters():
+        if name in state:  # T5 in float16 keeps some weights in float32
+            parameter.data = parameter.data.to(state[name].dtype)
     # not strict: what `options` add to the original keeps its initial weights
     missing, unexpected = ours.load_state_dict(state, strict=False)
     missing = [name for name in missing if not _OWN.search(name)]
@@ -177,7 +180,7 @@ def _llama(config, options: dict) -> DecoderConfig:
         "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
         "hidden": config.intermediate_size, "positions": "rotary",
-        "rotary_theta": rope.get("rope_theta", 10_000.0),
+        "rotary_theta": rope.get("rope_theta", 10_000.0), "rotary_dim": config.head_dim,
         "max_length": config.max_position_embeddings, "norm": "rms",
         "norm_eps": config.rms_norm_eps, "activation": _activation(config.hidden_act),
         "gated": True, "tied": config.tie_word_embeddings,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashmark.masks import Mask, causal, sliding_window
+from flashmark.models.decoder_cache import DecoderCache, GivenMemory, LayerCache
 from flashmark.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -22,7 +23,14 @@ from flashmark.models.layers import (
     run_layer,
     token_counts,
 )
-from flashmark.nn import BlockSparseAttention, HybridAttention, NystromAttention
+from flashmark.nn import (
+    BlockSparseAttention,
+    CrossAttention,
+    HybridAttention,
+    Memory,
+    NystromAttention,
+)
+from flashmark.nn.tokens import check_packed, check_tokens, packed_places
 
 Attention = str | Callable[["DecoderConfig"], nn.Module]
 
@@ -33,7 +41,9 @@ class DecoderConfig:
 
     attention: "exact", "window", "nystrom", "hybrid", "bidirectional" or a function from this
         config to a module like those of `flashmark.nn`; or a sequence of these, one a layer.
-    mask: what "exact" layers show; plain causal when None. All of them hold the one object.
+    mask: what "exact" layers show; plain causal when None. All of them hold the one object. The
+        other kinds cannot follow one, and a function that makes an attention reads it itself.
+    memory_dim: width of an encoder's output that each layer reads by cross-attention; None: none.
     positions: "rotary" (in layers of exact, window and hybrid attention), "learned" or "none".
     convolution: taps of a short causal convolution before each attention, 0 for none.
     """
@@ -51,8 +61,10 @@ class DecoderConfig:
     landmarks: int = 32  # of "nystrom" and "hybrid", per key head
     merge: str = "slots"  # of "hybrid"
     decay: bool = True  # of "nystrom"
+    memory_dim: int | None = None
     positions: str = "rotary"
     rotary_theta: float = 10_000.0
+    rotary_dim: int | None = None  # of a head; all of it, in "hybrid" half
     max_length: int | None = None  # of learned positions
     convolution: int = 0
     norm: str = "rms"
@@ -76,8 +88,14 @@ class DecoderConfig:
                     f"got {len(self.attention)}"
                 )
         for kind in self.attentions():
-            if not callable(kind):
-                check_choice("attention", kind, ATTENTIONS)
+            if callable(kind):
+                continue
+            check_choice("attention", kind, ATTENTIONS)
+            if kind != "exact" and self.mask is not None:
+                raise ValueError(
+                    f"mask: expected None with attention={kind!r}, which cannot follow one "
+                    f"('exact' can), got {self.mask!r}"
+                )
 
     def attentions(self) -> list[Attention]:
         """The attention of each layer."""
@@ -88,8 +106,8 @@ class DecoderConfig:
 def _exact(config: DecoderConfig, mask: Mask | None, is_causal: bool = True) -> nn.Module:
     return BlockSparseAttention(
         config.width, config.heads, num_kv_heads=config.kv_heads, head_dim=config.head_dim,
-        mask=mask, is_causal=is_causal, rotary=_rotary(config), bias=config.bias,
-        dropout_p=config.dropout,
+        mask=mask, is_causal=is_causal, rotary=_rotary(config),
+        rotary_dim=config.rotary_dim, bias=config.bias, dropout_p=config.dropout,
     )  # fmt: skip
 
 
@@ -110,7 +128,7 @@ def _hybrid(config: DecoderConfig) -> nn.Module:
     return HybridAttention(
         config.width, config.heads, config.landmarks, num_kv_heads=config.kv_heads,
         head_dim=config.head_dim, window=config.window, merge=config.merge,
-        rotary=_rotary(config), bias=config.bias,
+        rotary=_rotary(config), rotary_dim=config.rotary_dim, bias=config.bias,
     )  # fmt: skip
 
 
@@ -127,20 +145,8 @@ ATTENTIONS: dict[str, Callable[[DecoderConfig], nn.Module]] = {
 }
 
 
-class DecoderCache:
-    """What a Decoder remembers between calls, a cache per layer, updated in place.
-
-    Attributes:
-        length: int32 (B,), tokens read so far; those that key_mask left out are not counted.
-        max_length: tokens that fit.
-    """
-
-    def __init__(self, layers: list[tuple], length: Tensor, max_length: int):
-        self.layers, self.length, self.max_length = layers, length, max_length
-
-
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), with a memory x + cross_attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: DecoderConfig, attention: nn.Module):
         super().__init__()
@@ -150,6 +156,13 @@ class Layer(nn.Module):
         if config.convolution:
             self.convolution = ShortConvolution(config.width, config.convolution)
         self.attention = attention
+        self.cross_norm = self.cross_attention = None
+        if config.memory_dim is not None:
+            self.cross_norm = norm(config.width, eps=config.norm_eps)
+            self.cross_attention = CrossAttention(
+                config.width, config.heads, config.memory_dim, num_kv_heads=config.kv_heads,
+                head_dim=config.head_dim, bias=config.bias, dropout_p=config.dropout,
+            )  # fmt: skip
         self.mlp_norm = norm(config.width, eps=config.norm_eps)
         self.mlp = FeedForward(
             config.width, config.hidden or 4 * config.width, config.activation,
@@ -157,12 +170,26 @@ class Layer(nn.Module):
         )  # fmt: skip
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None, cache: tuple | None) -> Tensor:
-        remembered, tail = (None, None) if cache is None else cache
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None,
+        cache: LayerCache | None,
+        memory: Tensor | Memory | None,
+        memory_mask: Tensor | None,
+        **options,
+    ) -> Tensor:
+        """`options`, those of them that are given, are `cu_seqlens` and `mask` of the attention."""
         y = self.attention_norm(x)
         if self.convolution is not None:
-            y = y + self.convolution(y, key_mask, tail)
-        x = x + self.dropout(self.attention(y, key_mask=key_mask, cache=remembered))
+            tail = None if cache is None else cache.convolution
+            y = y + self.convolution(y, key_mask, options.get("cu_seqlens"), tail)
+        held = None if cache is None else cache.attention
+        x = x + self.dropout(self.attention(y, key_mask=key_mask, cache=held, **options))
+        if self.cross_attention is not None:
+            y = self.cross_attention(self.cross_norm(x), memory, key_mask=memory_mask)
+            x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -193,40 +220,60 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Mask | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
         """Logits (B, N, V) for the token after each of `input_ids`.
 
         Args:
             input_ids: (B, N) integers.
+            inputs_embeds: (B, N, width) in place of `input_ids`: what the embedding would give.
             key_mask: bool (B, N), False where a token is padding, on either side: as if it were
                 not there. Its own logits mean nothing.
+            cu_seqlens: int32 (S + 1,), bounds of S sequences packed in a batch of one: each as if
+                alone.
+            mask: for this call, what layers of exact attention show. Its rows and columns count
+                the tokens that take part, so that `masks.pinned(lengths)` may differ by sample.
+            memory: (B, S, memory_dim), an encoder's output; with a cache, the one it was made with.
+            memory_mask: bool (B, S), True where a token of the memory takes part.
             cache: from `init_cache`. The tokens follow those that it holds, and are added to it.
                 Without gradients only.
 
         Raises:
             ValueError, TypeError: a wrong shape or dtype, or no room for the tokens.
         """
-        check_ids("input_ids", input_ids, self.config.vocab_size)
-        check_key_mask("key_mask", key_mask, input_ids)
+        ids = self._checked(input_ids, inputs_embeds, key_mask)
+        check_packed(cu_seqlens, ids, key_mask, cache)
+        self._check_mask(mask)
         if cache is not None:
             if not isinstance(cache, DecoderCache):
                 raise TypeError(
                     f"cache: expected what init_cache returns, got {type(cache).__name__}"
                 )
-            check_room(cache, "input_ids", input_ids, key_mask)
-        x = self.embed(input_ids)
+            check_room(cache, "input_ids", ids, key_mask)
+        self._check_memory(memory, cache)
+        x = self.embed(ids) if inputs_embeds is None else inputs_embeds
         if self.positions is not None:
-            x = x + self.positions(self._places(input_ids, key_mask, cache))
+            x = x + self.positions(self._places(ids, key_mask, cu_seqlens, cache))
         x = self.dropout(x)
+        options = {"cu_seqlens": cu_seqlens, "mask": mask}
+        options = {name: value for name, value in options.items() if value is not None}
         for number, layer in enumerate(self.layers):
             held = None if cache is None else cache.layers[number]
-            x = run_layer(layer, self.recompute, x, key_mask=key_mask, cache=held)
+            read = held.memory if held is not None and memory is None else memory
+            x = run_layer(
+                layer, self.recompute, x, key_mask=key_mask, cache=held, memory=read,
+                memory_mask=memory_mask, **options,
+            )  # fmt: skip
         if cache is not None:
-            cache.length += token_counts(input_ids, key_mask)
+            cache.advance(token_counts(ids, key_mask))
         x = self.norm(x)
         return x @ self.embed.weight.T if self.head is None else self.head(x)
 
@@ -236,35 +283,91 @@ class Decoder(nn.Module):
         max_length: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        rollback: int = 0,
     ) -> DecoderCache:
         """An empty cache: keys and values of `max_length` tokens a sample where attention is exact,
-        a state of constant size where it is not. Like the weights unless told otherwise."""
+        a state of constant size where it is not. Like the weights unless told otherwise.
+
+        Args:
+            memory, memory_mask: an encoder's output, read once for all steps.
+            rollback: how many of the newest tokens `cache.crop` can take back from states; from
+                keys and values alone any number.
+        """
         if self.positions is not None and max_length > self.config.max_length:
             raise ValueError(
                 f"max_length: expected at most {self.config.max_length}, "
                 f"the learned positions, got {max_length}"
             )
+        self._check_memory(memory, None)
         weight = self.embed.weight
         dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
         layers = []
         for layer in self.layers:
-            tail = layer.convolution and layer.convolution.init_cache(batch, dtype, device)
-            layers.append((layer.attention.init_cache(batch, max_length, dtype, device), tail))
+            tail = read = None
+            if layer.convolution is not None:
+                tail = layer.convolution.init_cache(batch, dtype, device, rollback)
+            held = layer.attention.init_cache(batch, max_length, dtype, device)
+            if rollback and hasattr(held, "allow_rollback"):
+                held.allow_rollback(rollback)
+            if memory is not None:
+                with torch.no_grad():
+                    read = layer.cross_attention.read(memory, memory_mask)
+            layers.append(LayerCache(held, tail, read))
         length = torch.zeros(batch, dtype=torch.int32, device=device)
-        return DecoderCache(layers, length, max_length)
+        return DecoderCache(layers, length, max_length, rollback)
 
-    def _places(self, ids: Tensor, key_mask: Tensor | None, cache: DecoderCache | None) -> Tensor:
-        """(B | 1, N): how many tokens stand before each."""
-        if key_mask is None:
-            places = torch.arange(ids.shape[1], device=ids.device)[None]
+    def given(self, memory: Tensor, *, key_mask: Tensor | None = None) -> GivenMemory:
+        """The decoder for one memory (B, S, memory_dim), as a model that `generate` takes."""
+        return GivenMemory(self, memory, key_mask)
+
+    def _checked(self, input_ids, inputs_embeds, key_mask) -> Tensor:
+        """The token ids, or a stand-in (B, N) of the same shape for embeddings."""
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"input_ids: expected token ids or inputs_embeds, got {got}")
+        if inputs_embeds is None:
+            check_ids("input_ids", input_ids, self.config.vocab_size)
+            ids = input_ids
         else:
+            check_tokens(inputs_embeds, self.config.width, None, name="inputs_embeds")
+            ids = inputs_embeds[..., 0]
+        check_key_mask("key_mask", key_mask, ids)
+        return ids
+
+    def _check_mask(self, mask) -> None:
+        for kind in self.config.attentions() if mask is not None else ():
+            if not callable(kind) and kind not in ("exact", "bidirectional"):
+                raise ValueError(f"mask: expected None with attention={kind!r}, got {mask!r}")
+
+    def _check_memory(self, memory, cache) -> None:
+        """A memory is given where the config asks for one, to the call or to its cache."""
+        if memory is not None and cache is not None:
+            raise ValueError("memory: expected None with a cache, which holds it, got a tensor")
+        if cache is None and (memory is None) != (self.config.memory_dim is None):
+            dim, got = self.config.memory_dim, "None" if memory is None else "a tensor"
+            wanted = "None without memory_dim in the config"
+            wanted = wanted if dim is None else f"shape (B, S, {dim})"
+            raise ValueError(f"memory: expected {wanted}, got {got}")
+
+    def _places(self, ids, key_mask, cu_seqlens, cache) -> Tensor:
+        """(B | 1, N): how many tokens stand before each."""
+        if cu_seqlens is not None:
+            places = packed_places(cu_seqlens, ids.shape[1])
+            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        else:
+            places = torch.arange(ids.shape[1], device=ids.device)[None]
+            longest = ids.shape[1]
+        if key_mask is not None:
             places = (key_mask.cumsum(1) - 1).clamp_min(0)
         if cache is not None:
             return places + cache.length[:, None]
-        if ids.shape[1] > self.config.max_length:
+        if longest > self.config.max_length:
             raise ValueError(
                 f"input_ids: expected at most {self.config.max_length} tokens, "
-                f"the learned positions, got {ids.shape[1]}"
+                f"the learned positions, got {longest}"
             )
         return places
 
@@ -280,6 +383,7 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.width**-0.5)
         for layer in self.layers:
             added = [layer.mlp.down, getattr(layer.attention, "out", None)]
+            added.append(getattr(layer.cross_attention, "out", None))
             for linear in added:
                 if isinstance(linear, nn.Linear):
                     linear.weight /= (2 * len(self.layers)) ** 0.5

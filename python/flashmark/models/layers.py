@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashmark.nn.tokens import Packing
+from flashmark.autograd import without_autocast
+from flashmark.nn.tokens import Packing, packed_places
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -21,7 +22,10 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.Lay
 
 
 class FeedForward(nn.Module):
-    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x)), as in Llama and T5 v1.1."""
+    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x)), as in Llama and T5 v1.1.
+
+    With `wide_down` the last product of float16 inputs is computed and returned in float32.
+    """
 
     def __init__(
         self,
@@ -32,8 +36,10 @@ class FeedForward(nn.Module):
         gated: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
+        wide_down: bool = False,
     ):
         super().__init__()
+        self.wide_down = wide_down
         self.activation = ACTIVATIONS[activation]
         self.up = nn.Linear(width, hidden, bias=bias)
         self.gate = nn.Linear(width, hidden, bias=bias) if gated else None
@@ -45,7 +51,11 @@ class FeedForward(nn.Module):
             hidden = self.activation(self.up(x))
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.down(self.dropout(hidden))
+        hidden = self.dropout(hidden)
+        if self.wide_down and hidden.dtype == torch.float16:
+            with without_autocast(hidden.device.type):
+                return F.linear(hidden.float(), self.down.weight.float())
+        return self.down(hidden)
 
 
 class ShortConvolution(nn.Module):
@@ -59,25 +69,38 @@ class ShortConvolution(nn.Module):
         self.taps = taps
         self.weight = nn.Parameter(torch.empty(taps, width).uniform_(-1, 1) / taps**0.5)
 
-    def init_cache(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The last taps - 1 tokens, (B, taps - 1, width)."""
-        return torch.zeros(batch, self.taps - 1, self.weight.shape[1], dtype=dtype, device=device)
+    def init_cache(
+        self, batch: int, dtype: torch.dtype, device: torch.device, rollback: int = 0
+    ) -> Tensor:
+        """The last taps - 1 + `rollback` tokens, (B, ..., width), the newest last."""
+        held = self.taps - 1 + rollback
+        return torch.zeros(batch, held, self.weight.shape[1], dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None, cache: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        cache: Tensor | None = None,
+    ) -> Tensor:
         """(B, N, width); `cache` is updated in place."""
         packing = None
         if key_mask is not None:
             packing = Packing.of(key_mask)
             x = packing.pack(x)
-        held = self.taps - 1
-        before = x.new_zeros(x.shape[0], held, x.shape[2]) if cache is None else cache.to(x.dtype)
-        x = torch.cat([before, x], dim=1)
+        n, before = x.shape[1], self.taps - 1
+        held = x.new_zeros(x.shape[0], before, x.shape[2]) if cache is None else cache.to(x.dtype)
+        x = torch.cat([held, x], dim=1)
         if cache is not None:
-            count = x.shape[1] - held if packing is None else packing.counts[:, None]
-            last = count + torch.arange(held, device=x.device).expand(x.shape[0], -1)
+            count = n if packing is None else packing.counts[:, None]
+            last = count + torch.arange(cache.shape[1], device=x.device).expand(x.shape[0], -1)
             cache.copy_(x.gather(1, last[..., None].expand_as(cache)))
-        n = x.shape[1] - held
-        out = sum(weight * x[:, tap : tap + n] for tap, weight in enumerate(self.weight))
+            x = x[:, cache.shape[1] - before :]
+        parts = [weight * x[:, tap : tap + n] for tap, weight in enumerate(self.weight)]
+        if cu_seqlens is not None:  # the tokens before the first of a sequence are another's
+            places = packed_places(cu_seqlens, n)[..., None]
+            parts = [part.masked_fill(places < before - tap, 0) for tap, part in enumerate(parts)]
+        out = sum(parts)
         return out if packing is None else packing.unpack(out)
 
 

@@ -6,15 +6,19 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashmark.block_sparse import block_sparse_attention
+from flashmark.masks import Mask
 from flashmark.models.layers import ACTIVATIONS, FeedForward, check_choice
 from flashmark.nn.cache import KeyValueCache
 
 
 @dataclass(frozen=True)
 class T5Config:
+    """Sizes and choices of a T5."""
+
     vocab_size: int
     width: int = 128
     heads: int = 4
@@ -30,8 +34,9 @@ class T5Config:
     dropout: float = 0.0
     tied: bool = True  # the output weights are the embedding
     scale_outputs: bool = True  # outputs times width^-1/2 before the output weights (not in v1.1)
-    padding_token: int = 0
+    padding_token: int | None = 0  # None: labels may not be IGNORED
     start_token: int | None = 0
+    mask: Mask | None = None  # what the decoder's tokens see of each other; causal when None
 
     def __post_init__(self):
         check_choice("activation", self.activation, ACTIVATIONS)
@@ -70,43 +75,60 @@ class RelativeBias(nn.Module):
 class T5Layer(nn.Module):
     def __init__(self, config: T5Config, decoder: bool):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = T5Norm(config.width, eps=config.norm_eps)
         self.attention = T5Attention(config)
-        self.cross_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if decoder else None
+        self.cross_norm = T5Norm(config.width, eps=config.norm_eps) if decoder else None
         self.cross_attention = T5Attention(config) if decoder else None
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = T5Norm(config.width, eps=config.norm_eps)
         self.mlp = FeedForward(
             config.width, config.hidden, config.activation, gated=config.gated,
-            dropout=config.dropout,
+            dropout=config.dropout, wide_down=True,
         )  # fmt: skip
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x, *, mask, bias, head_mask, memory, memory_mask, cross_head_mask, cache, number
+        self, x, *, visible, bias, head_mask, memory, cross_head_mask, cache, number
     ) -> Tensor:
+        """`visible` are the options of the self-attention: its mask and number of keys."""
         y = self.attention_norm(x)
-        if cache is None:
-            keys, options = self.attention.keys(y), {"mask": mask}
-        else:
-            keys, options = _held(cache.layers[number], *self.attention.keys(y))
-        x = x + self.dropout(self.attention(y, keys, bias=bias, head_mask=head_mask, **options))
+        keys = self.attention.keys(y)
+        if cache is not None:
+            keys, visible = _held(cache.layers[number], *keys, **visible)
+        y = self.attention(y, keys, bias=bias, head_mask=head_mask, **visible)
+        x = clamped(x + self.dropout(y))
         if self.cross_attention is not None:
-            keys = None if cache is None else cache.memory[number]
-            if keys is None:
-                keys = self.cross_attention.keys(memory)
-            if cache is not None:
-                cache.memory[number] = keys
+            key, value, lengths = memory if cache is None else cache.memory[number]
             y = self.cross_norm(x)
-            y = self.cross_attention(y, keys, mask=memory_mask, head_mask=cross_head_mask)
-            x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+            y = self.cross_attention(y, (key, value), head_mask=cross_head_mask, kv_lengths=lengths)
+            x = clamped(x + self.dropout(y))
+        return clamped(x + self.dropout(self.mlp(self.mlp_norm(x))))
 
 
-def _held(cache: KeyValueCache, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], dict]:
+class T5Norm(nn.RMSNorm):
+    """Root mean square in float32 at least; the result has the dtype of the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
+        return out.to(self.weight.dtype)
+
+
+def clamped(x: Tensor) -> Tensor:
+    """Float16 without infinities, as published T5 models need it; other dtypes as they are."""
+    if x.dtype != torch.float16:
+        return x
+    most = torch.finfo(x.dtype).max
+    limit = torch.where(x.isinf().any(), most - 1000, most)
+    return x.clamp(-limit, limit)
+
+
+def _held(
+    cache: KeyValueCache, key: Tensor, value: Tensor, *, first: Tensor, counts: Tensor | int
+) -> tuple[tuple[Tensor, Tensor], dict]:
     """All keys and values with the new ones, and what makes their number the visible prefix."""
-    before = cache.length.clone()
-    cache.append(key, value, torch.zeros_like(before), key.shape[2])
-    options = {"mask": cache.mask, "query_offset": before, "kv_lengths": cache.length}
+    offset = cache.length - first
+    cache.append(key, value, first, counts)
+    options = {"mask": cache.mask, "query_offset": offset, "kv_lengths": cache.length}
     return (cache.key, cache.value), options
 
 

@@ -2,6 +2,7 @@
 
 from flashmark.nn.block_sparse import BlockSparseAttention
 from flashmark.nn.cache import KeyValueCache, StateCache
+from flashmark.nn.cross import CrossAttention, Memory
 from flashmark.nn.hybrid import HybridAttention
 from flashmark.nn.nystrom import NystromAttention
 from flashmark.nn.projected import ProjectedAttention
@@ -9,8 +10,10 @@ from flashmark.nn.rotary import apply_rotary, rotary_angles
 
 __all__ = [
     "BlockSparseAttention",
+    "CrossAttention",
     "HybridAttention",
     "KeyValueCache",
+    "Memory",
     "NystromAttention",
     "ProjectedAttention",
     "StateCache",

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from flashmark.block_sparse import block_sparse_attention
+from flashmark.hybrid.layout import Packing as Sequences
 from flashmark.masks import Mask, causal
 from flashmark.masks.cache import compiled
 from flashmark.nn.cache import KeyValueCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
 from flashmark.nn.rotary import apply_rotary, rotary_angles
-from flashmark.nn.tokens import Packing, check_tokens
+from flashmark.nn.tokens import Packing, check_packed, check_tokens, packed_places
 
 
 class BlockSparseAttention(ProjectedAttention):
@@ -34,11 +35,14 @@ class BlockSparseAttention(ProjectedAttention):
         sinks: learn a logit per query head that joins the softmax's denominator only.
         dropout_p: probability of dropping an attention weight while training.
 
-    `forward(x, *, key_mask=None, cache=None)`:
+    `forward(x, *, key_mask=None, cu_seqlens=None, mask=None, cache=None)`:
         x: (B, N, embed_dim), any floating-point dtype.
         key_mask: bool (B, N), True where a token takes part. The others are as if they had been
             taken out before: rotary positions and the rows and columns of `mask` count those that
             are left (so left and right padding give the same), and their own output is 0.
+        cu_seqlens: int32 (S + 1,), bounds of S sequences in x (1, N, embed_dim): each as if alone.
+            Attention spreads them over S rows of the longest length, which waits for a GPU.
+        mask: for this call, instead of the module's own; without a cache only.
         cache: from `init_cache`. x and key_mask are then the tokens after those it holds; it is
             updated in place. Without gradients only.
     Returns (B, N, embed_dim).
@@ -92,9 +96,18 @@ class BlockSparseAttention(ProjectedAttention):
         return KeyValueCache(batch, self.num_kv_heads, max_length, self.head_dim, mask, **place)
 
     def forward(
-        self, x: Tensor, *, key_mask: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Mask | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         check_tokens(x, self.embed_dim, key_mask)
+        check_packed(cu_seqlens, x, key_mask, cache)
+        if mask is not None and cache is not None:
+            raise ValueError("mask: expected None with a cache, which has its own, got a mask")
         if cache is not None:
             check_cache(cache, KeyValueCache, x, key_mask)
         batch, tokens = x.shape[:2]
@@ -109,23 +122,32 @@ class BlockSparseAttention(ProjectedAttention):
         if self.rotary is not False:
             positions = torch.arange(tokens, device=x.device)[None]
             positions = positions if offset is None else positions + offset[:, None]
+            if cu_seqlens is not None:
+                positions = packed_places(cu_seqlens, tokens)
             angles = rotary_angles(positions, self.rotary_dim, self.rotary)
             query, key = apply_rotary(query, angles), apply_rotary(key, angles)
-        out = self._attend(query, key, value, packing, cache, first)
+        visible = self.mask if mask is None else mask
+        if cu_seqlens is not None:
+            sequences = Sequences(cu_seqlens, tokens)
+            rows = (sequences.rows_of(x) for x in (query, key, value))
+            out = sequences.packed(
+                self._attend(*rows, visible, sequences.lengths.int(), None, None)
+            )
+        else:
+            counts = None if packing is None else packing.counts
+            out = self._attend(query, key, value, visible, counts, cache, first)
         out = self.merge_heads(out)
         if packing is not None:
             out = packing.unpack(out).masked_fill(~key_mask[..., None], 0.0)
         return out
 
-    def _attend(self, query, key, value, packing, cache, first) -> Tensor:
+    def _attend(self, query, key, value, mask, counts, cache, first) -> Tensor:
         options: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks}
         if self.training:
             options["dropout_p"] = self.dropout_p
-        counts = None if packing is None else packing.counts
         if cache is None:
-            return block_sparse_attention(
-                query, key, value, self.mask, kv_lengths=counts, **options
-            )
+            out = block_sparse_attention(query, key, value, mask, kv_lengths=counts, **options)
+            return reached(out, self.sinks)
         check_no_gradient(query, key, value)
         offset = cache.length - first
         cache.append(key, value, first, query.shape[2] if counts is None else counts)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flashmark.masks import BlockMask
+from flashmark.masks.block_mask import TileLists
+from flashmark.nn.rollback import Consume, Rollback, selected
 from flashmark.nystrom import NystromState
 
 if TYPE_CHECKING:
@@ -63,12 +65,25 @@ class KeyValueCache:
         """Write `counts` tokens a sample, in columns from `first` on, of (B, Hkv, N, D)."""
         columns = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
         column = columns - first[:, None]
-        new = (column >= 0) & (column < torch.as_tensor(counts, device=key.device).view(-1, 1))
+        # a number stays one: made a tensor, it would wait for the device
+        counted = counts if isinstance(counts, int) else counts.view(-1, 1)
+        new = (column >= 0) & (column < counted)
         rows = torch.where(new, self.length[:, None] + column + 1, 0).long()
         index = rows[:, None, :, None].expand_as(key)
         self._key.scatter_(2, index, key.to(self._key.dtype))
         self._value.scatter_(2, index, value.to(self._value.dtype))
         self.length += counts
+
+    def select(self, index: Tensor) -> None:
+        """Keep samples `index` (B',) in this order; one may be repeated (beams)."""
+        if self.mask is not None and self.mask.batch > 1:
+            raise NotImplementedError("cache: expected a mask that is the same for all samples")
+        self.length = self.length[index]
+        self._key, self._value = self._key[index], self._value[index]
+
+    def crop(self, length: Tensor | int) -> None:
+        """Keep the first `length` tokens, an int or (B,); samples that hold fewer keep them all."""
+        self.length = kept_lengths(self.length, length)
 
 
 class StateCache:
@@ -77,10 +92,81 @@ class StateCache:
     Attributes:
         length: int32 (B,), tokens consumed by each sample. Masked tokens are not counted.
         state: a NystromState or HybridState; None before the first token of a hybrid.
+        core: of the landmarks, computed by the first call and kept: what is trained in the meantime
+            reaches only caches that begin afterwards. None where there is none.
     """
 
     def __init__(self, state: NystromState | HybridState | None, length: Tensor):
         self.state, self.length = state, length
+        self.core: Tensor | None = None
+        self._rollback: Rollback | None = None
+
+    def allow_rollback(self, tokens: int) -> None:
+        """From now on keep so much that `crop` can take back the newest `tokens` tokens.
+
+        That is a second state and the keys and values of 2 `tokens` tokens; each token then passes
+        the attention operator twice.
+        """
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"tokens: expected an int >= 1, got {tokens!r}")
+        self._rollback = Rollback(tokens, self.state, self.length)
+
+    def select(self, index: Tensor) -> None:
+        """Keep samples `index` (B',) in this order; one may be repeated (beams)."""
+        self.state, self.length = selected(self.state, index), self.length[index]
+        if self._rollback is not None:
+            self._rollback.select(index)
+
+    def crop(self, length: Tensor | int) -> None:
+        """Keep the first `length` tokens, an int or (B,); samples that hold fewer keep them all.
+
+        `state` is computed again at the module's next call. ValueError where more tokens are to be
+        taken back than `allow_rollback` keeps.
+        """
+        kept = kept_lengths(self.length, length)
+        if torch.equal(kept, self.length):
+            return
+        if self._rollback is None:
+            raise ValueError("cache: expected allow_rollback(tokens) before a crop of a state")
+        if bool((kept < self._rollback.length).any()):
+            raise ValueError(
+                f"length: expected at least {self._rollback.length.tolist()}, since "
+                f"{self._rollback.tokens} tokens can be taken back, got {kept.tolist()}"
+            )
+        self.length = kept
+        self._rollback.crop(kept)
+
+    def record(self, key: Tensor, value: Tensor, mask: Tensor | None, consume: Consume) -> None:
+        """Called by the module before its tokens change the state; brings a cropped one up to date.
+
+        `key` and `value` are (B, Hkv, N, D), `mask` bool (B, N) of the tokens that take part.
+        """
+        if self._rollback is None:
+            return
+        if self._rollback.stale:
+            self.state = self._rollback.restored(consume)
+        self._rollback.record(key, value, mask, consume)
+
+
+# torch.load reads them with its default, weights_only=True
+torch.serialization.add_safe_globals([KeyValueCache, StateCache, Rollback, BlockMask, TileLists])
+
+
+def kept_lengths(held: Tensor, length: Tensor | int) -> Tensor:
+    """How many tokens a cache holds after a crop, like `held` (B,)."""
+    if isinstance(length, Tensor):
+        if length.dtype.is_floating_point or length.dtype == torch.bool:
+            raise TypeError(f"length: expected integers, got {length.dtype}")
+        if length.shape not in ((), held.shape):
+            raise ValueError(
+                f"length: expected an int or shape {tuple(held.shape)}, got {tuple(length.shape)}"
+            )
+    elif isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(f"length: expected an int or a tensor, got {type(length).__name__}")
+    wanted = torch.as_tensor(length, device=held.device, dtype=held.dtype)
+    if bool((wanted < 0).any()):
+        raise ValueError(f"length: expected numbers >= 0, got {length}")
+    return torch.minimum(held, wanted)
 
 
 def check_cache(cache: Any, kind: type[Any], x: Tensor, key_mask: Tensor | None) -> None:

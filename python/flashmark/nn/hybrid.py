@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashmark.autograd import without_autocast
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.call import MERGES
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
 from flashmark.nn.rotary import apply_rotary, rotary_angles
-from flashmark.nn.tokens import check_tokens
+from flashmark.nn.tokens import check_packed, check_tokens, packed_places
 from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.sharded import is_sharded, local_part
 
 GATES = ("token", "head")
+MAX_HEAD_DIM = 256  # of the operator
 
 
 class HybridAttention(ProjectedAttention):
@@ -41,17 +44,20 @@ class HybridAttention(ProjectedAttention):
         num_kv_heads: key and value heads, a divisor of `num_heads`; as many when None.
         head_dim: width of a head; embed_dim / num_heads when None.
         rotary: base of the rotary position embedding (10000.0 is customary), or False for none.
-        rotary_dim: how many dimensions of a head it rotates, less than head_dim; half when None.
+        rotary_dim: how many dimensions of a head it rotates; half when None. All of them need
+            merge="slots" and keys twice as wide: landmarks then read the keys before rotation.
         gate: for merge="gate": the share of the near field is a sigmoid of a projection of the
             token ("token"), or of a number per head ("head").
         bias: of the projections.
 
-    `forward(x, *, key_mask=None, cache=None)`:
+    `forward(x, *, key_mask=None, cu_seqlens=None, cache=None)`:
         x: (B, N, embed_dim), any floating-point dtype.
         key_mask: bool (B, N), True where a token takes part. The others are as if they had been
             taken out before, and their own output is 0. How many there are is read from the
             device, so that `torch.compile` cannot make one graph of it.
-        cache: from `init_cache`, updated in place. Without gradients only.
+        cu_seqlens: int32 (S + 1,), bounds of S sequences in x (1, N, embed_dim): each as if alone.
+        cache: from `init_cache`, updated in place, in the dtype of the first tokens: later ones
+            are cast to it, under autocast too. Without gradients only.
     Returns (B, N, embed_dim).
     """
 
@@ -79,10 +85,18 @@ class HybridAttention(ProjectedAttention):
             raise ValueError(f"window: expected an int >= 1, got {window!r}")
         if rotary_dim is None:
             rotary_dim = self.head_dim // 4 * 2
-        check_rotary(rotary, rotary_dim, self.head_dim - 1)
+        check_rotary(rotary, rotary_dim, self.head_dim)
         self.rotary, self.rotary_dim = rotary, 0 if rotary is False else rotary_dim
         self.window, self.merge = window, merge
         free = self.head_dim - self.rotary_dim
+        if not free:
+            if merge != "slots" or 2 * self.head_dim > MAX_HEAD_DIM:
+                raise NotImplementedError(
+                    f"rotary_dim: expected less than head_dim {self.head_dim} with merge={merge!r} "
+                    f"(all of it with 'slots' and a head_dim up to {MAX_HEAD_DIM // 2}), "
+                    f"got {rotary_dim}"
+                )
+            free = self.head_dim
         self.landmarks = mark_landmarks(
             nn.Parameter(init_landmarks(self.num_kv_heads, landmarks, free))
         )
@@ -107,14 +121,20 @@ class HybridAttention(ProjectedAttention):
         return StateCache(None, torch.zeros(batch, dtype=torch.int32, device=device))
 
     def forward(
-        self, x: Tensor, *, key_mask: Tensor | None = None, cache: StateCache | None = None
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: StateCache | None = None,
     ) -> Tensor:
         check_tokens(x, self.embed_dim, key_mask)
+        check_packed(cu_seqlens, x, key_mask, cache)
         if cache is not None:
             check_cache(cache, StateCache, x, key_mask)
         if x.shape[0] == 0:
             key_mask = None
-        kept, bounds = x, None
+        kept, bounds = x, cu_seqlens
         if key_mask is not None:  # one packed sequence of the tokens that take part
             kept = x[key_mask][None]
             counts = key_mask.sum(1, dtype=torch.int32)
@@ -122,32 +142,72 @@ class HybridAttention(ProjectedAttention):
         query, key, value = self.project(kept)
         if self.rotary is not False:
             angles = rotary_angles(
-                self._positions(x, key_mask, cache), self.rotary_dim, self.rotary
+                self._positions(x, key_mask, cu_seqlens, cache), self.rotary_dim, self.rotary
             )
-            query, key = apply_rotary(query, angles), apply_rotary(key, angles)
-        options: dict[str, Any] = {
-            "window": self.window, "merge": self.merge, "gate": self._gate(kept),
-            "core": self._core(), "cu_seqlens": bounds,
-        }  # fmt: skip
-        # of this rank's heads where they are divided: a DTensor may be padded as a whole alone
-        marks = self.landmarks if is_sharded(query) else local_part(self.landmarks)
-        landmarks = F.pad(marks, (self.rotary_dim, 0))
+            query, key = self._rotated(query, key, angles)
+        gate = self._gate(kept)
         if cache is None:
-            out = hybrid_attention(query, key, value, landmarks, **options)
+            core = self._core(None)
+            out = self._attend(query, key, value, core=core, gate=gate, cu_seqlens=bounds)
+            learned = self.gate.parameters() if isinstance(self.gate, nn.Module) else [self.gate]
+            out = reached(out, self.landmarks, *learned)
         else:
             check_no_gradient(query, key, value)
-            out, cache.state = hybrid_attention(
-                query, key, value, landmarks, state=cache.state, return_state=True,
-                state_out=cache.state, **options,
-            )  # fmt: skip
+            rows = (key, value) if key_mask is None else _rows(key_mask, key, value)
+            core = self._core(cache)
+            cache.record(*rows, key_mask, functools.partial(self._consume, core))
+            out, cache.state = self._decode(core, query, key, value, cache.state, gate, bounds)
             cache.length += x.shape[1] if key_mask is None else counts
         out = self.merge_heads(out)
         if key_mask is None:
             return out
         return out.new_zeros(*x.shape[:2], self.embed_dim).masked_scatter(key_mask[..., None], out)
 
-    def _positions(self, x, key_mask, cache) -> Tensor:
+    def _attend(self, query, key, value, **options):
+        # of this rank's heads where they are divided: a DTensor may be padded as a whole alone
+        marks = self.landmarks if is_sharded(query) else local_part(self.landmarks)
+        return hybrid_attention(
+            query, key, value, F.pad(marks, (key.shape[3] - marks.shape[2], 0)),
+            window=self.window, merge=self.merge, scale=1.0 / math.sqrt(self.head_dim), **options,
+        )  # fmt: skip
+
+    def _decode(self, core, query, key, value, state, gate, bounds):
+        """Output and new state of tokens after `state`."""
+        options: dict[str, Any] = {
+            "core": core, "state": state, "gate": gate, "cu_seqlens": bounds,
+        }  # fmt: skip
+        if state is None:
+            return self._attend(query, key, value, return_state=True, **options)
+        held = state.key.dtype
+        with without_autocast(query.device.type):
+            out, state = self._attend(
+                query.to(held), key.to(held), value.to(held), return_state=True, state_out=state,
+                **options,
+            )  # fmt: skip
+        return out.to(query.dtype), state
+
+    def _consume(self, core, state, key: Tensor, value: Tensor, counts: Tensor):
+        """The state after the first `counts` (B,) of these tokens."""
+        mask = torch.arange(key.shape[2], device=key.device) < counts[:, None]
+        key, value = (x.transpose(1, 2)[mask].transpose(0, 1)[None] for x in (key, value))
+        if not key.shape[2]:
+            return state
+        bounds = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        query = torch.zeros_like(key).repeat(1, self.num_heads // self.num_kv_heads, 1, 1)
+        gate = None if self.gate is None else torch.ones_like(query[..., :1])
+        return self._decode(core, query, key, value, state, gate, bounds)[1]
+
+    def _rotated(self, query: Tensor, key: Tensor, angles) -> tuple[Tensor, Tensor]:
+        turned = apply_rotary(query, angles), apply_rotary(key, angles)
+        if self.rotary_dim < self.head_dim:
+            return turned
+        # scores read the rotated half, landmarks route by the other: content without position
+        return torch.cat([turned[0], torch.zeros_like(query)], -1), torch.cat([turned[1], key], -1)
+
+    def _positions(self, x, key_mask, cu_seqlens, cache) -> Tensor:
         """How many tokens that take part stand before each of them, (B | 1, N) or packed."""
+        if cu_seqlens is not None:
+            return packed_places(cu_seqlens, x.shape[1])
         if key_mask is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         else:
@@ -162,14 +222,29 @@ class HybridAttention(ProjectedAttention):
             return self.gate.sigmoid().view(1, -1, 1, 1)
         return self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
-    def _core(self) -> Tensor | None:
-        """Kept by the parameter's version, which the landmarks padded for a call would not have."""
+    def _core(self, cache: StateCache | None) -> Tensor | None:
+        """Of the landmarks as they are; a cache keeps the one that it began with."""
         if self.merge == "slots":
             return None
+        if cache is not None and cache.core is not None:
+            return cache.core
         kind = "softmax" if self.merge == "gate" else "kernel"
-        scale = 1.0 / math.sqrt(self.head_dim)
-        return landmark_core(self.landmarks, scale=scale, kind=kind)
+        core = landmark_core(self.landmarks, scale=1.0 / math.sqrt(self.head_dim), kind=kind)
+        if cache is not None:
+            cache.core = core
+        return core
 
     def extra_repr(self) -> str:
         marks = self.landmarks.shape[1]
         return f"{self._repr('window', 'merge', 'rotary', 'rotary_dim')}, landmarks={marks}"
+
+
+def _rows(key_mask: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
+    """(B, H, N, D) of the packed tokens (1, H, T, D) that `key_mask` (B, N) lets take part."""
+    rows = []
+    for x in packed:
+        tokens = x[0].transpose(0, 1)
+        out = tokens.new_zeros(*key_mask.shape, *tokens.shape[1:])
+        out[key_mask] = tokens
+        rows.append(out.transpose(1, 2))
+    return tuple(rows)

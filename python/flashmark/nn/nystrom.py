@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention
-from flashmark.nn.tokens import Packing, check_tokens
+from flashmark.nn.projected import ProjectedAttention, reached
+from flashmark.nn.tokens import Packing, check_packed, check_tokens
 from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
-from flashmark.nystrom.landmark_core import init_landmarks, mark_landmarks
+from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.nystrom.state import NystromState
 
 
@@ -35,12 +35,13 @@ class NystromAttention(ProjectedAttention):
         bias: of the projections.
 
     The landmarks, and the raw decay, are parameters that `landmark_parameter_groups` keeps out of
-    weight decay. Without gradients their core is computed once and kept until they change.
+    weight decay. Their core is computed in every call; a cache keeps the one that it began with.
 
-    `forward(x, *, key_mask=None, cache=None)`:
+    `forward(x, *, key_mask=None, cu_seqlens=None, cache=None)`:
         x: (B, N, embed_dim), any floating-point dtype.
         key_mask: bool (B, N), True where a token takes part. The others are as if they had been
             taken out before, and their own output is 0.
+        cu_seqlens: int32 (S + 1,), bounds of S sequences in x (1, N, embed_dim): each as if alone.
         cache: from `init_cache`, updated in place. Without gradients only.
     Returns (B, N, embed_dim).
     """
@@ -89,9 +90,15 @@ class NystromAttention(ProjectedAttention):
         return StateCache(state, length)
 
     def forward(
-        self, x: Tensor, *, key_mask: Tensor | None = None, cache: StateCache | None = None
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: StateCache | None = None,
     ) -> Tensor:
         check_tokens(x, self.embed_dim, key_mask)
+        check_packed(cu_seqlens, x, key_mask, cache)
         if cache is not None:
             check_cache(cache, StateCache, x, key_mask)
         packing = takes_part = None
@@ -100,30 +107,45 @@ class NystromAttention(ProjectedAttention):
             x = packing.pack(x.masked_fill(~key_mask[..., None], 0.0))
             takes_part = torch.arange(x.shape[1], device=x.device) < packing.counts[:, None]
         query, key, value = self.project(x)
-        decay = self.decay()
-        options: dict[str, Any] = {
-            "decay": decay,
-            "normalize": self.normalize,
-            "key_mask": takes_part,
-        }
         if cache is None:
-            out = nystrom_attention(query, key, value, self.landmarks, **options)
+            out = nystrom_attention(
+                query, key, value, self.landmarks, decay=self.decay(), normalize=self.normalize,
+                key_mask=takes_part, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+            out = reached(out, self.landmarks, self.landmark_decay)
         else:
             check_no_gradient(query, key, value)
-            state = cache.state
-            out = nystrom_attention(
-                query, key, value, self.landmarks, state=state, state_out=state, **options
-            )
+            if cache.core is None:
+                kind = "softmax" if self.normalize == "landmark" else "kernel"
+                cache.core = landmark_core(self.landmarks, kind=kind)
+            core = cache.core
+            cache.record(key, value, takes_part, functools.partial(self._consume, core))
             counts = x.shape[1] if packing is None else packing.counts
-            if packing is not None and decay is not None:
-                # the tokens left out stand last, and no time shall have passed in them
-                left_out = (x.shape[1] - counts)[:, None, None]
-                state.L.add_(decay.to(state.L.dtype) * left_out)
+            out = self._decode(core, query, key, value, cache.state, takes_part, counts)
             cache.length += counts
         out = self.merge_heads(out)
         if packing is not None:
             out = packing.unpack(out).masked_fill(~key_mask[..., None], 0.0)
         return out
+
+    def _decode(self, core, query, key, value, state, takes_part, counts) -> Tensor:
+        """The output of tokens after `state`, which is updated in place."""
+        decay = self.decay()
+        out = nystrom_attention(
+            query, key, value, self.landmarks, decay=decay, normalize=self.normalize,
+            key_mask=takes_part, core=core, state=state, state_out=state,
+        )  # fmt: skip
+        if takes_part is not None and decay is not None:
+            # the tokens left out stand last, and no time shall have passed in them
+            left_out = (key.shape[2] - counts)[:, None, None]
+            state.L.add_(decay.to(state.L.dtype) * left_out)
+        return out
+
+    def _consume(self, core, state: NystromState, key: Tensor, value: Tensor, counts: Tensor):
+        """The state after the first `counts` (B,) of these tokens; `state` is updated in place."""
+        takes_part = torch.arange(key.shape[2], device=key.device) < counts[:, None]
+        self._decode(core, torch.zeros_like(key), key, value, state, takes_part, counts)
+        return state
 
     def extra_repr(self) -> str:
         decays = self.landmark_decay is not None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to compute in
 
 
 class ProjectedAttention(nn.Module):
@@ -49,9 +53,17 @@ class ProjectedAttention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
     def _place(self, dtype, device) -> dict:
-        """Where a cache lives: with the weights, unless told otherwise."""
-        weight = self.qkv.weight
-        return {"dtype": dtype or weight.dtype, "device": torch.device(device or weight.device)}
+        """Where a cache lives: with the weights, unless told otherwise.
+
+        `qkv` may have been replaced by a quantized or wrapped layer: its dtype is then that of the
+        first parameter that numbers are computed in.
+        """
+        own = [*self.qkv.parameters(), *self.parameters()]
+        if dtype is None:
+            dtype = next((x.dtype for x in own if x.dtype in NUMBERS), torch.get_default_dtype())
+        if device is None:
+            device = next((x.device for x in own), torch.get_default_device())
+        return {"dtype": dtype, "device": torch.device(device)}
 
     def _repr(self, *names: str) -> str:
         heads = f"{self.embed_dim}, heads={self.num_heads}, kv_heads={self.num_kv_heads}"
@@ -66,3 +78,29 @@ def check_rotary(rotary: float | bool, rotary_dim: int, largest: int) -> None:
         raise ValueError(f"rotary: expected False or the base of wavelengths > 0, got {rotary!r}")
     if rotary_dim % 2 or not 0 < rotary_dim <= largest:
         raise ValueError(f"rotary_dim: expected an even int from 2 to {largest}, got {rotary_dim}")
+
+
+class _Reached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = [
+            torch.zeros_like(x) if needed else None
+            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        ]
+        return grad, *zeros
+
+
+def reached(out: Tensor, *parameters: Tensor | None) -> Tensor:
+    """`out`, from which every parameter has a gradient: 0 where a short input does not use it.
+
+    DistributedDataParallel waits for the gradient of each parameter.
+    """
+    given = [x for x in parameters if x is not None and x.requires_grad]
+    if not given or not torch.is_grad_enabled():
+        return out
+    return _Reached.apply(out, *given)

@@ -1,4 +1,4 @@
-"""What the attention modules do with tokens that `key_mask` leaves out."""
+"""Tokens that `key_mask` leaves out, and sequences packed one after the other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def check_tokens(x: Tensor, embed_dim: int, key_mask: Tensor | None) -> None:
+def check_tokens(x: Tensor, embed_dim: int, key_mask: Tensor | None, name: str = "x") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[2] != embed_dim:
-        raise ValueError(f"x: expected shape (B, N, {embed_dim}), got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected shape (B, N, {embed_dim}), got {tuple(x.shape)}")
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
@@ -20,7 +20,7 @@ def check_tokens(x: Tensor, embed_dim: int, key_mask: Tensor | None) -> None:
         raise TypeError(f"key_mask: expected a bool tensor, got {got}")
     if key_mask.shape != x.shape[:2] or key_mask.device != x.device:
         raise ValueError(
-            f"key_mask: expected shape {tuple(x.shape[:2])} on {x.device} like x, "
+            f"key_mask: expected shape {tuple(x.shape[:2])} on {x.device} like {name}, "
             f"got {tuple(key_mask.shape)} on {key_mask.device}"
         )
 
@@ -51,3 +51,34 @@ class Packing(NamedTuple):
     def unpack(self, x: Tensor) -> Tensor:
         """(B, N, E) back in the order of the tokens."""
         return torch.zeros_like(x).scatter(1, self.order[..., None].expand_as(x), x)
+
+
+def check_packed(cu_seqlens: Tensor | None, x: Tensor, key_mask, cache) -> None:
+    """`cu_seqlens` with x (1, N, ...): bounds of sequences, without padding and without a cache."""
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: expected an int32 tensor, got {got}")
+    if x.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            "cu_seqlens: expected shape (S + 1,) with S >= 1 and a batch of 1, "
+            f"got {tuple(cu_seqlens.shape)} and a batch of {x.shape[0]}"
+        )
+    if key_mask is not None or cache is not None:
+        other = "cache" if key_mask is None else "key_mask"
+        raise ValueError(f"{other}: expected None with cu_seqlens, got one")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # elsewhere it would wait for the device
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != x.shape[1] or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens: expected numbers rising from 0 to {x.shape[1]}, got {bounds}"
+        )
+
+
+def packed_places(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Int64 (1, N): how many tokens of its own sequence stand before each."""
+    every = torch.arange(tokens, device=cu_seqlens.device)
+    row = torch.searchsorted(cu_seqlens[1:].contiguous(), every, right=True)
+    return (every - cu_seqlens[row])[None]

@@ -261,7 +261,7 @@ def landmark_parameter_groups(module: nn.Module, weight_decay: float) -> list[di
     """Parameter groups for an optimiser that keep landmarks out of weight decay.
 
     Decay pulls landmarks to the origin, where they are all alike and the core is singular.
-    Landmarks are parameters marked by `mark_landmarks`, and those whose own name starts with
+    Landmarks are parameters marked by `mark_landmarks`, and those in whose name a part starts with
     "landmark" (a deep copy of a module loses the mark, not the name).
 
     Returns:
@@ -271,7 +271,7 @@ def landmark_parameter_groups(module: nn.Module, weight_decay: float) -> list[di
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            named = name.rsplit(".", 1)[-1].startswith("landmark")
+            named = any(part.startswith("landmark") for part in name.split("."))
             groups[named or getattr(parameter, "_flashmark_landmarks", False)].append(parameter)
     decays = {False: weight_decay, True: 0.0}
     return [{"params": groups[k], "weight_decay": decays[k]} for k in groups if groups[k]]

@@ -53,3 +53,6 @@ class NystromState(NamedTuple):
         )
         R = from_left * self.R + from_right * right.R
         return NystromState(both.masked_fill(empty, -math.inf), R)
+
+
+torch.serialization.add_safe_globals([NystromState])  # for torch.load, weights_only=True

@@ -9,7 +9,6 @@ from flashmark.reference.hybrid import hybrid_attention
 from flashmark.reference.nystrom import landmark_core, nystrom_attention
 from flashmark.reference.variants import (
     first_k_attention,
-    leaky_segment_attention,
     nystromformer_attention,
     segment_attention,
     sequence_to_sequence_attention,
@@ -21,7 +20,6 @@ __all__ = [
     "first_k_attention",
     "hybrid_attention",
     "landmark_core",
-    "leaky_segment_attention",
     "nystrom_attention",
     "nystromformer_attention",
     "philox4x32",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,38 +29,31 @@ def segment_attention(
 ) -> Tensor:
     """Exact attention within a segment, F A^-1 B over the finished ones, as
     `flashmark.variants.segment_attention`, computed densely. All of it in the dtype of `query`."""
-    (batch, heads, length, dim), kv_heads = query.shape, key.shape[1]
+    (_, heads, length, dim), kv_heads = query.shape, key.shape[1]
     scale = 1 / math.sqrt(dim) if scale is None else scale
-    if key_mask is None:
-        key_mask = torch.ones(batch, length, dtype=torch.bool, device=query.device)
-    key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
+    if key_mask is not None:
+        attend = functools.partial(segment_attention, segment=segment, scale=scale, jitter=jitter)
+        return _each_alone(attend, query, key, value, key_mask)
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
 
     time = torch.arange(length, device=query.device)
     landmark = torch.arange(max(length - 1, 0) // segment, device=query.device)
-    member = key_mask[:, None] & (time // segment == landmark[:, None])  # (B, L, N)
-    sizes = member.sum(-1)  # (B, L)
-    mean = (member.to(query.dtype) / sizes.clamp_min(1).unsqueeze(-1)).unsqueeze(1)
-    lq, lk = mean @ query.masked_fill(~key_mask[:, None, :, None], 0.0), mean @ key
+    mean = (time // segment == landmark[:, None]).to(query.dtype) / segment  # (L, N)
+    lq, lk = mean @ query, mean @ key
 
     def scores(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
         return (scale * a @ b.mT).masked_fill(~seen, NEG_INF)
 
-    present = (sizes > 0)[:, None, None]  # (B, 1, 1, L)
     own = (time // segment == time[:, None] // segment) & (time <= time[:, None])
-    near = scores(query, key, own & key_mask[:, None, None])
-    f = scores(query, lk, (landmark < time[:, None] // segment) & present)
-    a = scores(lq, lk, (landmark <= landmark[:, None]) & present)
-    b = scores(lq, key, (time // segment <= landmark[:, None]) & key_mask[:, None, None])
+    near = scores(query, key, own)
+    f = scores(query, lk, landmark < time[:, None] // segment)
+    a = scores(lq, lk, landmark <= landmark[:, None])
+    b = scores(lq, key, time // segment <= landmark[:, None])
 
     # Row l of A and B may be divided by any number: here by the sum of row l of B.
-    total, usable = torch.logsumexp(b, -1, keepdim=True), present.mT
-    total = total.masked_fill(~usable, 0.0)
-    A, B = torch.exp(a - total), torch.exp(b - total).masked_fill(~usable, 0.0)
-    tokens = sizes.cumsum(-1).clamp_min(1)
-    A = A + torch.diag_embed(jitter / tokens).to(A.dtype).unsqueeze(1)
-    eye = torch.eye(len(landmark), dtype=A.dtype, device=A.device)
-    A = torch.where(usable, A, eye)  # a segment without a token is no landmark
+    total = torch.logsumexp(b, -1, keepdim=True)
+    A, B = torch.exp(a - total), torch.exp(b - total)
+    A = A + torch.diag(jitter / (segment * (landmark + 1))).to(A.dtype)
     core_B = torch.linalg.inv(A.to(torch.promote_types(A.dtype, torch.float32))).to(A.dtype) @ B
 
     # Row i may be divided by any number as well: its largest exponential.
@@ -94,47 +89,20 @@ def first_k_attention(
     time = torch.arange(length, device=query.device)
     visible = time <= time[:, None]
     if key_mask is not None:
-        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
-        visible = visible & key_mask[:, None, None]
+        attend = functools.partial(
+            first_k_attention, first=first, num_landmarks=num_landmarks, tied=tied,
+            normalize=normalize, scale=scale,
+        )  # fmt: skip
+        return _each_alone(attend, query, key, value, key_mask)
     exact = block_sparse_attention(query, key, value, visible.expand(batch, 1, -1, -1), scale=scale)
     if first >= length:
         return exact
-    mask = None if key_mask is None else key_mask[:, :first]
-    mean = _means(first, num_landmarks or first, mask, query)
+    mean = _means(first, num_landmarks or first, None, query)
     landmarks = mean @ key[:, :, :first]
     if not tied:
         landmarks = mean @ _over_groups(query, kv_heads)[:, :, :first], landmarks
-    rest = nystrom_attention(
-        query, key, value, landmarks, scale=scale, normalize=normalize, key_mask=key_mask
-    )
+    rest = nystrom_attention(query, key, value, landmarks, scale=scale, normalize=normalize)
     return torch.where((time < first)[:, None], exact, rest)
-
-
-def leaky_segment_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    num_landmarks: int,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    backend: str = "reference",
-) -> Tensor:
-    """Each row reads the means of all segments that have begun, which is not causal, as
-    `flashmark.variants.leaky_segment_attention`."""
-    length = query.shape[2]
-    time = torch.arange(length, device=query.device)
-    of_token = time // max(1, -(-length // num_landmarks))
-    landmark = of_token.unique()
-    member = (of_token == landmark[:, None])[None]
-    if key_mask is not None:
-        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
-        member = member & key_mask[:, None]
-    sizes = member.sum(-1, keepdim=True)
-    mean = (member.to(query.dtype) / sizes.clamp_min(1)).unsqueeze(1)
-    visible = (landmark <= of_token[:, None]) & (sizes > 0).mT.unsqueeze(1)
-    visible = visible.expand(query.shape[0], -1, -1, -1)
-    return block_sparse_attention(query, mean @ key, mean @ value, visible, scale=scale)
 
 
 def nystromformer_attention(
@@ -252,3 +220,16 @@ def _over_groups(query: Tensor, kv_heads: int) -> Tensor:
 def _each(x: Tensor, heads: int) -> Tensor:
     """Key heads repeated for the query heads that share them."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _each_alone(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor
+) -> Tensor:
+    """Each sample without the tokens that `key_mask` leaves out, whose rows are 0."""
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    rows = []
+    for sample, kept in enumerate(key_mask):
+        alone = (x[sample : sample + 1, :, kept] for x in (query, key, value))
+        place = kept.nonzero()[:, 0]
+        rows.append(out[sample].index_copy(1, place, attend(*alone)[0]))
+    return torch.stack(rows) if rows else out

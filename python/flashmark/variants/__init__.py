@@ -4,8 +4,7 @@ from flashmark.integrations.huggingface.nystromformer import (
     NystromformerSelfAttention,
     convert_nystromformer,
 )
-from flashmark.variants.first_k import first_k_attention
-from flashmark.variants.leaky import leaky_segment_attention
+from flashmark.variants.first_k import FirstKState, first_k_attention
 from flashmark.variants.nystromformer import convolution_residual, nystromformer_attention
 from flashmark.variants.segment import segment_attention
 from flashmark.variants.sequence_to_sequence import (
@@ -17,13 +16,13 @@ from flashmark.variants.sequence_to_sequence import (
 )
 
 __all__ = [
+    "FirstKState",
     "NystromformerSelfAttention",
     "SequenceToSequence",
     "convert_nystromformer",
     "convolution_residual",
     "cross_attention",
     "first_k_attention",
-    "leaky_segment_attention",
     "nystromformer_attention",
     "segment_attention",
     "sequence_to_sequence_attention",

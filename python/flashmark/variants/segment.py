@@ -10,8 +10,8 @@ from torch import Tensor
 from flashmark.arguments import finite
 from flashmark.autograd import under_autocast, without_autocast
 from flashmark.block_sparse import block_sparse_attention
-from flashmark.masks import Mask, key_padding
 from flashmark.variants.arguments import check_count, check_inputs, empty
+from flashmark.variants.padding import without_padding
 from flashmark.variants.segments import segment_masks, segment_means
 
 NEG_INF = float("-inf")
@@ -48,11 +48,10 @@ def segment_attention(
         query: (B, Hq, N, D), float16, bfloat16, float32 or float64.
         key: (B, Hkv, N, D), same dtype; Hq a multiple of Hkv.
         value: (B, Hkv, N, Dv), same dtype.
-        segment: tokens of a segment, >= 1. The last may be shorter: it is never a landmark. With
-            1, and wherever the keys of each segment are alike, it is exact attention but for
-            rounding and jitter.
+        segment: tokens of a segment, >= 1. The last may be shorter: it is never a landmark.
         scale: factor of every score; 1 / sqrt(D) when None.
-        key_mask: bool (B, N), True where the token takes part, in its landmark too.
+        key_mask: bool (B, N), True where the token takes part. The others are as if they had been
+            taken out before segments are cut, their rows are 0.
         jitter: > 0, added to A_ll in units of the mean of row l of B, so that none vanishes.
         backend: as for `flashmark.block_sparse_attention`, which computes B, F and the own segment.
 
@@ -78,34 +77,33 @@ def segment_attention(
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
     if not query.numel():
         return empty(query, value)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _attend(query, key, value, segment, scale, jitter, backend)
+
     with without_autocast(query.device.type):
-        return _attend(query, key, value, segment, scale, key_mask, jitter, backend)
+        if key_mask is not None:
+            return without_padding(attend, query, key, value, key_mask)
+        return attend(query, key, value)
 
 
-def _attend(query, key, value, segment, scale, key_mask, jitter, backend) -> Tensor:
-    if key_mask is not None:
-        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
-
+def _attend(query, key, value, segment, scale, jitter, backend) -> Tensor:
     def attend(query, key, value, mask, bias=None):
         return block_sparse_attention(
             query, key, value, mask, bias=bias, scale=scale, return_lse=True, backend=backend
         )
 
-    def visible(mask: Mask) -> Mask:
-        return mask if key_mask is None else mask & key_padding(key_mask)
-
     masks = segment_masks(segment)
-    near, near_lse = attend(query, key, value, visible(masks.own))
+    near, near_lse = attend(query, key, value, masks.own)
     finished = max(query.shape[2] - 1, 0) // segment  # segments that some row can read
     if finished == 0:
         return near
     query, key, value = (x.to(near_lse.dtype) for x in (query, key, value))
     over = slice(0, finished * segment)
-    over_mask = None if key_mask is None else key_mask[:, over]
-    (lq, sizes), (lk, _) = (segment_means(x[:, :, over], finished, over_mask) for x in (query, key))
+    lq, lk = (segment_means(x[:, :, over], finished)[0] for x in (query, key))
     lk = lk.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # summaries are a query head's
-    R, L = attend(lq, key, value, visible(masks.so_far))
-    summaries, size = _substitute(scale * lq, lk, R, L, sizes, jitter)
+    R, L = attend(lq, key, value, masks.so_far)
+    summaries, size = _substitute(scale * lq, lk, R, L, segment, jitter)
     # F A^-1 B as a softmax over landmarks that weigh F |z|; the size passes into the score
     bias = torch.where(size > 0, size.clamp_min(LEAST_SIZE).log(), -HUGE).unsqueeze(2)
     summaries = summaries / size.clamp_min(LEAST_SIZE).unsqueeze(-1)
@@ -116,7 +114,7 @@ def _attend(query, key, value, segment, scale, key_mask, jitter, backend) -> Ten
     return _merge(near, near_lse, far, mass.squeeze(-1), parts[0][1])
 
 
-def _substitute(lq, lk, R, L, sizes, jitter) -> tuple[Tensor, Tensor]:
+def _substitute(lq, lk, R, L, segment, jitter) -> tuple[Tensor, Tensor]:
     """[x, z] = A^-1 B [v, 1], (B, Hq, L, Dv + 1), from B [v, 1] = e^L [R, 1]; and |z|, a constant.
 
     Landmarks that are not used have x = z = 0.
@@ -124,10 +122,10 @@ def _substitute(lq, lk, R, L, sizes, jitter) -> tuple[Tensor, Tensor]:
     # Row l of both sides is divided by e^L_l. By convexity entries up to the diagonal are then at
     # most 1 / (tokens of segment m); those above it are another's future and may be anything.
     scores = lq @ lk.mT
-    present, seen = sizes > 0, L > NEG_INF
-    below = torch.ones_like(scores, dtype=torch.bool).tril() & present.unsqueeze(-2)
+    seen = L > NEG_INF
+    below = torch.ones_like(scores, dtype=torch.bool).tril()
     scores = (scores - L.masked_fill(~seen, 0.0).unsqueeze(-1)).masked_fill(~below, NEG_INF)
-    tokens = sizes.cumsum(-1).clamp_min(1)
+    tokens = segment * torch.arange(1, L.shape[-1] + 1, dtype=L.dtype, device=L.device)
     A = torch.exp(scores) + torch.diag_embed(jitter / tokens)
     right = torch.cat([R, torch.ones_like(R[..., :1])], -1)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -140,7 +138,7 @@ def _substitute(lq, lk, R, L, sizes, jitter) -> tuple[Tensor, Tensor]:
 
     # What is not finite is left out as well: a poisoned future must not reach the rows before it,
     # and 0 * NaN in a tile would carry it there.
-    usable = seen & present & A.isfinite().all(-1) & right.isfinite().all(-1)
+    usable = seen & A.isfinite().all(-1) & right.isfinite().all(-1)
     with torch.no_grad():
         usable = usable & solve(usable).isfinite().all(-1)
     summaries = solve(usable)

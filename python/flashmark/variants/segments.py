@@ -84,7 +84,6 @@ class SegmentMasks(NamedTuple):
 
     own: Mask  # token j is of the same segment as token i, and j <= i
     finished: Mask  # segment l is over before the segment of token i begins
-    begun: Mask  # segment l is that of token i, or before it: the rest of token i's own leaks
     so_far: Mask  # token j is not after the end of segment l
 
 
@@ -105,6 +104,5 @@ def _build_masks(size: int) -> None:
         _masks[size] = SegmentMasks(
             own=causal() & ~_Lagged(size, size, 1),
             finished=_Lagged(size, 1, 1),
-            begun=_Lagged(size, 1, 0),
             so_far=_Lagged(1, size, 0),
         )

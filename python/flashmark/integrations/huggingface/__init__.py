@@ -11,6 +11,6 @@ rows which see no key (padding) are 0.
 """
 
 from flashmark.integrations.huggingface.attention import attention, attention_mask, register
-from flashmark.integrations.huggingface.nystrom import to_nystrom
+from flashmark.integrations.huggingface.convert import to_hybrid, to_nystrom
 
-__all__ = ["attention", "attention_mask", "register", "to_nystrom"]
+__all__ = ["attention", "attention_mask", "register", "to_hybrid", "to_nystrom"]

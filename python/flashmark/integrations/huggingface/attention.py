@@ -15,6 +15,7 @@ from transformers.utils import generic
 
 from flashmark import masks
 from flashmark.block_sparse import block_sparse_attention
+from flashmark.integrations.huggingface.converted import Call, attend, is_converted
 from flashmark.integrations.huggingface.masks import (
     LazyMask,
     Sizes,
@@ -22,14 +23,11 @@ from flashmark.integrations.huggingface.masks import (
     key_padding,
     translate,
 )
-from flashmark.integrations.huggingface.nystrom import nystrom, to_nystrom
+from flashmark.integrations.huggingface.pretrained import extend_transformers, names
 from flashmark.masks import BlockMask, Mask
 from flashmark.masks.cache import compiled_tensor
 
-__all__ = ["attention", "attention_mask", "register", "to_nystrom"]
-
-
-_names: set[str] = set()
+__all__ = ["attention", "attention_mask", "register"]
 
 
 def register(name: str = "flashmark") -> None:
@@ -39,10 +37,14 @@ def register(name: str = "flashmark") -> None:
     not ask for causality themselves would see the future. transformers takes every name with
     "flash" in it for a kernel of FlashAttention; the name is exempted from that. Early releases of
     version 5 hold some configurations to it all the same (gpt-oss): there, choose a name without.
+    From then on a model whose configuration records a conversion (`to_nystrom`, `to_hybrid`) is
+    built and loaded as one; without it, transformers refuses to load one.
     """
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, attention_mask)
-    _names.add(name)
+    if name not in names:
+        names.append(name)
+    extend_transformers()
     if generic.is_flash_attention_requested is not _is_flash_attention_requested:
         _replace(generic.is_flash_attention_requested, _is_flash_attention_requested)
 
@@ -60,7 +62,7 @@ def _is_flash_attention_requested(
     name = requested_attention_implementation
     if config is not None and name is None:
         name = config._attn_implementation
-    if isinstance(name, str) and name in _names:
+    if isinstance(name, str) and name in names:
         return False
     return _asked_of_transformers(config, requested_attention_implementation, *version, **options)
 
@@ -88,6 +90,7 @@ def attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     sliding_window: int | None = None,
+    flashmark: Call | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls.
@@ -98,6 +101,7 @@ def attention(
             as users pass it; None asks `is_causal`, then `module.is_causal`.
         softcap, s_aux, position_bias: `softcap`, `sinks` and `bias` of block_sparse_attention.
         sliding_window: read only without an attention_mask, which else holds it.
+        flashmark: from a module that was converted to landmark attention.
 
     Returns:
         (B, Nq, Hq, Dv) contiguous, and None for the weights, which are never formed.
@@ -111,10 +115,10 @@ def attention(
         )
     if kwargs.get("cache") is not None:
         raise NotImplementedError("cache: expected no paged cache with flashmark, got one")
-    if "landmarks" in module._parameters:
-        out = nystrom(
-            module, query, key, value, attention_mask, scaling, softcap=softcap, s_aux=s_aux,
-            position_bias=position_bias, sliding_window=sliding_window,
+    if is_converted(module):
+        out = attend(
+            module, query, key, value, attention_mask, scaling, flashmark, softcap=softcap,
+            s_aux=s_aux, position_bias=position_bias, sliding_window=sliding_window,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
     if attention_mask is None:

@@ -71,6 +71,22 @@ class LazyMask(Tensor):
             device=self.device,
         )  # fmt: skip
 
+    def kept(self, tokens: int) -> Tensor | None:
+        """Which of the last `tokens` keys take part, bool (B, tokens); None: all of them.
+
+        Found once for the layers of a forward, since telling "all" waits for the device.
+        """
+        if self.padding is None:
+            return None
+        if getattr(self, "_kept", (None,))[0] != tokens:
+            if self.query_offset is None:
+                kept = self.padding[:, self.padding.shape[1] - tokens :]
+            else:
+                place = torch.arange(tokens, device=self.device) + self.query_offset
+                kept = self.padding[:, place]
+            self._kept = tokens, None if bool(kept.all()) else kept
+        return self._kept[1]
+
     def dense(self) -> Tensor:
         """Every element, written out once."""
         if not hasattr(self, "_dense"):
