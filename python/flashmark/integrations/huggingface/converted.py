@@ -91,7 +91,7 @@ def attention_modules(model: nn.Module) -> Iterator[Any]:
                 yield module
 
 
-def _head_dim(module: Any) -> int | None:
+def _head_dim(module: Any) -> Any:
     return getattr(module, "head_dim", getattr(module, "head_size", None))
 
 
@@ -150,9 +150,9 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[torch.dtype, torch.devi
 def _rotary_factor(model: nn.Module) -> float:
     """What cosines and sines are multiplied by (YaRN and its relatives)."""
     factors = {
-        float(module.attention_scaling)
+        float(scaling)
         for module in model.modules()
-        if isinstance(getattr(module, "attention_scaling", None), int | float)
+        if isinstance(scaling := getattr(module, "attention_scaling", None), int | float)
     }
     if len(factors) > 1:
         raise NotImplementedError(
@@ -252,8 +252,10 @@ def _hybrid(query: Tensor, landmarks: Tensor, scale: float, window: int) -> Atte
             return hybrid_attention(queries, key, value, landmarks, **options)
         # Chunks are cut by position, so tokens that take no part are taken out, not masked.
         bounds = F.pad(keep.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
-        rows = (x.transpose(1, 2)[keep].transpose(0, 1)[None] for x in (queries, key, value))
-        found = hybrid_attention(*rows, landmarks, cu_seqlens=bounds, **options)
+        queries, key, value = (
+            x.transpose(1, 2)[keep].transpose(0, 1)[None] for x in (queries, key, value)
+        )
+        found = hybrid_attention(queries, key, value, landmarks, cu_seqlens=bounds, **options)
         out, state = found if return_state else (found, None)
         whole = out.new_zeros(*keep.shape, out.shape[1], out.shape[3])
         whole = whole.index_put((keep,), out[0].transpose(0, 1))

@@ -132,16 +132,16 @@ class StateLayer(DynamicLayer):
         self.state, self._before, self._recorded = tree_map_only(Tensor, function, held)
 
 
-def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
+def state_layer(cache: Any, index: int) -> StateLayer | None:
     """The layer `index` of a cache, made one of states if it is still empty."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if cache is None:
         return None
-    layers = cache.layers
+    layers: Any = cache.layers
     while len(layers) <= index:
-        layers.append(cache.layer_class_to_replicate())
-    held = layers[index]
+        layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+    held: Any = layers[index]
     if not isinstance(held, StateLayer):
         if int(held.get_seq_length()):
             raise ValueError(
