@@ -1,4 +1,4 @@
-"""What attention over many ranks costs, by counting: FLOP and bytes, forward and backward.
+"""Counted costs of attention over many ranks: FLOP and bytes, forward and backward.
 
 `python -m bench.communication --help` prints tables for any number of ranks. Nothing here is
 measured: rates of computing and of links are given by the user.
@@ -17,7 +17,7 @@ from flashmark.masks import Mask, causal, compile_mask, documents, sliding_windo
 
 
 class Cost(NamedTuple):
-    """Of one layer, on the rank that has most of each; a mean where it says so."""
+    """Cost of one layer on the rank that has most of each quantity; a mean where it says so."""
 
     tokens: int
     flops: int  # forward

@@ -22,7 +22,7 @@ Prepare = Callable[[], tuple[Run, Row]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line chose; empty tuples stand for a suite's own choice."""
+    """Choices of the command line; empty tuples stand for a suite's own choice."""
 
     device: torch.device
     rounds: int
@@ -50,7 +50,7 @@ class Job:
 
 @contextlib.contextmanager
 def reported(row: Row) -> Iterator[None]:
-    """What cannot run, or breaks, says so in its row and takes no other along."""
+    """Record an error in the row of the run that raised it, and let the other rows go on."""
     try:
         yield
     except (Unavailable, flashmark.BackendUnavailable) as reason:
@@ -112,7 +112,7 @@ def compare(
 def forward_and_backward(
     op: Callable, inputs: Sequence[Tensor], dout: Tensor, backward: bool
 ) -> Run:
-    """What is timed: op(*inputs) without a gradient, or with the gradients of all inputs."""
+    """Timed run of op(*inputs), without a gradient or with the gradients of all inputs."""
 
     def forward():
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where a measurement was made: the columns that every row of the CSV carries."""
+"""Environment of a measurement: the columns that every row of the CSV carries."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ SHARED_MEMORY = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of one kernel. From `threads` on None where there is no NVIDIA machine code."""
+    """Figures of one compiled kernel; from `threads` on None without NVIDIA machine code."""
 
     kernel: str
     warps: int  # as the config has it; those that specialise come on top

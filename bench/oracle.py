@@ -13,7 +13,7 @@ FLOAT32_BUDGET = (1e-5, 5e-5)
 
 
 class Oracle:
-    """What a work gives when its loss reads one random query of each of 128 stretches.
+    """Expected results of a work whose loss reads one random query of each of 128 stretches.
 
     Those rows decide dq, dk and dv completely, and every block of queries and keys takes part, for
     the price of 128 x N scores. Low precision is held to twice the error of plain PyTorch in the

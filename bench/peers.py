@@ -47,7 +47,7 @@ class Work:
         return "forward+backward" if self.backward else "forward"
 
     def columns(self, suite: str, case: str) -> dict[str, object]:
-        """What tells this work from others in the CSV."""
+        """Columns that identify this work in the CSV."""
         return {
             "suite": suite,
             "case": case,

@@ -1,4 +1,4 @@
-"""What was aimed at on an H200, what was measured, and the floor: `python -m bench.targets CSV`."""
+"""Targets, measurements and lower bounds on an H200: `python -m bench.targets CSV`."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 
 def build(task: Task, variant: str, seed: int, width: int, heads: int) -> Decoder:
-    """The same initial weights for every variant; landmarks and gates are an attention's own."""
+    """Decoder of a variant. All variants start from equal weights but for landmarks and gates."""
 
     def decoder(name: str) -> Decoder:
         torch.manual_seed(seed)

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def conditions(quality: pd.DataFrame, timing: pd.DataFrame | None) -> str:
-    """What was trained and timed, where and when."""
+    """Conditions of the comparison: models, machine and date."""
     lines = []
     for task, rows in quality.groupby("task", sort=False):
         row = rows.iloc[0]
@@ -105,7 +105,7 @@ def _cost(timing: pd.DataFrame, variant: str, n: int) -> str:
 
 
 def best_merge(quality: pd.DataFrame) -> str:
-    """How the hybrids rank among each other on each task, by mean over seeds."""
+    """Ranks of the hybrids among each other on each task, by mean over seeds."""
     hybrids = quality[quality.variant.str.startswith("hybrid")]
     lines = []
     for task, (column, more, form) in TASKS.items():

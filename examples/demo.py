@@ -233,7 +233,7 @@ def within_budget(row: dict) -> bool:
 
 
 def backend(operator: str) -> str:
-    """What backend="auto" takes for the float32 CPU tensors of this demo."""
+    """Backend that backend="auto" takes for the float32 CPU tensors of this demo."""
     return choose_backend(operator, "auto", torch.empty(1, 1, 1, WIDTH))
 
 

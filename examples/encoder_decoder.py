@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def short_words() -> list[str]:
-    """Of 2 to 5 letters, from the names in the library."""
+    """Words of 2 to 5 letters, from the names in the library."""
     text = bytes(torch.cat(standard_library()).tolist()).decode("utf-8", errors="ignore")
     names = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", text))
     words = {word for name in names for word in name.split("_")}
@@ -72,7 +72,7 @@ def short_words() -> list[str]:
 
 
 def random_names(words: list[str], count: int, generator: torch.Generator) -> list[str]:
-    """Of two words each."""
+    """Random names of two words each."""
     pairs = torch.randint(len(words), (count, 2), generator=generator).tolist()
     return [f"{words[first]}_{words[second]}" for first, second in pairs]
 

@@ -1,4 +1,4 @@
-"""What happens when every input starts with the same token, and the other choice beside it.
+"""Effect of starting every input with the same token, next to training without it.
 
     python -m examples.first_token
 

@@ -78,7 +78,7 @@ def with_mask(model: Decoder, mask: Mask) -> Decoder:
 
 
 def bits(model: Decoder, text: Tensor) -> list[float]:
-    """Of each place."""
+    """Bits of each place, all predicted together."""
     logits = predict_in_parallel(model, text[:, :PREFIX], text[:, PREFIX:-1])
     targets = text[:, PREFIX + 1 :]
     return [token_loss(logits[:, n], targets[:, n]).item() / math.log(2) for n in range(PLACES)]

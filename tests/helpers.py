@@ -98,7 +98,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
 
 
 def assert_identical(actual: Tensor, expected: Tensor, name: str = "result") -> None:
-    """The same bits, NaN apart (which is never accepted)."""
+    """Assert equal bits; NaN is never accepted."""
     assert not actual.isnan().any(), f"{name}: has NaN"
     assert torch.equal(actual, expected), (
         f"{name}: differs, largest by {(actual - expected).abs().max()}"
@@ -131,7 +131,7 @@ def outputs_and_grads(
 
 
 def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers in float64, as fresh leaves."""
+    """Copies in float64, as fresh leaves."""
     return {
         name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for name, t in tensors.items()

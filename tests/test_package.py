@@ -1,4 +1,4 @@
-"""What installs, and what an import needs: checked in fresh processes with a path of their own."""
+"""Installation and imports, checked in fresh processes with a path of their own."""
 
 from __future__ import annotations
 

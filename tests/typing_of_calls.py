@@ -1,4 +1,4 @@
-"""What a type checker knows about calls: `make lint` reads this file, nothing runs it."""
+"""Types of calls for a type checker: `make lint` reads this file, nothing runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launchers hand to the kernels: tuples of run-time arguments, and the static features."""
+"""Arguments of the kernels: tuples of run-time arguments, and the static features."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a forward or a decode kernel reads; strides are (batch, head, row)."""
+    """Inputs of a forward or a decode kernel; strides are (batch, head, row)."""
 
     query: Tensor
     key: Tensor
@@ -66,7 +66,7 @@ class Lists(NamedTuple):
 
 
 class Modifiers(NamedTuple):
-    """What happens to a score between the dot product and the weighted sum. Absent tensors are
+    """Changes to a score between the dot product and the weighted sum. Absent tensors are
     None.
     """
 
@@ -87,7 +87,7 @@ class Modifiers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a kernel is compiled for; a new mask of the same kind and block size changes nothing."""
+    """Compile-time features of a kernel; a new mask of one kind and block size changes nothing."""
 
     DIM: int
     DIM_V: int
@@ -277,7 +277,7 @@ def strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: as PyTorch's own on a GPU, however that was set."""
+    """Precision of float32 products: PyTorch's own setting for a GPU."""
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 

@@ -40,7 +40,7 @@ from .primitives import (
 
 
 class Operands(NamedTuple):
-    """What a backward kernel reads; strides are (batch, head, row).
+    """Inputs of a backward kernel; strides are (batch, head, row).
 
     lse (in the log2 domain; see F.NATURAL) and delta are contiguous (batch, heads, padded_rows of
     the queries), so that tiles of them are read without a check. Where a row sees no key, and

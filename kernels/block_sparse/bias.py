@@ -19,7 +19,7 @@ FIXED_POINT_BITS = 60
 
 
 class BiasGradient(NamedTuple):
-    """Where a kernel adds the gradient of a bias; all None when there is none."""
+    """Buffers to which a kernel adds the gradient of a bias; all None when there is none."""
 
     total: (
         Tensor | None

@@ -1,4 +1,4 @@
-"""Which tile sizes, warps and stages a kernel runs with: one frozen record and one plain function.
+"""Tile sizes, warps and stages of each kernel: one frozen record and one plain function.
 
 Sizes come from offline compilation for compute capability 9.0: the largest tiles that neither spill
 registers nor outgrow shared memory. tests/compile holds every choice to that.
@@ -24,7 +24,7 @@ SLACK = 8
 
 
 class Runnable:
-    """What the configs of all kernels say of a launch."""
+    """Fields that the configs of all kernels share."""
 
     num_warps: int
     num_stages: int

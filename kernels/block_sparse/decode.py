@@ -46,9 +46,7 @@ def share(low, high, split, splits, STEP: tl.constexpr):
 
 @triton.jit
 def sparse_span(lists, line, BLOCK: tl.constexpr):
-    """What a line holds and where: (first run, end of runs, first partial, end of partials, low,
-    high).
-    """
+    """Entries of a line: (first run, end of runs, first partial, end of partials, low, high)."""
     run = tl.load(lists.run_offsets + line)
     run_end = tl.load(lists.run_offsets + line + 1)
     entry = tl.load(lists.partial_offsets + line)

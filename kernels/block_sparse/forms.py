@@ -1,6 +1,4 @@
-"""Which calls the Hopper form of the forward kernel takes: the launcher's question and the user's
-message.
-"""
+"""Conditions of the forward kernel's Hopper form, for the launcher and for the user's message."""
 
 from __future__ import annotations
 
@@ -68,7 +66,7 @@ def _lacking(call: KernelArguments) -> list[str]:
 
 
 def _misfit(tensor: Tensor) -> str | None:
-    """What keeps a descriptor from reading a tensor: expected, got."""
+    """Reason why a descriptor cannot read a tensor (expected, got), or None."""
     if tensor.dtype not in (torch.float16, torch.bfloat16):
         return f"expected float16 or bfloat16, got {tensor.dtype}"
     if tensor.shape[-1] > MAX_DIM:

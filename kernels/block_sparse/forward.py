@@ -126,7 +126,7 @@ def launch(
 
 
 def launcher(form: str) -> Callable[..., None]:
-    """What runs a form of the kernel. Gluon is imported by those who ask for it alone."""
+    """Launcher of a form of the kernel. Gluon is imported only where its form is asked for."""
     if form == "pointers":
         return functools.partial(launch, forward_kernel)
     module = importlib.import_module(f"{__package__}.forward_{form}")

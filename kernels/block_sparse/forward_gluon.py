@@ -79,7 +79,7 @@ class Line(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a program works on."""
+    """Work of one program."""
 
     lists: object
     line: object
@@ -94,7 +94,7 @@ class Work(NamedTuple):
 
 @gluon.jit
 def load_tiles(k_desc, v_desc, rings, work, F: gl.constexpr, STAGES: gl.constexpr):
-    """What the loading warp does."""
+    """Load the tiles of keys and values: the work of the loading warp."""
     lists, line = work.lists, work.line
     b, hk = work.b, work.h // work.problem.group
     run, start, stop = line.run, line.start, line.stop
@@ -225,7 +225,7 @@ def compute(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What a warpgroup does: rows ROWS * w .. ROWS * (w + 1) of the tile of queries."""
+    """Compute rows ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
     acc = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, o_layout)

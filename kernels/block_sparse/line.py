@@ -45,7 +45,7 @@ def bit_words(bits_ptr, bits, start_n, r2, F: tl.constexpr):
 
 @triton.jit
 def shown(words, start_n, r2, n2, end_n, problem, F: tl.constexpr):
-    """Which elements of a tile take part, by its words or by comparison."""
+    """Mask of the elements of a tile that take part, by its words or by comparison."""
     if F.KIND == "sparse":
         column = n2 - start_n
         word = words[0]

@@ -46,7 +46,7 @@ def locate(problem):
 
 @triton.jit
 def head_of(base, strides, b, h):
-    """Where the rows of a sample's head begin."""
+    """Pointer to the first row of a sample's head."""
     return base + (tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1])
 
 
@@ -140,8 +140,8 @@ def query_tile(problem, lists, slot, offset, leading, F: tl.constexpr):
 
 @triton.jit
 def place(problem, lists, modifiers, F: tl.constexpr):
-    """What a program that holds a tile of queries works on: (pair, sample, head, mask row of query
-    0, number of keys, first line of the pair, first mask row of the tile).
+    """Work of a program with a tile of queries: (pair, sample, head, mask row of query 0, number
+    of keys, first line of the pair, first mask row of the tile).
     """
     slot, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
@@ -160,7 +160,7 @@ def load_run(lists, run, exists, BLOCK: tl.constexpr):
 
 @triton.jit
 def sparse_line(lists, line, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """What a line holds: (FULL tiles, PARTIAL tiles, first PARTIAL entry, run, end of runs, start,
+    """Entries of a line: (FULL tiles, PARTIAL tiles, first PARTIAL entry, run, end of runs, start,
     stop).
     """
     split: tl.constexpr = BLOCK // STEP
@@ -294,8 +294,8 @@ def tile_bits(bits_ptr, bits, start_n, r2, F: tl.constexpr):
 
 @triton.jit
 def visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED: tl.constexpr, F: tl.constexpr):
-    """Which elements of a tile take part, for `keep_seen`: `tile_bits`, or the number of a key and
-    that of the first key that is not seen.
+    """Visible elements of a tile, for `keep_seen`: `tile_bits`, or the number of a key and that of
+    the first key that is not seen.
     """
     if MASKED and F.KIND == "sparse":
         left, right = tile_bits(bits_ptr, bits, start_n, r2, F)
@@ -341,7 +341,7 @@ def tanh(x):
 
 @triton.jit
 def bias_base(modifiers, b, h, F: tl.constexpr):
-    """Where the bias of a (batch, head) starts."""
+    """Pointer to the bias of a (batch, head)."""
     base = modifiers.bias
     if F.BIAS != "none":
         base += tl.cast(h, tl.int64) * modifiers.bias_strides[1]
@@ -376,8 +376,8 @@ def logits(qk, base, r2, n2, offset, problem, modifiers, F: tl.constexpr):
 
 @triton.jit
 def log2_factor(modifiers, F: tl.constexpr):
-    """What multiplies a score on its way into exp2, as one fused multiply-add, when nothing else
-    does.
+    """Factor on a score on its way into exp2, as one fused multiply-add, when nothing else
+    changes it.
     """
     factor = 1.0
     if F.LINEAR:
@@ -421,9 +421,7 @@ def online_softmax(
 
 @triton.jit
 def dropout_keep(i2, start_n, pair, modifiers, BLOCK_N: tl.constexpr):
-    """Which probabilities dropout keeps, queries down: key j takes word j % 4 of the counter j //
-    4.
-    """
+    """Dropout's keep mask, queries down: key j takes word j % 4 of the counter j // 4."""
     quad = start_n // 4 + tl.arange(0, BLOCK_N // 4)
     w0, w1, w2, w3 = tl.philox(tl.load(modifiers.seed), quad[None, :], i2, pair, 0)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))

@@ -1,4 +1,4 @@
-"""What the launchers hand to the kernels, and what these are compiled for."""
+"""Run-time arguments and compile-time features of the kernels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a kernel is compiled for. Names as in the Nyström kernels, whose pieces read them."""
+    """Compile-time features of a kernel; the Nyström kernels' functions read them by these names."""
 
     MARKS: int
     PAD_M: int

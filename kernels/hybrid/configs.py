@@ -1,4 +1,4 @@
-"""Which tiles and warps a kernel runs with, chosen by offline compilation for sm_90."""
+"""Tiles and warps of each kernel, chosen by offline compilation for sm_90."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How queries read the far field of "mass": the interface of `flashmark.hybrid.eager`."""
+"""Reads of the far field with merge "mass", with the interface of `flashmark.hybrid.eager`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What queries read. Query strides are those of (B, Hq, C, w); the batch stride of parameters
+    """Inputs of a query. Query strides are those of (B, Hq, C, w); the batch stride of parameters
     is 0 where samples share them."""
 
     query: Tensor
@@ -66,7 +66,7 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a kernel is compiled for; names as in the Nyström kernels."""
+    """Compile-time features of a kernel, named as in the Nyström kernels."""
 
     MARKS: int
     PAD_M: int

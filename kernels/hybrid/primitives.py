@@ -10,7 +10,7 @@ from ..nystrom.primitives import kept_tokens, landmark_products, load_rows
 
 @triton.jit
 def chunk_of(ptr, strides, b, h, chunk):
-    """Where the tokens of a chunk begin."""
+    """Pointer to the first token of a chunk."""
     ptr += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
     return ptr + tl.cast(chunk, tl.int64) * strides[2]
 

@@ -1,4 +1,4 @@
-"""What the autograd boundaries of all operators share."""
+"""Helpers shared by the autograd boundaries of all operators."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors, each its own object: torch.compile refuses one that is passed twice."""
+    """Tensors as distinct objects: torch.compile refuses one object that is passed twice."""
     if not torch.compiler.is_compiling():
         return tensors
     return tuple(x.view_as(x) for x in tensors)
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """The same tensor where its last dimension is contiguous, else a copy: what backends expect."""
+    """The tensor itself where its last dimension is contiguous, else a copy; backends expect it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -180,7 +180,7 @@ def boundary(operator) -> type[torch.autograd.Function]:
 
 
 def boundary_arguments(flat: tuple, at: int | None, places: Sequence[int]) -> tuple:
-    """What `Boundary.apply` takes after the backend: a count, and the arguments with the list of
+    """Arguments of `Boundary.apply` after the backend: a count, and `flat` with the list of
     tensors at place `at` moved to the end."""
     if torch.compiler.is_compiling():  # it refuses one tensor that is passed twice
         flat = tuple(

@@ -35,7 +35,7 @@ class Leak:
 
 @dataclasses.dataclass(frozen=True)
 class CausalityReport:
-    """What `check_causality` found. True if nothing leaks."""
+    """Result of `check_causality`. True if nothing leaks."""
 
     leaks: tuple[Leak, ...]
     probes: int

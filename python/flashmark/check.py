@@ -34,7 +34,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `check` found, a row for each output and gradient. True if all are within budget."""
+    """Result of `check`, a row for each output and gradient. True if all are within budget."""
 
     operator: str
     dtype: torch.dtype

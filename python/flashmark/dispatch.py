@@ -1,4 +1,4 @@
-"""Which backend runs: `can_run_*` answers the dispatcher and words the user's error message."""
+"""Choice of the backend: `can_run_*` answers the dispatcher and words the user's error message."""
 
 from __future__ import annotations
 

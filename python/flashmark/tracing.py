@@ -1,4 +1,4 @@
-"""What functions say to torch.compile."""
+"""Hints that functions give to torch.compile."""
 
 from __future__ import annotations
 

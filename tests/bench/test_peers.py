@@ -34,8 +34,8 @@ def test_what_a_pattern_says_of_first_and_last_keys_is_its_formula(name):
 
 
 def dense_attention(query, key, value, is_causal=False, window_sizes=None):
-    """What flash-sparse-attn documents: (B, N, H, D); a line a head of first keys, a band further
-    left, a gap, the window."""
+    """Attention (B, N, H, D) with flash-sparse-attn's documented mask: for each head a number of
+    first keys, a band further left, a gap, the window."""
     n = query.shape[1]
     back = torch.arange(n)[:, None] - torch.arange(n)
     seen = back >= 0

@@ -1,4 +1,4 @@
-"""How a call travels: few frames of ours, no autograd machinery where no gradient is asked for."""
+"""Path of a call: few frames of ours, no autograd machinery where no gradient is asked for."""
 
 from __future__ import annotations
 

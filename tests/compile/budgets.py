@@ -87,7 +87,7 @@ def measure(name: str, kernel) -> Figures:
 
 @functools.cache
 def table() -> dict[Key, Figures]:
-    """What is committed."""
+    """Committed figures of each kernel."""
     if not TABLE.exists():
         return {}
     with TABLE.open(newline="") as file:
@@ -96,7 +96,7 @@ def table() -> dict[Key, Figures]:
 
 
 def complaints(launch: str, name: str, kernel) -> list[str]:
-    """What is wrong with the machine code of a kernel, or worse than is committed."""
+    """Faults in the machine code of a kernel, and figures worse than the committed ones."""
     code = machine_code.disassemble(kernel.asm["cubin"])
     wrong = machine_code.hazards(code) + machine_code.beyond_grants(code)
     known = table().get((*tools(), launch, name))

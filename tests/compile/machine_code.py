@@ -87,7 +87,7 @@ class Code:
         return sum(x.operation.startswith(prefix) for x in self.instructions)
 
     def target(self, x: Instruction) -> int | None:
-        """Where a branch goes, None where it is no branch to a label."""
+        """Target of a branch, None where it is no branch to a label."""
         label = re.search(r"\.L_\w+", x.operands) if x.name == "BRA" else None
         return self.labels.get(label[0]) if label else None
 
@@ -140,7 +140,7 @@ def disassemble(cubin: bytes) -> Code:
 
 
 def parse(listing: str) -> Code:
-    """What `nvdisasm -c` printed."""
+    """Code read from the output of `nvdisasm -c`."""
     instructions: list[Instruction] = []
     labels = {}
     for line in listing.splitlines():
@@ -247,7 +247,7 @@ def hazards(code: Code) -> list[str]:
 
 
 def _merge(one: tuple[Group, ...] | None, two: tuple[Group, ...]) -> tuple[Group, ...]:
-    """Where paths meet, what is in flight on either; the newest groups lie last."""
+    """Groups in flight on either of two paths that meet; the newest groups lie last."""
     if one is None:
         return two
     size = max(len(one), len(two))

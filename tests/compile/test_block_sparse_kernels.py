@@ -64,7 +64,7 @@ def test_registers_are_capped_on_hopper_alone():
 
 
 def test_launches_reach_every_config_of_the_tuned_blocks():
-    """What the list above leaves out differs in nothing that a kernel is compiled for."""
+    """Configs left out of the list above differ in nothing that a kernel is compiled for."""
     chosen = {
         configs.choose(90, HALF, d, b, p, extras)
         for d in (64, 128)

@@ -122,7 +122,7 @@ def test_gradients_have_the_same_bits_in_every_run(started):
 
 
 def traffic_case(name: str) -> None:
-    """What goes through the collectives is what the plan says."""
+    """Traffic through the collectives equals the plan's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     plan = balance(compiled(name), ranks)
     sent, exchange = [], dist.all_to_all_single

@@ -93,7 +93,7 @@ class Case:
 
 
 def tokens(arguments: dict, part: slice) -> dict:
-    """The same call for some of its tokens."""
+    """Arguments of a call for some of its tokens."""
     cut = {name: arguments[name][:, :, part] for name in ("query", "key", "value")}
     if "key_mask" in arguments:
         cut["key_mask"] = arguments["key_mask"][:, part]

@@ -190,7 +190,7 @@ def test_statistics_without_a_far_field():
 
 
 def test_packed_sequences_have_one_length_each(op):
-    """The same as one call for each sequence."""
+    """A packed call equals one call for each sequence."""
     arguments = Case(PACKED, 8, 5, packed=True, group=2).arguments()
     bounds = arguments.pop("cu_seqlens")
     whole = op(**arguments, cu_seqlens=bounds)

@@ -36,7 +36,7 @@ class Operators(TorchDispatchMode):
 
 
 def wide(arguments: dict) -> dict:
-    """The same call in float64."""
+    """Arguments of a call in float64."""
 
     def cast(x):
         return x.double() if x.is_floating_point() else x

@@ -21,7 +21,7 @@ LENGTHS = [(130, 130), (60, 300), (300, 60), (1, 20000)]
 
 @pytest.fixture
 def routed(monkeypatch):
-    """Where calls went."""
+    """Record of the paths that calls took."""
     went = []
     attend, leave = sdpa.block_sparse_attention, sdpa._torch_attention
     for name, function in (("block_sparse_attention", attend), ("_torch_attention", leave)):

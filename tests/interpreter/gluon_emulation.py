@@ -145,7 +145,7 @@ class Product:
 
 
 class Descriptor:
-    """What a kernel makes of a host's TensorDescriptor."""
+    """Emulation of a host's TensorDescriptor inside a kernel."""
 
     def __init__(self, host, ptr):
         self.shape, self.strides, self.block_shape = host.shape, host.strides, host.block_shape

@@ -227,7 +227,7 @@ def test_the_question_and_the_message_are_one(device, monkeypatch):
 
 
 def test_the_emulation_reports_a_deadlock():
-    """What shows that the barriers of the Gluon form are in order would show that they are not."""
+    """Two programs that wait for each other raise an error, so wrong barriers would be seen."""
     crew = gluon_emulation.Crew(0)
     mbarrier = gluon_emulation.stand_ins(crew)["mbarrier"]
     barriers = [gluon_emulation.Barrier() for _ in range(2)]

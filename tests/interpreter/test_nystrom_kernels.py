@@ -30,7 +30,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
 
 
 def is_small(case: Case) -> bool:
-    """What interprets in a second or two; longer and wider ones repeat what these show."""
+    """True for cases that run in a second or two; longer and wider ones test nothing more."""
     return case.n < 300 and case.marks < 200 or case.packed and case.group == 1
 
 
@@ -115,7 +115,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_landmarks_that_come_in_blocks(monkeypatch, case):
-    """What more landmarks than fit at once go through, with few: two or three blocks of them."""
+    """The path for more landmarks than fit at once, with few: two or three blocks of them."""
     monkeypatch.setattr(configs, "marks_at_once", lambda where, dtype: 4)
     check(case)
 

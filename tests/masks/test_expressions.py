@@ -1,4 +1,4 @@
-"""What a compiled mask promises, for random expressions, lengths and block sizes."""
+"""Properties of compiled masks, for random expressions, lengths and block sizes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ END = 1
 
 
 def log_probability(decoder, prompt, tokens):
-    """Of `tokens` after `prompt` (N,), up to and with the first end token."""
+    """Log-probability of `tokens` after `prompt` (N,), up to and with the first end token."""
     logits = decoder(torch.cat([prompt, torch.tensor(tokens)])[None])[0].log_softmax(-1)
     steps = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
     return steps.sum().item()

@@ -1,4 +1,4 @@
-"""The same weights give the same numbers as Hugging Face T5, GPT-2 and Llama."""
+"""Equal weights give the numbers of Hugging Face's T5, GPT-2 and Llama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the native operators share."""
+"""Helpers shared by the tests of the native operators."""
 
 from __future__ import annotations
 

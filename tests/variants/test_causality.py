@@ -59,7 +59,7 @@ def test_causal_attention_keeps_every_bit_of_the_past(name, backend):
 @pytest.mark.parametrize("segment", [1, 16])
 @pytest.mark.parametrize("factor", [1.0, 1e3])
 def test_segment_attention_at_the_edges_of_segments_and_with_steep_scores(segment, factor):
-    """Where a substitution overflows, it must do so after the landmarks that rows could read."""
+    """A substitution may overflow only after the landmarks that rows could read."""
     tensors = inputs()
     tensors["key"] *= factor
     op = functools.partial(variants.segment_attention, segment=segment)

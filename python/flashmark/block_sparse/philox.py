@@ -9,7 +9,7 @@ LOW = 0xFFFFFFFF
 
 
 def keep_mask(seed: int, p: float, heads: Tensor, rows: Tensor, first: int, last: int) -> Tensor:
-    """Which probabilities of keys first..last - 1 are kept, bool (*heads.shape, len(rows), last -
+    """Dropout's keep mask for keys first..last - 1, bool (*heads.shape, len(rows), last -
     first).
 
     `heads` holds b * Hq + h, `rows` the query indices. Entry j is kept iff word j % 4 of

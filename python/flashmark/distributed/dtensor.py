@@ -48,13 +48,13 @@ BROADCAST = ("bias", "query_offset", "gate")
 
 
 class _Shards(NamedTuple):
-    """What each dimension of the mesh divides: BATCH, HEADS or None."""
+    """Division of a call over the mesh: BATCH, HEADS or None for each mesh dimension."""
 
     mesh: DeviceMesh
     roles: list[str | None]
 
     def placements(self, dims: tuple[int | None, int | None]) -> list[Placement]:
-        """Of a tensor with these dimensions of batch and heads."""
+        """Placements of a tensor whose batch and heads are these dimensions."""
         by_role: dict[str | None, int | None] = {BATCH: dims[0], HEADS: dims[1]}
         found = [by_role.get(role) for role in self.roles]
         return [Replicate() if dim is None else Shard(dim) for dim in found]
@@ -71,7 +71,7 @@ class _Shards(NamedTuple):
         return int(torch.tensor(sizes).prod()) if sizes else 1
 
     def members(self, size: int, role: str) -> Tensor:
-        """Which of `size` samples or heads this shard has."""
+        """Indices of the samples or heads, out of `size`, that this shard has."""
         whole = DTensor.from_local(torch.arange(size), self.mesh, [Replicate()] * self.mesh.ndim)
         dims = (0, None) if role == BATCH else (None, 0)
         return whole.redistribute(placements=self.placements(dims)).to_local()

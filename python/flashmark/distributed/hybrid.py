@@ -155,7 +155,7 @@ class _Keys(NamedTuple):
         return _Keys(*(x[:, :, place] for x in self))
 
     def chunks(self, far: Far, window: int) -> Tensor:
-        """What landmarks keep of each chunk, packed."""
+        """Totals of each chunk for all landmarks, packed."""
         key, value, keep = (x.unflatten(2, (-1, window)) for x in self)
         return _packed(far_field.of_chunks(far, key, value, keep[:, 0, ..., 0] > 0))
 

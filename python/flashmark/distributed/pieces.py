@@ -28,7 +28,7 @@ class Pieces(NamedTuple):
 def pieces_of(
     plan: ContextPlan | None, group: dist.ProcessGroup, key: Tensor, *, bounds: bool
 ) -> Pieces:
-    """Those of a plan, remembered; without one, the ranks' tokens follow each other."""
+    """Pieces of a plan, cached; without a plan, the ranks' tokens follow each other."""
     rank, ranks, device = dist.get_rank(group), dist.get_world_size(group), key.device
     if plan is not None:
         return plan.remember("pieces", rank, device, lambda: _pieces_of_plan(plan, rank, device))
@@ -76,7 +76,7 @@ def check_exchange(exchange: str, pieces: Pieces, ranks: int) -> None:
 def scanned(
     own: Tensor, blank: Tensor, combine: Callable[[Tensor, Tensor, int], Tensor], group
 ) -> Tensor:
-    """What the ranks before this one hold together, after log2(ranks) + 1 exchanges of one state.
+    """Combined state of all ranks before this one, after log2(ranks) + 1 exchanges of one state.
 
     `combine(left, right, width)`: right is of the `width` ranks before this one (or all there are),
     left of those before them. Source: Hillis and Steele, "Data parallel algorithms" (1986).

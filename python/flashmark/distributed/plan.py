@@ -1,4 +1,4 @@
-"""Which rank holds which tokens, and which keys it needs of the others: counted from a mask."""
+"""Plans for context parallelism: each rank's tokens and the keys it needs, counted from a mask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METHODS = ("auto", "contiguous", "zigzag", "lpt", "cut")
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """What one rank sends and receives: indices of tokens, all of them static.
+    """Tokens that one rank sends and receives: static indices.
 
     The keys that a rank attends to are in ascending order of position, its own among them.
     """
@@ -75,7 +75,7 @@ class ContextPlan:
         return self.remember("positions", rank, torch.device("cpu"), compute)
 
     def segments(self, rank: int) -> list[tuple[int, int]]:
-        """The same as ranges of positions (start, stop) that do not touch."""
+        """Positions of a rank's tokens as ranges (start, stop) that do not touch."""
         mine = torch.nn.functional.pad((self.owner == rank).int(), (1, 1)).diff()
         bounds = ((mine == 1).nonzero().flatten(), (mine == -1).nonzero().flatten())
         starts, stops = ((x * self.block).clamp(max=self.length).tolist() for x in bounds)

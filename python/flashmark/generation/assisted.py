@@ -130,7 +130,7 @@ def _propose(draft, last, count, taking_part, choose, cache) -> tuple[Tensor, Te
 
 
 def _accepted(choose, proposed, offered, wanted) -> tuple[Tensor, Tensor]:
-    """How many proposals of each sample stand, (B,), and the token that follows them, (B,)."""
+    """Number of accepted proposals of each sample, (B,), and the token that follows them, (B,)."""
     batch, count = proposed.shape
     index = proposed.long()[..., None]
     if count:

@@ -33,7 +33,7 @@ class Choice:
         return self.draw(self.probabilities(logits))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of each token, (..., V) float32 at least; 1 for the likeliest at temperature 0."""
+        """Token probabilities (..., V), float32 or wider; at temperature 0, 1 for the likeliest."""
         wide = torch.promote_types(logits.dtype, torch.float32)
         if self.temperature == 0.0:
             one = torch.ones(logits.shape[:-1], dtype=wide, device=logits.device)[..., None]

@@ -12,8 +12,10 @@ from flashmark.models.layers import check_key_mask
 
 
 class CachedModel(Protocol):
-    """What generation needs: `flashmark.models.Decoder`, `decoder.given(memory)` or
-    `t5.given(source)`."""
+    """Interface of a model that can generate.
+
+    `flashmark.models.Decoder`, `decoder.given(memory)` and `t5.given(source)` have it.
+    """
 
     def init_cache(self, batch: int, max_length: int): ...
 

@@ -158,7 +158,7 @@ def _check_no_gradient(*given) -> None:
 
 
 class HybridStatistics(NamedTuple):
-    """How the far field of hybrid attention is used."""
+    """Statistics of how hybrid attention uses its far field."""
 
     occupancy: Tensor  # (B, Hkv, M): the share of all far keys that each slot holds; sums to 1
     clamped: Tensor  # (B, Hq): of the rows with a far field, the part whose mass was not positive

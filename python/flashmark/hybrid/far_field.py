@@ -33,7 +33,7 @@ class Far(NamedTuple):
 
 
 def of_chunks(far: Far, key: Tensor, value: Tensor, keep: Tensor | None) -> Totals:
-    """What each chunk holds by itself: key (B, H, C, w, D), value likewise, keep (B, C, w)."""
+    """Totals of each chunk by itself, from key (B, H, C, w, D), value alike and keep (B, C, w)."""
     if far.merge == "slots":
         key, value = unit_stride(key), unit_stride(value)
         return _RoutedSums.apply(key, value, far.landmark_queries, keep, far.scale, far.backend)

@@ -1,4 +1,4 @@
-"""Where the tokens of a call lie among the chunks of their streams, for hybrid attention.
+"""Layouts of hybrid attention: the places of a call's tokens in the chunks of their streams.
 
 A chunk is `window` tokens, counted from the start of the stream. Two layouts answer the same
 questions: what the near field's keys are, which chunks of keys someone reads from afar, and which
@@ -97,7 +97,7 @@ class Resumed:
         return (self._inside.squeeze(1) + lengths) // self.window
 
     def last(self, x: Tensor, entered: Tensor) -> Tensor:
-        """Of `near`, the places of the last chunk and of the one before it, (B, H, 2 window, *)."""
+        """Rows of `near` for the last chunk and the one before it, (B, H, 2 window, *)."""
         start = entered.unsqueeze(1) * self.window
         index = start + torch.arange(2 * self.window, device=start.device)
         return taken(x, index.clamp(max=self.rows - 1))

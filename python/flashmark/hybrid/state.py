@@ -1,4 +1,4 @@
-"""What hybrid attention keeps of the tokens it has consumed."""
+"""State of hybrid attention: a summary of the tokens it has consumed."""
 
 from __future__ import annotations
 

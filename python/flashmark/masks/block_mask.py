@@ -103,8 +103,10 @@ class BlockMask:
         )
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> BlockMask:
-        """The same mask over function(tensor) of each of its tensors, which serve training even
-        where they are made in inference mode."""
+        """Copy of the mask with function(tensor) for each of its tensors.
+
+        The copies can be used in training even where they are made in inference mode.
+        """
         with torch.inference_mode(False), torch.no_grad():
             tensors = [function(t) for t in self.tensors()]
         return BlockMask.from_tensors(tensors, self.layout, self.kind)

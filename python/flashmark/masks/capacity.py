@@ -38,7 +38,8 @@ def compile_with_capacity(
     leading: tuple[int, int],
     compile_closed: CompileClosed,
 ) -> BlockMask:
-    """Where every map says visible, a tile has the class of the closed form, known on the host."""
+    """BlockMask of a fixed capacity. Tiles that every map shows have their closed form's class,
+    which the host knows."""
     closed: list[Mask] = []
     visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=grid.device)
     tiles = leading[0] * leading[1] * grid.q_blocks * grid.kv_blocks
@@ -114,7 +115,7 @@ def _tiles_of(blocks: Blocks, grid: Grid) -> Tensor:
 
 
 def _tile_lists(visible: Tensor, classes: Tensor, area: Tensor, *, capacity: int):
-    """What `native.tile_lists` returns."""
+    """Lists and counts of tiles, as `native.tile_lists` returns them."""
     classes = torch.where(visible, classes, -2)
     rows, cols = _lists(classes, capacity), _lists(classes.transpose(-1, -2), capacity)
     return rows, cols, area[(classes + 2).long()].sum(), (classes > -2).sum()

@@ -111,7 +111,7 @@ def _compile(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str = "spar
 
 
 def _compile_small(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str) -> BlockMask:
-    """The same from a grid of the classes of all tiles."""
+    """BlockMask from a grid of the classes of all tiles."""
     bh, row, column = _all_tiles(grid, leading[0] * leading[1])
     found = mask.tiles(grid, bh // leading[1], bh % leading[1], row, column)
     full = (found == FULL) & ~grid.ragged(row, column)
@@ -136,7 +136,7 @@ def _from_classes(
 
 
 def _compile_dense(visible: Tensor, grid: Grid) -> BlockMask:
-    """What `_compile` returns for a mask that is one tensor, in one pass over it."""
+    """BlockMask of a mask that is one tensor, as from `_compile`, in one pass over it."""
     area = grid.block_q * grid.block_kv
     bits, counts = native.pack_dense(visible, grid.block_q, grid.block_kv)
     classes, tile_bits, visible_of_row, _ = native.distinct_tiles(bits, counts, area)

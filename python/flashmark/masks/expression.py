@@ -110,15 +110,15 @@ class Mask:
         return ()
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Mask:
-        """The same expression over function(tensor) of each of its tensors."""
+        """Copy of the expression with function(tensor) for each of its tensors."""
         return self
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Mask:
-        """The same expression with its tensors on `device`."""
+        """Copy of the expression with its tensors on `device`."""
         return self.mapped(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Mask:
-        """The same expression with its tensors in page-locked memory."""
+        """Copy of the expression with its tensors in page-locked memory."""
         return self.mapped(Tensor.pin_memory)
 
     def to_dense(

@@ -193,7 +193,7 @@ class Packed(Mask):
 
 
 def _of_tokens(cumulative: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Of each token the number of its sequence, -1 behind the last, and its place in it."""
+    """Sequence number of each token, -1 behind the last sequence, and its place in the sequence."""
     place = torch.arange(length, device=cumulative.device)
     number = torch.searchsorted(cumulative, place, right=True) - 1
     place = place - cumulative[number]

@@ -1,4 +1,4 @@
-"""What a Decoder remembers between calls."""
+"""Caches of a Decoder between calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerCache:
 
 
 class DecoderCache:
-    """What a Decoder remembers between calls, a cache per layer, updated in place.
+    """Cache of a Decoder between calls: a cache for each layer, updated in place.
 
     Attributes:
         length: int32 (B,), tokens read so far; those that key_mask left out are not counted.

@@ -1,4 +1,4 @@
-"""What the models share: normalisation, the feed-forward part, recomputed layers, checks."""
+"""Parts shared by the models: normalisation, feed-forward, recomputed layers, checks."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class T5Output(NamedTuple):
 
 
 class T5Cache:
-    """What decoding remembers: self-attention keys in a preallocated cache, cross-attention keys.
+    """Cache of decoding: keys and values of self-attention, preallocated, and of cross-attention.
 
     Attributes:
         length: int32 (B,), tokens decoded so far.

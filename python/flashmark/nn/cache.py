@@ -1,4 +1,4 @@
-"""What the attention modules remember between calls. A cache is updated in place by `forward`."""
+"""Caches of the attention modules between calls, updated in place by `forward`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class KeyValueCache:
         return self._value[:, :, 1:]
 
     def first_column(self, tokens: int) -> Tensor:
-        """Where in a call of `tokens` columns the new ones of each sample stand, int32 (B,).
+        """First column of each sample's new tokens in a call of `tokens` columns, int32 (B,).
 
         0 where all columns fit into the cache. A sample near its end that brings few tokens has
         them moved to the right, so that no column lies beyond the cache.
@@ -153,7 +153,7 @@ torch.serialization.add_safe_globals([KeyValueCache, StateCache, Rollback, Block
 
 
 def kept_lengths(held: Tensor, length: Tensor | int) -> Tensor:
-    """How many tokens a cache holds after a crop, like `held` (B,)."""
+    """Number of tokens that a cache holds after a crop, like `held` (B,)."""
     if isinstance(length, Tensor):
         if length.dtype.is_floating_point or length.dtype == torch.bool:
             raise TypeError(f"length: expected integers, got {length.dtype}")
@@ -170,7 +170,7 @@ def kept_lengths(held: Tensor, length: Tensor | int) -> Tensor:
 
 
 def check_cache(cache: Any, kind: type[Any], x: Tensor, key_mask: Tensor | None) -> None:
-    """Of what its module makes, for this batch, with room for the tokens, without gradients."""
+    """Check a cache's class, its batch and room for the tokens, and that no gradient is asked."""
     if not isinstance(cache, kind):
         raise TypeError(
             f"cache: expected the {kind.__name__} of this module's init_cache, "

@@ -205,7 +205,7 @@ class HybridAttention(ProjectedAttention):
         return torch.cat([turned[0], torch.zeros_like(query)], -1), torch.cat([turned[1], key], -1)
 
     def _positions(self, x, key_mask, cu_seqlens, cache) -> Tensor:
-        """How many tokens that take part stand before each of them, (B | 1, N) or packed."""
+        """Number of tokens that take part before each token, (B | 1, N) or packed."""
         if cu_seqlens is not None:
             return packed_places(cu_seqlens, x.shape[1])
         if key_mask is None:
@@ -223,7 +223,7 @@ class HybridAttention(ProjectedAttention):
         return self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
     def _core(self, cache: StateCache | None) -> Tensor | None:
-        """Of the landmarks as they are; a cache keeps the one that it began with."""
+        """Core of the landmarks as they are now; a cache keeps the core that it began with."""
         if self.merge == "slots":
             return None
         if cache is not None and cache.core is not None:

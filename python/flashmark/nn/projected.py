@@ -1,4 +1,4 @@
-"""What the attention modules share: projections into grouped heads and back."""
+"""Base of the attention modules: projections into grouped heads and back."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ProjectedAttention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
     def _place(self, dtype, device) -> dict:
-        """Where a cache lives: with the weights, unless told otherwise.
+        """Dtype and device of a cache: those of the weights, unless given.
 
         `qkv` may have been replaced by a quantized or wrapped layer: its dtype is then that of the
         first parameter that numbers are computed in.

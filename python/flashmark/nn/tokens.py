@@ -26,7 +26,7 @@ def check_tokens(x: Tensor, embed_dim: int, key_mask: Tensor | None, name: str =
 
 
 class Packing(NamedTuple):
-    """Where the tokens that take part were moved: together, in their order.
+    """New places of the tokens that take part: next to each other, in their order.
 
     Left padding, right padding and holes all become the same thing: `counts` tokens in a row.
     """

@@ -94,7 +94,7 @@ def _visible(mask, batch, heads, q_len, kv_len, device) -> Tensor:
 
 
 def dropout_keep(seed, p: float, batch: int, heads: int, q_len: int, kv_len: int, device="cpu"):
-    """Which probabilities dropout keeps, bool (batch, heads, q_len, kv_len).
+    """Dropout's keep mask, bool (batch, heads, q_len, kv_len).
 
     (b, h, i, j) is kept iff word j % 4 of philox4x32-10(seed, (j // 4, i, b * heads + h, 0)) >=
     floor(p * 2^32).

@@ -1,4 +1,4 @@
-"""What the members of the family share: means over segments, and masks between segments."""
+"""Helpers shared by the variants: means over segments, and masks between segments."""
 
 from __future__ import annotations
 

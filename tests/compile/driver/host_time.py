@@ -40,7 +40,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is timed, by name."""
+    """Timed calls, by name."""
     query, key, value = (torch.randn(1, 2, 256, 64, dtype=HALF) for _ in range(3))
     causal, window = (
         masks.compile_mask(x, 1, 1, 256, 256, device="cpu")

@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 def why_not() -> str | None:
-    """What keeps the stub from being built and used here."""
+    """Reason why the stub cannot be built and used here, or None."""
     if torch.cuda.is_available():
         return "the CUDA driver of this machine is loaded"
     if shutil.which("cc") is None:

@@ -1,5 +1,5 @@
-"""What a call on a GPU goes through besides the kernels: the choice of a backend for CUDA tensors
-that have no memory, and public functions, gradients and modules down to Triton's launcher.
+"""Host path of a call on a GPU: the choice of a backend for CUDA tensors that have no memory, and
+public functions, gradients and modules down to Triton's launcher.
 """
 
 from __future__ import annotations

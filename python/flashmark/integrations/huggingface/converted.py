@@ -27,7 +27,7 @@ FIELD = "flashmark_attention"  # of a model's configuration: a list of conversio
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What `to_nystrom` or `to_hybrid` did, as the configuration of the model records it."""
+    """Record of a `to_nystrom` or `to_hybrid` conversion in the configuration of a model."""
 
     kind: str  # "nystrom" or "hybrid"
     landmarks: int
@@ -68,7 +68,7 @@ class Landmarks(nn.Module):
 
 
 class Call(NamedTuple):
-    """What a converted module passes to its attention function."""
+    """Arguments that a converted module passes to its attention function."""
 
     layer: StateLayer | None
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines (B | 1, N, width)
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """How a converted module attends: its attribute `flashmark`."""
+    """Settings of a converted module's attention: its attribute `flashmark`."""
 
     window: int | None  # None: Nyström attention
     rotary: float | None  # factor of cosines and sines; None: no rotary embedding
@@ -140,7 +140,7 @@ def attach(model: nn.Module, module: Any, conversion: Conversion) -> None:
 
 
 def _place(model: nn.Module, module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """What the module computes in, whatever its weights are stored as, and where."""
+    """Dtype and device that a module computes in, whatever its weights are stored as."""
     near, far = list(module.parameters()), list(model.parameters())
     dtype = next((x.dtype for x in near + far if x.dtype in NUMBERS), torch.get_default_dtype())
     device = next((x.device for x in near + far), torch.get_default_device())
@@ -148,7 +148,7 @@ def _place(model: nn.Module, module: nn.Module) -> tuple[torch.dtype, torch.devi
 
 
 def _rotary_factor(model: nn.Module) -> float:
-    """What cosines and sines are multiplied by (YaRN and its relatives)."""
+    """Factor on cosines and sines (YaRN and its relatives)."""
     factors = {
         float(scaling)
         for module in model.modules()
@@ -293,7 +293,7 @@ def _beside(
 
 
 def _takes_part(mask: object, tokens: int) -> Tensor | None:
-    """Which of the last tokens take part, bool (B, N); None: all of them."""
+    """Key mask of the last tokens, bool (B, N), True where one takes part; None: all of them."""
     if mask is None or (isinstance(mask, TracedMask) and mask.is_causal):
         return None if mask is None or mask.padding is None else mask.padding[:, -tokens:]
     if not isinstance(mask, LazyMask) or mask.pattern is None or not is_plain_causal(mask.pattern):

@@ -72,7 +72,7 @@ class LazyMask(Tensor):
         )  # fmt: skip
 
     def kept(self, tokens: int) -> Tensor | None:
-        """Which of the last `tokens` keys take part, bool (B, tokens); None: all of them.
+        """Key mask of the last `tokens` keys, bool (B, tokens), True: takes part; None: all do.
 
         Found once for the layers of a forward, since telling "all" waits for the device.
         """
@@ -108,7 +108,7 @@ class LazyMask(Tensor):
 
 @dataclasses.dataclass
 class TracedMask:
-    """The same inside torch.compile, where only causality and padding stay a formula."""
+    """Mask inside torch.compile, where only causality and padding stay a formula."""
 
     is_causal: bool
     padding: Tensor | None  # bool (B, Nk)
@@ -117,7 +117,7 @@ class TracedMask:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Where queries and keys stand in the stream of tokens."""
+    """Positions of queries and keys in the stream of tokens."""
 
     q_len: int
     kv_len: int
@@ -132,7 +132,7 @@ class Sizes:
 
     @property
     def query_offset(self) -> int | Tensor:
-        """Of query 0 among the keys. A static cache counts in place: its counter is copied."""
+        """Position of query 0 among the keys; a static cache's counter, counted in place, is copied."""
         return self.q_offset - self.kv_offset if self.kv_offset else self.q_offset + 0
 
 
