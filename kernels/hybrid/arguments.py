@@ -44,7 +44,7 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Compile-time features of a kernel; the Nyström kernels' functions read them by these names."""
+    """Compile-time features of a kernel; the Nyström kernels' functions read these names."""
 
     MARKS: int
     PAD_M: int

@@ -132,7 +132,7 @@ class Sizes:
 
     @property
     def query_offset(self) -> int | Tensor:
-        """Position of query 0 among the keys; a static cache's counter, counted in place, is copied."""
+        """Position of query 0 among the keys. A static cache counts in place, so it is copied."""
         return self.q_offset - self.kv_offset if self.kv_offset else self.q_offset + 0
 
 
