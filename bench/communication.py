@@ -74,7 +74,7 @@ def nystrom_cost(
     dtype: torch.dtype = torch.bfloat16,
     exchange: str = "all-gather",
 ) -> Cost:
-    """Consecutive pieces of equal length, no decay. The pass that yields states is counted."""
+    """Consecutive segments of equal length, no decay. The pass that yields states is counted."""
     v_dim, tokens = v_dim or head_dim, -(-length // ranks)
     keys, queries = batch * kv_heads * tokens, batch * heads * tokens
     width = head_dim + v_dim
@@ -101,7 +101,7 @@ def hybrid_cost(
     dtype: torch.dtype = torch.bfloat16,
     exchange: str = "all-gather",
 ) -> Cost:
-    """merge="slots" on consecutive pieces of equal length. Near keys: 3/2 window a query."""
+    """merge="slots" on consecutive segments of equal length. Near keys: 3/2 window a query."""
     v_dim, tokens = v_dim or head_dim, -(-length // ranks)
     keys, queries = batch * kv_heads * tokens, batch * heads * tokens
     seen = queries * (3 * window // 2 + landmarks)

@@ -10,7 +10,7 @@ from bench.peers import Unavailable, Work, first_line
 
 
 def gated_linear(work: Work):
-    """fla's `chunk_gla` fed our slots: the same function as ours, from their two kernels."""
+    """fla's `chunk_gla` fed our writes: our function from fla's two kernels."""
     try:
         from fla.ops.gla import chunk_gla
         from fla.ops.gsa.gate import fused_additive_gate
@@ -23,15 +23,15 @@ def gated_linear(work: Work):
         reading = torch.einsum("bhnd,hmd->bnhm", query, scaled).float().softmax(-1)
         W = torch.einsum("bnhm,hml->bnhl", reading, core).to(query.dtype)
         scores = torch.einsum("bhnd,hmd->bnhm", key, scaled)
-        slots, gates, _ = fused_additive_gate(scores)
-        out, _ = chunk_gla(q=W, k=slots, v=value.transpose(1, 2), g=gates, scale=1.0)
+        writes, gates, _ = fused_additive_gate(scores)
+        out, _ = chunk_gla(q=W, k=writes, v=value.transpose(1, 2), g=gates, scale=1.0)
         return out.transpose(1, 2)
 
     return attention
 
 
 def bounded_memory(work: Work):
-    """fla's `chunk_abc`: slots written by a running softmax and read by another, a relative."""
+    """fla's `chunk_abc`, a related function: one softmax writes to a memory, another reads it."""
     try:
         from fla.ops.abc import chunk_abc
     except Exception as error:

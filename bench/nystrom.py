@@ -79,7 +79,7 @@ def _quadratic(peer: Contender, work: Work, oracle: Callable[[], Oracle]) -> Pre
 
 
 def nystrom_contender(backend: str, work: Work, truth: Callable[[], dict[str, Tensor]]) -> Prepare:
-    """Held to the dense definition on a short piece, and to `truth` at full size."""
+    """Compare with the dense definition on a short sequence, and with `truth` at full size."""
     op = functools.partial(flashmark.nystrom_attention, backend=backend)
 
     def prepare():

@@ -40,7 +40,7 @@ class Rotated(nn.Module):
         return self.attention(apply_rotary(query, angles), apply_rotary(key, angles), value)
 
 
-class Landmarks(nn.Module):
+class Nystrom(nn.Module):
     """Learned landmarks alone; `inverse=False` reads them as they are, W = F, without the core."""
 
     def __init__(
@@ -118,11 +118,9 @@ VARIANTS = {
     "exact": Variant(lambda h, d, w, m: Exact(causal())),
     # as wide as the near field of a hybrid ever gets
     "window only": Variant(lambda h, d, w, m: Exact(causal() & sliding_window(2 * w))),
-    "landmarks": Variant(lambda h, d, w, m: Landmarks(h, d, m), rotary=False),
-    "landmarks, decay": Variant(lambda h, d, w, m: Landmarks(h, d, m, decay=True), rotary=False),
-    "landmarks, no core": Variant(
-        lambda h, d, w, m: Landmarks(h, d, m, inverse=False), rotary=False
-    ),
+    "landmarks": Variant(lambda h, d, w, m: Nystrom(h, d, m), rotary=False),
+    "landmarks, decay": Variant(lambda h, d, w, m: Nystrom(h, d, m, decay=True), rotary=False),
+    "landmarks, no core": Variant(lambda h, d, w, m: Nystrom(h, d, m, inverse=False), rotary=False),
     "first-k": Variant(lambda h, d, w, m: Function(variants.first_k_attention, first=m)),
     "segment": Variant(lambda h, d, w, m: Function(variants.segment_attention, segment=w)),
     "hybrid slots": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="slots")),

@@ -69,8 +69,8 @@ def main() -> None:
         a_token = token_bytes(KV_HEADS, DIM, dtype=torch.float32)
         sent = sum(plan.bytes_sent(rank, a_token) for rank in range(plan.ranks))
         tiles = f"{int(plan.tiles.min())}..{int(plan.tiles.max())}"
-        pieces = max(len(plan.segments(rank)) for rank in range(plan.ranks))
-        shape = f"{pieces} piece" + "s" * (pieces > 1)
+        segments = max(len(plan.segments(rank)) for rank in range(plan.ranks))
+        shape = f"{segments} segment" + "s" * (segments > 1)
         report(name, shape, tiles, sent, plan, found, wanted, weights, leaves)
     plan = balance(mask, dist.get_world_size(), method="contiguous")
     mine = [shard(x, plan) for x in leaves]
@@ -78,14 +78,14 @@ def main() -> None:
     wanted = nystrom_attention(*leaves, landmarks)
     states = plan.ranks * (plan.ranks - 1) * KV_HEADS * LANDMARKS * 4
     sent = states * (DIM + 1)
-    report("Nyström", "1 piece", "-", sent, plan, found, wanted, weights, leaves)
+    report("Nyström", "1 segment", "-", sent, plan, found, wanted, weights, leaves)
     mine = [shard(x, plan) for x in leaves]
     options = {"window": WINDOW, "merge": "slots"}
     found = context_parallel_hybrid_attention(*mine, landmarks, **options)
     wanted = hybrid_attention(*leaves, landmarks, **options)
     halos = (plan.ranks - 1) * WINDOW * KV_HEADS * (2 * DIM + 1) * 4
     sent = states * (2 * DIM + 1) + halos
-    report(f"hybrid {WINDOW}", "1 piece", "-", sent, plan, found, wanted, weights, leaves)
+    report(f"hybrid {WINDOW}", "1 segment", "-", sent, plan, found, wanted, weights, leaves)
     dist.destroy_process_group()
 
 

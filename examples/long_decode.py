@@ -55,8 +55,8 @@ def decode(name: str, model: Decoder, prompt: Tensor, arguments) -> dict[str, st
     total = prompt.shape[1] + arguments.new
     cache = model.init_cache(1, total)
     start = time.perf_counter()
-    for piece in prompt.split(arguments.chunk, dim=1):
-        logits = model(piece, cache=cache)[:, -1:]
+    for chunk in prompt.split(arguments.chunk, dim=1):
+        logits = model(chunk, cache=cache)[:, -1:]
     reading = time.perf_counter() - start
     tokens, seconds = [prompt], []
     for _ in tqdm(range(arguments.new), desc=name, unit="token"):

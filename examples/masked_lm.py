@@ -1,4 +1,4 @@
-"""Trains a bidirectional model to guess masked bytes of Python source, short pieces first.
+"""Trains a bidirectional model to guess masked bytes of Python source, short sequences first.
 
     python -m examples.masked_lm
 

@@ -48,22 +48,22 @@ Found find_distinct(const uint32_t* bits, const int64_t* counts, int64_t tiles, 
       if (counts[x] > 0 && counts[x] < area) hashes[x] = hash_tile(bits + x * words, words);
     }
   });
-  const uint64_t slots = std::bit_ceil(static_cast<uint64_t>(2 * tiles + 1));
-  std::vector<int32_t> table(slots, -1);
+  const uint64_t buckets = std::bit_ceil(static_cast<uint64_t>(2 * tiles + 1));
+  std::vector<int32_t> table(buckets, -1);
   for (int64_t x = 0; x < tiles; x++) {
     if (counts[x] == 0 || counts[x] == area) {
       found.number[x] = counts[x] == 0 ? kEmpty : kFull;
       continue;
     }
-    for (uint64_t slot = hashes[x] & (slots - 1);; slot = (slot + 1) & (slots - 1)) {
-      if (table[slot] < 0) {
-        table[slot] = static_cast<int32_t>(found.first.size());
+    for (uint64_t bucket = hashes[x] & (buckets - 1);; bucket = (bucket + 1) & (buckets - 1)) {
+      if (table[bucket] < 0) {
+        table[bucket] = static_cast<int32_t>(found.first.size());
         found.first.push_back(x);
       }
-      const int64_t other = found.first[table[slot]];
+      const int64_t other = found.first[table[bucket]];
       if (hashes[other] == hashes[x] &&
           std::memcmp(bits + other * words, bits + x * words, words * 4) == 0) {
-        found.number[x] = table[slot];
+        found.number[x] = table[bucket];
         break;
       }
     }

@@ -10,9 +10,9 @@ namespace {
 struct Tiles {
   const uint32_t* bits;
   const int64_t* counts;
-  int64_t tiles, words, area, slots, max_tiles;
+  int64_t tiles, words, area, buckets, max_tiles;
   unsigned long long* hashes;
-  int *table, *lowest, *slot_of, *rank_of;  // table and lowest by slot, the others by tile
+  int *table, *lowest, *bucket_of, *rank_of;  // table and lowest by bucket, the others by tile
 };
 
 __device__ bool is_partial(const Tiles& t, int64_t x) {
@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(kThreads) insert_kernel(Tiles t) {  // a warp 
   const int64_t x = warp_number();
   if (x >= t.tiles || !is_partial(t, x)) return;
   const unsigned long long hash = t.hashes[x];
-  for (int64_t slot = hash & (t.slots - 1);; slot = (slot + 1) & (t.slots - 1)) {
+  for (int64_t bucket = hash & (t.buckets - 1);; bucket = (bucket + 1) & (t.buckets - 1)) {
     int owner = 0;
-    if (lane() == 0) owner = atomicCAS(t.table + slot, -1, static_cast<int>(x));
+    if (lane() == 0) owner = atomicCAS(t.table + bucket, -1, static_cast<int>(x));
     owner = __shfl_sync(~0u, owner, 0);
     bool same = owner < 0 || t.hashes[owner] == hash;
     if (owner >= 0 && same) {
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads) insert_kernel(Tiles t) {  // a warp 
     }
     if (__all_sync(~0u, same)) {
       if (lane() == 0) {
-        atomicMin(t.lowest + slot, static_cast<int>(x));
-        t.slot_of[x] = static_cast<int>(slot);
+        atomicMin(t.lowest + bucket, static_cast<int>(x));
+        t.bucket_of[x] = static_cast<int>(bucket);
       }
       return;
     }
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(Tiles t, int64_t* found)
   if (threadIdx.x == 0) carry = 0;
   for (int64_t base = 0; base < t.tiles; base += kThreads) {
     const int64_t x = base + threadIdx.x;
-    const bool first = x < t.tiles && is_partial(t, x) && t.lowest[t.slot_of[x]] == x;
+    const bool first = x < t.tiles && is_partial(t, x) && t.lowest[t.bucket_of[x]] == x;
     const int rank = block_scan(first, sums) + carry;
     if (first) t.rank_of[x] = rank - 1;
     __syncthreads();
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     if (lane() == 0) classes[x] = t.counts[x] ? kFull : kEmpty;
     return;
   }
-  const int first = t.lowest[t.slot_of[x]], row = t.rank_of[first];
+  const int first = t.lowest[t.bucket_of[x]], row = t.rank_of[first];
   if (lane() == 0) classes[x] = row;
   if (first != x || row >= t.max_tiles) return;
   if (lane() == 0) visible[row] = t.counts[x];
@@ -104,14 +104,14 @@ DistinctTiles distinct_tiles_cuda(const Tensor& packed, const Tensor& visible, i
   t.bits = in<uint32_t>(bits), t.counts = in<int64_t>(counts);
   t.tiles = bits.size(0), t.words = bits.size(1) * bits.size(2), t.area = area,
   t.max_tiles = max_tiles;
-  for (t.slots = 1; t.slots < 2 * t.tiles + 1;) t.slots *= 2;
+  for (t.buckets = 1; t.buckets < 2 * t.tiles + 1;) t.buckets *= 2;
   const Tensor hashes = allocate({t.tiles}, ScalarType::Long, packed);
-  const Tensor table = allocate({t.slots}, ScalarType::Int, packed);
-  const Tensor lowest = allocate({t.slots}, ScalarType::Int, packed);
+  const Tensor table = allocate({t.buckets}, ScalarType::Int, packed);
+  const Tensor lowest = allocate({t.buckets}, ScalarType::Int, packed);
   const Tensor numbers = allocate({2, t.tiles}, ScalarType::Int, packed);
   t.hashes = out<unsigned long long>(hashes), t.table = out<int>(table),
   t.lowest = out<int>(lowest);
-  t.slot_of = out<int>(numbers), t.rank_of = t.slot_of + t.tiles;
+  t.bucket_of = out<int>(numbers), t.rank_of = t.bucket_of + t.tiles;
 
   const Tensor classes = allocate({t.tiles}, ScalarType::Int, packed);
   const Tensor tile_bits =

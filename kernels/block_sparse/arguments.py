@@ -23,7 +23,7 @@ L2_BYTES = (
 )  # keys and values that run side by side should fit in about half of a Hopper's L2
 
 
-class Problem(NamedTuple):
+class LaunchSizes(NamedTuple):
     """The integers of a call.
 
     Kernels take them one by one: of integers inside a tuple Triton makes a kernel for those that
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     rows: int  # rows of the mask: q_len, unless there is a query offset
     line_batch: int  # step in line number from one sample to the next; 0 when they share the mask
     line_head: int
-    tiles: int  # slots of the grid to one pair
+    tiles: int  # programs of the grid to one pair
     section: int  # pairs that run side by side
 
 
@@ -125,7 +125,7 @@ class Features:
 class KernelArguments(NamedTuple):
     """A call as kernels see it, besides operands; `over_queries` and `over_keys` fit it to one."""
 
-    problem: Problem
+    sizes: LaunchSizes
     rows: Lists
     cols: Lists
     modifiers: Modifiers
@@ -140,7 +140,7 @@ def describe(call: Call) -> KernelArguments:
     if bias is not None and bias.dim() == 2 and bias.stride(1) != 1:
         bias = bias.contiguous()
     kind_of_bias = "none" if bias is None else "relative" if bias.dim() == 2 else "dense"
-    problem = Problem(0, 0, heads // kv_heads, q_len, kv_len, mask.q_len, 0, 0, 0, 0)
+    sizes = LaunchSizes(0, 0, heads // kv_heads, q_len, kv_len, mask.q_len, 0, 0, 0, 0)
     softcap, unit = call.softcap, LOG2E if bias is None else 1.0
     modifiers = Modifiers(
         scale=call.scale / softcap if softcap else call.scale * unit,
@@ -181,7 +181,7 @@ def describe(call: Call) -> KernelArguments:
     nothing = Lists(*[None] * 7)
     rows = Lists(*mask.rows, mask.tile_bits) if sparse else nothing
     cols = Lists(*mask.cols, mask.tile_bits) if sparse else nothing
-    return KernelArguments(problem, rows, cols, modifiers, features)
+    return KernelArguments(sizes, rows, cols, modifiers, features)
 
 
 def inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
@@ -201,7 +201,7 @@ def choose_config(pass_: str, query: Tensor, call: KernelArguments) -> configs.C
 
 def over_queries(
     call: KernelArguments, mask, query: Tensor, config: configs.Config
-) -> tuple[Problem, Features]:
+) -> tuple[LaunchSizes, Features]:
     """A call as seen by a kernel that holds a tile of queries and walks keys."""
     features = dataclasses.replace(
         call.features,
@@ -209,53 +209,53 @@ def over_queries(
         BLOCK_N=config.block_n,
         SLACK=configs.SLACK if config.lazy else 0,
     )
-    (batch, heads), problem = query.shape[:2], call.problem
+    (batch, heads), sizes = query.shape[:2], call.sizes
     if features.OFFSET:  # tiles are aligned with the mask's rows, queries may start inside one
-        tiles = triton.cdiv(problem.q_len + config.block_m - 1, config.block_m)
+        tiles = triton.cdiv(sizes.q_len + config.block_m - 1, config.block_m)
     elif features.KIND == "sparse":
         tiles = mask.q_blocks * (mask.block_q // config.block_m)
     else:
-        tiles = triton.cdiv(problem.q_len, config.block_m)
-    streamed = problem.kv_len * (features.DIM + features.DIM_V) * query.element_size()
-    return problem._replace(
+        tiles = triton.cdiv(sizes.q_len, config.block_m)
+    streamed = sizes.kv_len * (features.DIM + features.DIM_V) * query.element_size()
+    return sizes._replace(
         pairs=batch * heads,
         heads=heads,
         line_batch=mask.heads * mask.q_blocks if mask.batch > 1 else 0,
         line_head=mask.q_blocks if mask.heads > 1 else 0,
         tiles=tiles,
-        section=_section(batch * heads, streamed / problem.group),
+        section=_section(batch * heads, streamed / sizes.group),
     ), features
 
 
 def over_keys(
     call: KernelArguments, mask, query: Tensor, config: configs.Config, *, atomic: bool
-) -> tuple[Problem, Features]:
+) -> tuple[LaunchSizes, Features]:
     """A call as seen by a kernel that holds a tile of keys and walks queries."""
-    grouped = call.problem.group > 1 and not atomic
+    grouped = call.sizes.group > 1 and not atomic
     features = dataclasses.replace(
         call.features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         ATOMIC=atomic,
         GROUPED=grouped,
-        SHARED_KV=call.problem.group > 1 and atomic,
+        SHARED_KV=call.sizes.group > 1 and atomic,
         BIAS_GRADIENT=call.features.BIAS != "none",
     )
-    (batch, heads), problem = query.shape[:2], call.problem
+    (batch, heads), sizes = query.shape[:2], call.sizes
     if grouped:
-        heads //= problem.group
+        heads //= sizes.group
     if features.KIND == "sparse":
         tiles = mask.kv_blocks * (mask.block_kv // config.block_n)
     else:
-        tiles = triton.cdiv(problem.kv_len, config.block_n)
-    streamed = problem.q_len * (features.DIM + features.DIM_V) * query.element_size()
-    return problem._replace(
+        tiles = triton.cdiv(sizes.kv_len, config.block_n)
+    streamed = sizes.q_len * (features.DIM + features.DIM_V) * query.element_size()
+    return sizes._replace(
         pairs=batch * heads,
         heads=heads,
         line_batch=mask.heads * mask.kv_blocks if mask.batch > 1 else 0,
         line_head=mask.kv_blocks if mask.heads > 1 else 0,
         tiles=tiles,
-        section=_section(batch * heads, streamed * (problem.group if grouped else 1)),
+        section=_section(batch * heads, streamed * (sizes.group if grouped else 1)),
     ), features
 
 

@@ -39,7 +39,7 @@ def attend(
     end_n,
     pair,
     base,
-    problem,
+    sizes,
     modifiers,
     MASKED: tl.constexpr,
     F: tl.constexpr,
@@ -54,9 +54,9 @@ def attend(
     v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, BOUND)
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[None, :]
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
-    s, _ = logits(qk, base, r2, n2, offset, problem, modifiers, F)
+    s, _ = logits(qk, base, r2, n2, offset, sizes, modifiers, F)
     if BOUND:
-        seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
+        seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, sizes, MASKED, F)
         s = keep_seen(seen, s, float("-inf"), MASKED, F)
     safe: tl.constexpr = BOUND or F.BIAS != "none"
     p, alpha, m_i, l_i = online_softmax(
@@ -110,14 +110,14 @@ def normalise(acc, l_i, m_i, h, modifiers, NATURAL: tl.constexpr = False):
 
 @triton.jit
 def store_rows(
-    out_ptr, lse_ptr, residual_ptr, acc, lse, residual, start_i, pair, problem, F: tl.constexpr
+    out_ptr, lse_ptr, residual_ptr, acc, lse, residual, start_i, pair, sizes, F: tl.constexpr
 ):
     """Store a tile of outputs and its lse, contiguous over (batch, head, query)."""
     pair64 = tl.cast(pair, tl.int64)
-    out_ptr += pair64 * problem.q_len * F.DIM_V
-    store_tile(out_ptr, start_i, F.DIM_V, problem.q_len, acc, F.BLOCK_M, F.DIM_V, F.PAD_V)
+    out_ptr += pair64 * sizes.q_len * F.DIM_V
+    store_tile(out_ptr, start_i, F.DIM_V, sizes.q_len, acc, F.BLOCK_M, F.DIM_V, F.PAD_V)
     offs_i = start_i + tl.arange(0, F.BLOCK_M)
-    inside = (offs_i >= 0) & (offs_i < problem.q_len)
-    tl.store(lse_ptr + pair64 * problem.q_len + offs_i, lse, mask=inside)
+    inside = (offs_i >= 0) & (offs_i < sizes.q_len)
+    tl.store(lse_ptr + pair64 * sizes.q_len + offs_i, lse, mask=inside)
     if F.NATURAL:
-        tl.store(residual_ptr + pair64 * problem.q_len + offs_i, residual, mask=inside)
+        tl.store(residual_ptr + pair64 * sizes.q_len + offs_i, residual, mask=inside)

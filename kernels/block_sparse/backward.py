@@ -143,17 +143,17 @@ def _keys_and_values(
     described: args.KernelArguments,
 ) -> tuple[Tensor, Tensor]:
     key, value, atomic = operands.key, operands.value, dquery is not None
-    grouped = described.problem.group > 1
+    grouped = described.sizes.group > 1
     pass_ = "backward_fused" if atomic else "backward_grouped" if grouped else "backward_kv"
     config = args.choose_config(pass_, key, described)
-    problem, features = args.over_keys(described, call.mask, operands.query, config, atomic=atomic)
+    sizes, features = args.over_keys(described, call.mask, operands.query, config, atomic=atomic)
     if features.SHARED_KV:
         dkey = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         dvalue = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     else:
         dkey = torch.empty(key.shape, dtype=key.dtype, device=key.device)
         dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    backward_kv_kernel[(problem.tiles * problem.pairs,)](
+    backward_kv_kernel[(sizes.tiles * sizes.pairs,)](
         operands,
         dquery,
         dkey,
@@ -162,7 +162,7 @@ def _keys_and_values(
         described.cols,
         described.modifiers,
         call.scale,
-        *problem,
+        *sizes,
         F=features,
         **config.options,
     )
@@ -173,14 +173,14 @@ def _queries(operands: Operands, call: Call, described: args.KernelArguments) ->
     query = operands.query
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     config = args.choose_config("backward_q", query, described)
-    problem, features = args.over_queries(described, call.mask, query, config)
-    backward_q_kernel[(problem.tiles * problem.pairs,)](
+    sizes, features = args.over_queries(described, call.mask, query, config)
+    backward_q_kernel[(sizes.tiles * sizes.pairs,)](
         operands,
         dquery,
         described.rows,
         described.modifiers,
         call.scale,
-        *problem,
+        *sizes,
         F=features,
         **config.options,
     )

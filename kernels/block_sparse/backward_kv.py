@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Problem
+from .arguments import LaunchSizes
 from .bias import add_bias_gradient
 from .primitives import (
     bias_base,
@@ -103,7 +103,7 @@ def gather_queries(
     end_n,
     base,
     bias_gradient,
-    problem,
+    sizes,
     modifiers,
     MASKED: tl.constexpr,
     F: tl.constexpr,
@@ -113,14 +113,14 @@ def gather_queries(
     """
     start_i = start_r - offset
     check: tl.constexpr = MASKED or F.OFFSET
-    q = load_tile(q_ptr, start_i, q_strides[0], problem.q_len, F.BLOCK_M, F.DIM, F.PAD, check)
+    q = load_tile(q_ptr, start_i, q_strides[0], sizes.q_len, F.BLOCK_M, F.DIM, F.PAD, check)
     qk_t = tl.dot(k, tl.trans(q), input_precision=F.PRECISION)
-    lse2, residual2 = load_lse(lse_ptr, pair, start_i, problem.q_len, F.BLOCK_M, 0, F)
+    lse2, residual2 = load_lse(lse_ptr, pair, start_i, sizes.q_len, F.BLOCK_M, 0, F)
     dout = load_tile(
-        dout_ptr, start_i, q_strides[1], problem.q_len, F.BLOCK_M, F.DIM_V, F.PAD_V, check
+        dout_ptr, start_i, q_strides[1], sizes.q_len, F.BLOCK_M, F.DIM_V, F.PAD_V, check
     )
     dp_t = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
-    delta = load_rows(delta_ptr, start_i, problem.q_len, 0.0, F.BLOCK_M, F.OFFSET)
+    delta = load_rows(delta_ptr, start_i, sizes.q_len, 0.0, F.BLOCK_M, F.OFFSET)
     r2 = (start_r + tl.arange(0, F.BLOCK_M))[None, :]
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[:, None]
     keep = True
@@ -129,10 +129,10 @@ def gather_queries(
         keep = tl.trans(dropout_keep(i2, start_n, pair, modifiers, F.BLOCK_N))
     p_t, ds_t, slope = score_gradient(
         qk_t, dp_t, lse2, residual2, delta[None, :], keep, bits_ptr, bits, start_n, r2, n2,
-        offset, end_n, base, problem, modifiers, MASKED, F,
+        offset, end_n, base, sizes, modifiers, MASKED, F,
     )  # fmt: skip
     if F.BIAS_GRADIENT:  # before the product that follows, or ptxas would wait for each product
-        add_bias_gradient(ds_t, b, h, start_n, start_r, offset, bias_gradient, problem, F)
+        add_bias_gradient(ds_t, b, h, start_n, start_r, offset, bias_gradient, sizes, F)
     dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=F.PRECISION)
     if F.SOFTCAP:
         ds_t = ds_t * slope
@@ -145,7 +145,7 @@ def gather_queries(
         d = tl.arange(0, F.PAD)[:, None]
         inside = d < F.DIM
         if check:
-            inside = inside & (start_i + m >= 0) & (start_i + m < problem.q_len)
+            inside = inside & (start_i + m >= 0) & (start_i + m < sizes.q_len)
         tl.atomic_add(dq_ptr + (m * F.DIM + d), dq_t, mask=inside, sem="relaxed")
     return dk, dv
 
@@ -165,7 +165,7 @@ def gather_head(
     offset,
     end_n,
     bias_gradient,
-    problem,
+    sizes,
     lists,
     modifiers,
     F: tl.constexpr,
@@ -175,13 +175,13 @@ def gather_head(
     q_ptr = head_of(operands.query, operands.query_strides, b, h)
     dout_ptr = head_of(operands.dout, operands.dout_strides, b, h)
     pair64 = tl.cast(pair, tl.int64)
-    delta_ptr = operands.delta + pair64 * padded_rows(problem.q_len)
+    delta_ptr = operands.delta + pair64 * padded_rows(sizes.q_len)
     if F.ATOMIC:
-        dq_ptr += pair64 * problem.q_len * F.DIM
+        dq_ptr += pair64 * sizes.q_len * F.DIM
     base = bias_base(modifiers, b, h, F)
-    line = b * problem.line_batch + h * problem.line_head + start_n // F.BLOCK_KV
+    line = b * sizes.line_batch + h * sizes.line_head + start_n // F.BLOCK_KV
     n_full, n_masked, first, run, run_end, start, stop = walk_queries(
-        problem, lists, line, start_n, offset, end_n, F
+        sizes, lists, line, start_n, offset, end_n, F
     )
     full_start = start
     if n_full > 0:  # as in the forward
@@ -189,7 +189,7 @@ def gather_head(
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, dout_ptr, operands.lse, delta_ptr, dq_ptr, row_strides,
                 start_n, start, lists.bits, 0, b, h, pair, offset, end_n, base,
-                bias_gradient, problem, modifiers, False, F,
+                bias_gradient, sizes, modifiers, False, F,
             )  # fmt: skip
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
     if n_masked > 0:
@@ -198,12 +198,12 @@ def gather_head(
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, dout_ptr, operands.lse, delta_ptr, dq_ptr, row_strides,
                 start_n, start, lists.bits, bits, b, h, pair, offset, end_n, base,
-                bias_gradient, problem, modifiers, True, F,
+                bias_gradient, sizes, modifiers, True, F,
             )  # fmt: skip
     return dk, dv
 
 
-@triton.jit(do_not_specialize=Problem._fields)
+@triton.jit(do_not_specialize=LaunchSizes._fields)
 def backward_kv_kernel(
     operands,
     dq_ptr,
@@ -225,23 +225,23 @@ def backward_kv_kernel(
     section,
     F: tl.constexpr,
 ):
-    problem = Problem(
+    sizes = LaunchSizes(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
-    slot, pair = locate(problem)
-    b, h = pair // problem.heads, pair % problem.heads
+    index, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
     hk = h
     if not F.GROUPED:
-        hk = h // problem.group
-    offset, end_n = sample_bounds(problem, modifiers, b, F)
-    tile = slot
+        hk = h // sizes.group
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
+    tile = index
     if F.KIND == "sparse":
         split: tl.constexpr = F.BLOCK_KV // F.BLOCK_N
-        some_head = hk * problem.group if F.GROUPED else h
-        lines = lists.order + b * problem.line_batch + some_head * problem.line_head
-        tile = tl.load(lines + slot // split) * split + slot % split
+        some_head = hk * sizes.group if F.GROUPED else h
+        lines = lists.order + b * sizes.line_batch + some_head * sizes.line_head
+        tile = tl.load(lines + index // split) * split + index % split
     start_n = tile * F.BLOCK_N
-    if start_n >= problem.kv_len:
+    if start_n >= sizes.kv_len:
         return
 
     k_ptr, v_ptr, kv_strides = keys_of(operands, b, hk, F)
@@ -254,20 +254,20 @@ def backward_kv_kernel(
     dv = tl.zeros([BLOCK_N, PAD_V], tl.float32)
     kv_pair = pair
     if F.GROUPED:
-        for g in range(problem.group):
-            head = hk * problem.group + g
+        for g in range(sizes.group):
+            head = hk * sizes.group + g
             dk, dv = gather_head(
-                dk, dv, k, v, operands, dq_ptr, start_n, b, head, pair * problem.group + g,
-                offset, end_n, bias_gradient, problem, lists, modifiers, F,
+                dk, dv, k, v, operands, dq_ptr, start_n, b, head, pair * sizes.group + g,
+                offset, end_n, bias_gradient, sizes, lists, modifiers, F,
             )  # fmt: skip
     else:
-        kv_pair = pair // problem.group
+        kv_pair = pair // sizes.group
         dk, dv = gather_head(
             dk, dv, k, v, operands, dq_ptr, start_n, b, h, pair,
-            offset, end_n, bias_gradient, problem, lists, modifiers, F,
+            offset, end_n, bias_gradient, sizes, lists, modifiers, F,
         )  # fmt: skip
     dk *= scale
     dv *= modifiers.keep_scale
-    rows64 = tl.cast(kv_pair, tl.int64) * problem.kv_len
-    put_tile(dk_ptr + rows64 * F.DIM, start_n, problem.kv_len, dk, BLOCK_N, F.DIM, PAD, F)
-    put_tile(dv_ptr + rows64 * F.DIM_V, start_n, problem.kv_len, dv, BLOCK_N, F.DIM_V, PAD_V, F)
+    rows64 = tl.cast(kv_pair, tl.int64) * sizes.kv_len
+    put_tile(dk_ptr + rows64 * F.DIM, start_n, sizes.kv_len, dk, BLOCK_N, F.DIM, PAD, F)
+    put_tile(dv_ptr + rows64 * F.DIM_V, start_n, sizes.kv_len, dv, BLOCK_N, F.DIM_V, PAD_V, F)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import Problem
+from .arguments import LaunchSizes
 from .primitives import (
     bias_base,
     dropout_keep,
@@ -48,7 +48,7 @@ def gather_keys(
     end_n,
     pair,
     base,
-    problem,
+    sizes,
     modifiers,
     MASKED: tl.constexpr,
     F: tl.constexpr,
@@ -66,14 +66,14 @@ def gather_keys(
         keep = dropout_keep(r2 - offset, start_n, pair, modifiers, F.BLOCK_N)
     _, ds, slope = score_gradient(
         qk, dp, lse2, residual2, delta2, keep, bits_ptr, bits, start_n, r2, n2,
-        offset, end_n, base, problem, modifiers, MASKED, F,
+        offset, end_n, base, sizes, modifiers, MASKED, F,
     )  # fmt: skip
     if F.SOFTCAP:
         ds = ds * slope
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=F.PRECISION)
 
 
-@triton.jit(do_not_specialize=Problem._fields)
+@triton.jit(do_not_specialize=LaunchSizes._fields)
 def backward_q_kernel(
     operands,
     dq_ptr,
@@ -92,15 +92,15 @@ def backward_q_kernel(
     section,
     F: tl.constexpr,
 ):
-    problem = Problem(
+    sizes = LaunchSizes(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
-    slot, pair = locate(problem)
-    b, h = pair // problem.heads, pair % problem.heads
-    offset, end_n = sample_bounds(problem, modifiers, b, F)
-    leading = b * problem.line_batch + h * problem.line_head
-    row0 = query_tile(problem, lists, slot, offset, leading, F) * F.BLOCK_M
-    if row0 >= offset + problem.q_len:
+    index, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
+    leading = b * sizes.line_batch + h * sizes.line_head
+    row0 = query_tile(sizes, lists, index, offset, leading, F) * F.BLOCK_M
+    if row0 >= offset + sizes.q_len:
         return
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
@@ -109,28 +109,28 @@ def backward_q_kernel(
     dout_stride = row_stride(operands.dout_strides, F)
     q_ptr = head_of(operands.query, operands.query_strides, b, h)
     dout_ptr = head_of(operands.dout, operands.dout_strides, b, h)
-    k_ptr, v_ptr, kv_strides = keys_of(operands, b, h // problem.group, F)
-    rows64 = tl.cast(pair, tl.int64) * problem.q_len
+    k_ptr, v_ptr, kv_strides = keys_of(operands, b, h // sizes.group, F)
+    rows64 = tl.cast(pair, tl.int64) * sizes.q_len
     start_i = row0 - offset
-    end_i = problem.q_len
+    end_i = sizes.q_len
     q = load_tile(q_ptr, start_i, q_stride, end_i, BLOCK_M, F.DIM, PAD, True)
     dout = load_tile(dout_ptr, start_i, dout_stride, end_i, BLOCK_M, F.DIM_V, F.PAD_V, True)
     lse2, residual2 = load_lse(operands.lse, pair, start_i, end_i, BLOCK_M, 1, F)
-    delta_ptr = operands.delta + tl.cast(pair, tl.int64) * padded_rows(problem.q_len)
+    delta_ptr = operands.delta + tl.cast(pair, tl.int64) * padded_rows(sizes.q_len)
     delta2 = load_rows(delta_ptr, start_i, end_i, 0.0, BLOCK_M, F.OFFSET)[:, None]
     base = bias_base(modifiers, b, h, F)
 
     dq = tl.zeros([BLOCK_M, PAD], tl.float32)
     line = leading + row0 // F.BLOCK_Q
     n_full, n_masked, first, run, run_end, start, stop = walk_keys(
-        problem, lists, line, row0, end_n, F
+        sizes, lists, line, row0, end_n, F
     )
     full_start = start
     if n_full > 0:  # as in the forward
         for _ in range(n_full):
             dq = gather_keys(
                 dq, q, dout, lse2, residual2, delta2, k_ptr, v_ptr, kv_strides, start,
-                lists.bits, 0, row0, offset, end_n, pair, base, problem, modifiers, False, F,
+                lists.bits, 0, row0, offset, end_n, pair, base, sizes, modifiers, False, F,
             )  # fmt: skip
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
     if n_masked > 0:
@@ -138,7 +138,7 @@ def backward_q_kernel(
             start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
             dq = gather_keys(
                 dq, q, dout, lse2, residual2, delta2, k_ptr, v_ptr, kv_strides, start,
-                lists.bits, bits, row0, offset, end_n, pair, base, problem, modifiers, True, F,
+                lists.bits, bits, row0, offset, end_n, pair, base, sizes, modifiers, True, F,
             )  # fmt: skip
     dq_ptr += rows64 * F.DIM
     store_tile(dq_ptr, start_i, F.DIM, end_i, dq * scale, BLOCK_M, F.DIM, PAD)

@@ -40,7 +40,7 @@ def add_entries(entries, addend, mask, gradient, F: tl.constexpr):
 
 
 @triton.jit
-def add_diagonals(ds_t, base, start_n, start_r, gradient, problem, F: tl.constexpr):
+def add_diagonals(ds_t, base, start_n, start_r, gradient, sizes, F: tl.constexpr):
     """Sum ds^T [BLOCK_N, BLOCK_M] along its diagonals j - i, the entries of a relative bias.
 
     Turning row n by n takes (n, m) to column (n - m) mod BLOCK_M: a column then holds few
@@ -52,20 +52,20 @@ def add_diagonals(ds_t, base, start_n, start_r, gradient, problem, F: tl.constex
     for k in tl.static_range(-1, (F.BLOCK_N + F.BLOCK_M - 1) // F.BLOCK_M):
         on_diagonal = (n_minus_c >= k * F.BLOCK_M) & (n_minus_c < (k + 1) * F.BLOCK_M)
         addend = tl.sum(tl.where(on_diagonal, turned, 0.0), 0)
-        entry = start_n - start_r + c + k * F.BLOCK_M + problem.rows - 1
-        inside = (entry >= 0) & (entry < problem.rows + problem.kv_len - 1)
+        entry = start_n - start_r + c + k * F.BLOCK_M + sizes.rows - 1
+        inside = (entry >= 0) & (entry < sizes.rows + sizes.kv_len - 1)
         add_entries(base + entry, addend, inside, gradient, F)
 
 
 @triton.jit
-def add_elements(ds_t, base, start_n, start_i, gradient, problem, F: tl.constexpr):
+def add_elements(ds_t, base, start_n, start_i, gradient, sizes, F: tl.constexpr):
     """Add ds^T [BLOCK_N, BLOCK_M] to a dense bias, summed first over a dimension that the bias does
     not have.
     """
     i = start_i + tl.arange(0, F.BLOCK_M)
     n = start_n + tl.arange(0, F.BLOCK_N)
-    has_i = (i >= 0) & (i < problem.q_len)
-    has_n = n < problem.kv_len
+    has_i = (i >= 0) & (i < sizes.q_len)
+    has_n = n < sizes.kv_len
     to_i = i.to(tl.int64) * gradient.strides[2]
     to_n = n.to(tl.int64) * gradient.strides[3]
     if F.BIAS_Q and F.BIAS_K:
@@ -80,14 +80,14 @@ def add_elements(ds_t, base, start_n, start_i, gradient, problem, F: tl.constexp
 
 
 @triton.jit
-def add_bias_gradient(ds_t, b, h, start_n, start_r, offset, gradient, problem, F: tl.constexpr):
+def add_bias_gradient(ds_t, b, h, start_n, start_r, offset, gradient, sizes, F: tl.constexpr):
     """Add the gradient of a tile's logits, ds^T [BLOCK_N, BLOCK_M], to that of the bias."""
     base = gradient.total + tl.cast(b, tl.int64) * gradient.strides[0]
     base += tl.cast(h, tl.int64) * gradient.strides[1]
     if F.BIAS == "relative":
-        add_diagonals(ds_t, base, start_n, start_r, gradient, problem, F)
+        add_diagonals(ds_t, base, start_n, start_r, gradient, sizes, F)
     else:
-        add_elements(ds_t, base, start_n, start_r - offset, gradient, problem, F)
+        add_elements(ds_t, base, start_n, start_r - offset, gradient, sizes, F)
 
 
 def owned(bias: Tensor | None, scores: tuple[int, ...]) -> bool:

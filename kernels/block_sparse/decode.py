@@ -14,7 +14,7 @@ from flashmark.block_sparse.call import Call, Saved
 
 from . import arguments as args
 from . import configs
-from .arguments import Problem
+from .arguments import LaunchSizes
 from .attend import add_sink, attend, log_sum
 from .primitives import fall, keys_of, load_run, masked_tile, sample_bounds
 
@@ -61,18 +61,18 @@ def sparse_span(lists, line, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def compared_span(problem, row0, offset, end_n, WINDOW: tl.constexpr, F: tl.constexpr):
+def compared_span(sizes, row0, offset, end_n, WINDOW: tl.constexpr, F: tl.constexpr):
     """The end of the keys that some row of a window sees, and of the tiles that all see."""
     high, full = end_n, end_n
     if F.KIND == "causal":
-        shift = problem.kv_len - problem.rows
-        last_row = tl.minimum(row0 + WINDOW, offset + problem.q_len) - 1
+        shift = sizes.kv_len - sizes.rows
+        last_row = tl.minimum(row0 + WINDOW, offset + sizes.q_len) - 1
         high = tl.minimum(last_row + shift + 1, end_n)
         full = tl.maximum(tl.minimum(row0 + shift + 1, end_n), 0)
     return high, full // F.BLOCK_N * F.BLOCK_N
 
 
-@triton.jit(do_not_specialize=(*Problem._fields, "splits"))
+@triton.jit(do_not_specialize=(*LaunchSizes._fields, "splits"))
 def decode_kernel(
     inputs,
     part_ptr,
@@ -97,16 +97,16 @@ def decode_kernel(
     """Rows of the tile: the heads of a group (if PACKED) times a window of WINDOW aligned mask
     rows.
     """
-    problem = Problem(
+    sizes = LaunchSizes(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
     pid = tl.program_id(0)
     split, rest = pid % splits, pid // splits
-    pair = rest // problem.tiles
-    b, h0 = pair // problem.heads, pair % problem.heads
-    offset, end_n = sample_bounds(problem, modifiers, b, F)
-    row0 = (offset // WINDOW + rest % problem.tiles) * WINDOW
-    if row0 >= offset + problem.q_len:
+    pair = rest // sizes.tiles
+    b, h0 = pair // sizes.heads, pair % sizes.heads
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
+    row0 = (offset // WINDOW + rest % sizes.tiles) * WINDOW
+    if row0 >= offset + sizes.q_len:
         return
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
@@ -114,17 +114,17 @@ def decode_kernel(
     m = tl.arange(0, BLOCK_M)
     r = row0 + m % WINDOW
     i = r - offset
-    q_heads = problem.heads
+    q_heads = sizes.heads
     if PACKED:
         hk = h0
-        h = h0 * problem.group + m // WINDOW
-        inside = m // WINDOW < problem.group
-        q_heads *= problem.group
+        h = h0 * sizes.group + m // WINDOW
+        inside = m // WINDOW < sizes.group
+        q_heads *= sizes.group
     else:
-        hk = h0 // problem.group
+        hk = h0 // sizes.group
         h = h0 + tl.zeros_like(m)
         inside = m < WINDOW
-    inside = inside & (i >= 0) & (i < problem.q_len)
+    inside = inside & (i >= 0) & (i < sizes.q_len)
     b64, h64, i64 = tl.cast(b, tl.int64), h.to(tl.int64), i.to(tl.int64)
     q_strides = inputs.query_strides
     offs_d = tl.arange(0, F.PAD)
@@ -142,7 +142,7 @@ def decode_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if F.KIND == "sparse":
-        line = b * problem.line_batch + h0 * problem.line_head + row0 // F.BLOCK_Q
+        line = b * sizes.line_batch + h0 * sizes.line_head + row0 // F.BLOCK_Q
         run, run_end, entry, entry_end, low, high = sparse_span(lists, line, F.BLOCK_KV)
         low, high = share(low, tl.minimum(high, end_n), split, splits, F.BLOCK_KV)
         block, block_end = low // F.BLOCK_KV, tl.cdiv(high, F.BLOCK_KV)
@@ -152,7 +152,7 @@ def decode_kernel(
             for n in range(tl.maximum(start, low), tl.minimum(stop, high), F.BLOCK_N):
                 acc, l_i, m_i = attend(
                     acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, 0,
-                    r2, offset, end_n, pair2, base, problem, modifiers, False, F,
+                    r2, offset, end_n, pair2, base, sizes, modifiers, False, F,
                 )  # fmt: skip
         entry = lower_bound(lists.partials, entry, entry_end, block)
         entry_end = lower_bound(lists.partials, entry, entry_end, block_end)
@@ -160,25 +160,25 @@ def decode_kernel(
             n, bits = masked_tile(lists, entry, t, 0, 0, F.BLOCK_N, F.BLOCK_KV, F)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, bits,
-                r2, offset, end_n, pair2, base, problem, modifiers, True, F,
+                r2, offset, end_n, pair2, base, sizes, modifiers, True, F,
             )  # fmt: skip
     else:
-        high, full = compared_span(problem, row0, offset, end_n, WINDOW, F)
+        high, full = compared_span(sizes, row0, offset, end_n, WINDOW, F)
         low, high = share(0, high, split, splits, F.BLOCK_N)
         for n in range(low, tl.minimum(full, high), F.BLOCK_N):
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, 0,
-                r2, offset, end_n, pair2, base, problem, modifiers, False, F,
+                r2, offset, end_n, pair2, base, sizes, modifiers, False, F,
             )  # fmt: skip
         for n in range(tl.maximum(low, full), high, F.BLOCK_N):
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, n, lists.bits, 0,
-                r2, offset, end_n, pair2, base, problem, modifiers, True, F,
+                r2, offset, end_n, pair2, base, sizes, modifiers, True, F,
             )  # fmt: skip
 
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-    all_heads = problem.pairs // problem.heads * q_heads
-    row = (split * all_heads + b * q_heads + h).to(tl.int64) * problem.q_len + i
+    all_heads = sizes.pairs // sizes.heads * q_heads
+    row = (split * all_heads + b * q_heads + h).to(tl.int64) * sizes.q_len + i
     offs_v = tl.arange(0, PAD_V)
     parts = part_ptr + (row * F.DIM_V)[:, None] + offs_v[None, :]
     tl.store(parts, acc, mask=inside[:, None] & (offs_v < F.DIM_V)[None, :])
@@ -241,29 +241,29 @@ def number_of_splits(device: torch.device, programs: int, tiles: int) -> int:
 
 def is_decode(described: args.KernelArguments) -> bool:
     """Whether a call has few queries and many keys."""
-    problem = described.problem
-    return problem.q_len <= MAX_QUERIES and problem.kv_len >= MIN_KEYS
+    sizes = described.sizes
+    return sizes.q_len <= MAX_QUERIES and sizes.kv_len >= MIN_KEYS
 
 
 def decode(call: Call, described: args.KernelArguments) -> Saved:
     """Launch the decode kernels."""
     query, key, value, mask = call.query, call.key, call.value, call.mask
     batch, heads, q_len, _ = query.shape
-    kv_len, dim_v, group = key.shape[2], value.shape[-1], described.problem.group
+    kv_len, dim_v, group = key.shape[2], value.shape[-1], described.sizes.group
     window = triton.next_power_of_2(q_len)
     one_mask = mask.kind != "sparse" or mask.heads == 1
     packed = group > 1 and one_mask and group * window <= MAX_ROWS
     config = args.choose_config("decode", query, described)
     block_m = max(16, triton.next_power_of_2(group * window if packed else window))
     features = dataclasses.replace(described.features, BLOCK_M=block_m, BLOCK_N=config.block_n)
-    problem = described.problem._replace(
+    sizes = described.sizes._replace(
         pairs=batch * (key.shape[1] if packed else heads),
         heads=key.shape[1] if packed else heads,
         line_batch=mask.heads * mask.q_blocks if mask.batch > 1 else 0,
         line_head=mask.q_blocks if mask.heads > 1 else 0,
         tiles=2 if features.OFFSET and window > 1 else 1,  # queries may lie across two windows
     )
-    programs = problem.pairs * problem.tiles
+    programs = sizes.pairs * sizes.tiles
     splits = number_of_splits(query.device, programs, kv_len // config.block_n)
 
     rows, device = batch * heads * q_len, query.device
@@ -280,7 +280,7 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
             described.rows,
             described.modifiers,
             splits,
-            *problem,
+            *sizes,
             WINDOW=window,
             PACKED=packed,
             F=features,

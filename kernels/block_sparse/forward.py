@@ -18,7 +18,7 @@ from flashmark.block_sparse.call import Call, Saved
 
 from . import arguments as args
 from . import configs
-from .arguments import Problem
+from .arguments import LaunchSizes
 from .attend import attend, normalise, store_rows
 from .decode import decode, is_decode
 from .forms import can_use_form
@@ -35,7 +35,7 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=Problem._fields)
+@triton.jit(do_not_specialize=LaunchSizes._fields)
 def forward_kernel(
     inputs,
     out_ptr,
@@ -55,19 +55,19 @@ def forward_kernel(
     section,
     F: tl.constexpr,
 ):
-    problem = Problem(
+    sizes = LaunchSizes(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
-    pair, b, h, offset, end_n, leading, row0 = place(problem, lists, modifiers, F)
-    if row0 >= offset + problem.q_len:
+    pair, b, h, offset, end_n, leading, row0 = place(sizes, lists, modifiers, F)
+    if row0 >= offset + sizes.q_len:
         return
 
     q_ptr = head_of(inputs.query, inputs.query_strides, b, h)
-    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // problem.group, F)
+    k_ptr, v_ptr, kv_strides = keys_of(inputs, b, h // sizes.group, F)
     base = bias_base(modifiers, b, h, F)
     start_i = row0 - offset
     q_stride = row_stride(inputs.query_strides, F)
-    q = load_tile(q_ptr, start_i, q_stride, problem.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
+    q = load_tile(q_ptr, start_i, q_stride, sizes.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
@@ -77,7 +77,7 @@ def forward_kernel(
     r2 = (row0 + tl.arange(0, BLOCK_M))[:, None]
     line = leading + row0 // F.BLOCK_Q
     n_full, n_masked, first, run, run_end, start, stop = walk_keys(
-        problem, lists, line, row0, end_n, F
+        sizes, lists, line, row0, end_n, F
     )
     full_start = start
     # a loop that may run zero times makes ptxas wait for every product before the next
@@ -85,7 +85,7 @@ def forward_kernel(
         for _ in range(n_full):
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, 0,
-                r2, offset, end_n, pair, base, problem, modifiers, False, F,
+                r2, offset, end_n, pair, base, sizes, modifiers, False, F,
             )  # fmt: skip
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
     if n_masked > 0:
@@ -93,11 +93,11 @@ def forward_kernel(
             start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
             acc, l_i, m_i = attend(
                 acc, l_i, m_i, q, k_ptr, v_ptr, kv_strides, start, lists.bits, bits,
-                r2, offset, end_n, pair, base, problem, modifiers, True, F,
+                r2, offset, end_n, pair, base, sizes, modifiers, True, F,
             )  # fmt: skip
 
     acc, lse, residual = normalise(acc, l_i, m_i, h, modifiers, F.NATURAL)
-    store_rows(out_ptr, lse_ptr, residual_ptr, acc, lse, residual, start_i, pair, problem, F)
+    store_rows(out_ptr, lse_ptr, residual_ptr, acc, lse, residual, start_i, pair, sizes, F)
 
 
 def launch(
@@ -107,19 +107,19 @@ def launch(
     value: Tensor,
     saved: Saved,
     call: args.KernelArguments,
-    problem: Problem,
+    sizes: LaunchSizes,
     features: args.Features,
     config: configs.Config,
 ) -> None:
     """Run a kernel that takes the arguments of `forward_kernel`."""
-    kernel[(problem.tiles * problem.pairs,)](
+    kernel[(sizes.tiles * sizes.pairs,)](
         args.inputs(query, key, value),
         saved.out,
         saved.lse,
         saved.residual,
         call.rows,
         call.modifiers,
-        *problem,
+        *sizes,
         F=features,
         **config.options,
     )
@@ -143,12 +143,12 @@ def forward(call: Call) -> Saved:
         return decode(call, described)
     config = args.choose_config("forward", query, described)
     can_use_form(config.form, query, key, value, described, raise_error=True)
-    problem, features = args.over_queries(described, call.mask, query, config)
+    sizes, features = args.over_queries(described, call.mask, query, config)
     batch, heads, q_len, _ = query.shape
     out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
     saved = Saved(out, lse, args.residual_of(call, lse))
     with args.on_device(query):
         run = launcher(config.form)
-        run(query, key, value, saved, described, problem, features, config)
+        run(query, key, value, saved, described, sizes, features, config)
     return saved

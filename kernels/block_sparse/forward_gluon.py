@@ -1,25 +1,25 @@
 """The forward pass for Hopper in Gluon: one warp loads tiles through TMA, two warpgroups of 64 rows
-each (one, where BLOCK_M is 64) compute, and they meet over rings of STAGES slots. Compiled, not run
-on a GPU.
+each (one, where BLOCK_M is 64) compute, and they meet over rings of STAGES buffers, the stages.
+Compiled, not run on a GPU.
 
-A slot has two barriers. The loader waits until the slot is empty and starts a copy that completes
+A stage has two barriers. The loader waits until the stage is empty and starts a copy that completes
 `full`; a warpgroup waits for `full` and, when its product is done, arrives at `empty`, which
-completes when every warpgroup has. Why nobody waits for ever:
+completes when every warpgroup has. Why this cannot deadlock:
 
 * The tiles of a line are counted once, before the warps part: the loader fills, and each warpgroup
-  uses, exactly that many slots of either ring. Tile t is turn t // STAGES of slot t % STAGES. With
-  no tile nobody waits for one. The queries are loaded, and awaited, in any case, so that no copy is
+  uses, exactly that many stages of either ring. Tile t is turn t // STAGES of stage t % STAGES.
+  With no tile nothing waits for one. The queries are always loaded and awaited, so that no copy is
   in flight when the program ends.
 * The n-th completion of a barrier, from 0, has parity n % 2, and waiting for a parity returns when
   the last completion had it; before the first, that counts as 1. Turn r waits for completion r of
   `full`, parity r % 2, and, to be filled, for completion r - 1 of `empty`, parity (r + 1) % 2: at
-  once when r is 0, since slots start empty. No barrier completes twice while one waits: a slot is
+  once when r is 0, since stages start empty. No barrier completes twice while one waits: a stage is
   filled again only when all have emptied it, and emptied again only when it has been filled.
-* The loader copies in the order K of tile 0, V of tile 0, K of tile 1, ... To give back K of tile t
-  a warpgroup needs what comes before V of tile t, to give back V of tile t nothing after K of tile
-  t + 1. The loader asks for those slots again for K and V of tile t + STAGES, which come later: it
-  never waits for what waits for a copy that it has not started. V of the last tile is not given
-  back, and nobody asks for it.
+* The loader copies in the order K of tile 0, V of tile 0, K of tile 1, ... A warpgroup releases K
+  of tile t after copies that come before V of tile t, and V of tile t after copies up to K of tile
+  t + 1. The loader needs those stages again for K and V of tile t + STAGES, which come later, so it
+  never waits for a warpgroup that waits for a copy not yet started. V of the last tile is not
+  released, and nothing needs it.
 
 The next product overlaps with the softmax: S of tile t + 1 is in flight during that of tile t.
 """
@@ -44,7 +44,7 @@ from flashmark.block_sparse.call import Saved
 
 from . import arguments as args
 from . import configs
-from .arguments import Problem
+from .arguments import LaunchSizes
 from .attend import normalise
 from .line import any_tile, bit_words, shown
 from .primitives import log2_factor, logits, next_tile, online_softmax, place, walk_keys
@@ -55,7 +55,7 @@ ROWS = gl.constexpr(64)  # of a warpgroup
 
 
 class Rings(NamedTuple):
-    """Shared memory: STAGES slots for K and for V, and the barriers of each slot."""
+    """Shared memory: STAGES buffers for K and for V, and the barriers of each."""
 
     k: object
     v: object
@@ -83,7 +83,7 @@ class Work(NamedTuple):
 
     lists: object
     line: object
-    problem: object
+    sizes: object
     modifiers: object
     pair: object
     b: object
@@ -96,21 +96,21 @@ class Work(NamedTuple):
 def load_tiles(k_desc, v_desc, rings, work, F: gl.constexpr, STAGES: gl.constexpr):
     """Load the tiles of keys and values: the work of the loading warp."""
     lists, line = work.lists, work.line
-    b, hk = work.b, work.h // work.problem.group
+    b, hk = work.b, work.h // work.sizes.group
     run, start, stop = line.run, line.start, line.stop
     for t in range(line.n_tiles):
-        slot = t % STAGES
+        stage = t % STAGES
         parity = (t // STAGES) & 1
         n, _ = any_tile(lists, t, line.n_full, line.n_masked, line.first, start, F)
-        mbarrier.wait(rings.k_empty.index(slot), parity ^ 1)
-        mbarrier.expect(rings.k_full.index(slot), k_desc.block_type.nbytes)
+        mbarrier.wait(rings.k_empty.index(stage), parity ^ 1)
+        mbarrier.expect(rings.k_full.index(stage), k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(
-            k_desc, [b, hk, n, 0], rings.k_full.index(slot), rings.k.index(slot)
+            k_desc, [b, hk, n, 0], rings.k_full.index(stage), rings.k.index(stage)
         )
-        mbarrier.wait(rings.v_empty.index(slot), parity ^ 1)
-        mbarrier.expect(rings.v_full.index(slot), v_desc.block_type.nbytes)
+        mbarrier.wait(rings.v_empty.index(stage), parity ^ 1)
+        mbarrier.expect(rings.v_full.index(stage), v_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(
-            v_desc, [b, hk, n, 0], rings.v_full.index(slot), rings.v.index(slot)
+            v_desc, [b, hk, n, 0], rings.v_full.index(stage), rings.v.index(stage)
         )
         run, start, stop = next_tile(
             lists, run, line.run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
@@ -120,9 +120,9 @@ def load_tiles(k_desc, v_desc, rings, work, F: gl.constexpr, STAGES: gl.constexp
 @gluon.jit
 def issue_scores(q, rings, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
     """S = Q K^T of tile t [ROWS, BLOCK_N], in flight."""
-    slot = t % STAGES
-    mbarrier.wait(rings.k_full.index(slot), (t // STAGES) & 1)
-    k = rings.k.index(slot).reshape([F.BLOCK_N, F.PAD])
+    stage = t % STAGES
+    mbarrier.wait(rings.k_full.index(stage), (t // STAGES) & 1)
+    k = rings.k.index(stage).reshape([F.BLOCK_N, F.PAD])
     zero = gl.full([ROWS, F.BLOCK_N], 0.0, gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -130,9 +130,9 @@ def issue_scores(q, rings, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.
 @gluon.jit
 def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
     """O + P V of tile t [ROWS, PAD_V], in flight."""
-    slot = t % STAGES
-    mbarrier.wait(rings.v_full.index(slot), (t // STAGES) & 1)
-    v = rings.v.index(slot).reshape([F.BLOCK_N, F.PAD_V])
+    stage = t % STAGES
+    mbarrier.wait(rings.v_full.index(stage), (t // STAGES) & 1)
+    v = rings.v.index(stage).reshape([F.BLOCK_N, F.PAD_V])
     return warpgroup_mma(p, v, acc, is_async=True)
 
 
@@ -142,10 +142,10 @@ def softmax(s, m_i, l_i, t, r2, work, MASKED: gl.constexpr, F: gl.constexpr):
     line = work.line
     n, bits = any_tile(work.lists, t, line.n_full, line.n_masked, line.first, line.start, F)
     n2 = (n + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
-    s, _ = logits(s, None, r2, n2, 0, work.problem, work.modifiers, F)
+    s, _ = logits(s, None, r2, n2, 0, work.sizes, work.modifiers, F)
     if MASKED:
         words = bit_words(work.lists.bits, bits, n, r2, F)
-        seen = shown(words, n, r2, n2, work.end_n, work.problem, F)
+        seen = shown(words, n, r2, n2, work.end_n, work.sizes, F)
         s = gl.where(seen, s, float("-inf"))
     return online_softmax(s, log2_factor(work.modifiers, F), m_i, l_i, MASKED, F.SLACK)
 
@@ -231,7 +231,7 @@ def compute(
     acc = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, o_layout)
     m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
-    line, problem = work.line, work.problem
+    line, sizes = work.line, work.sizes
     first_row = work.row0 + w * ROWS
     r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)))[:, None]
     q = q_tiles.index(w).reshape([ROWS, F.PAD])
@@ -254,8 +254,8 @@ def compute(
     acc, lse, _ = normalise(acc, rows_of(l_i, acc), rows_of(m_i, acc), work.h, work.modifiers)
     i = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
     d = gl.arange(0, F.PAD_V, gl.SliceLayout(0, o_layout))
-    row = gl.cast(work.pair, gl.int64) * problem.q_len + i
-    inside = i < problem.q_len
+    row = gl.cast(work.pair, gl.int64) * sizes.q_len + i
+    inside = i < sizes.q_len
     gl.store(
         out_ptr + row[:, None] * F.DIM_V + d[None, :],
         acc.to(out_ptr.dtype.element_ty),
@@ -266,17 +266,17 @@ def compute(
 
 @gluon.jit
 def ring(desc, STAGES: gl.constexpr, USERS: gl.constexpr):
-    """Slots for the blocks of a descriptor, and their barriers: (slots, full, empty)."""
-    slots = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+    """Buffers for the blocks of a descriptor, and their barriers: (stages, full, empty)."""
+    stages = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=USERS)
-    return slots, full, empty
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=USERS)
+    return stages, full, empty
 
 
-@gluon.jit(do_not_specialize=Problem._fields)
+@gluon.jit(do_not_specialize=LaunchSizes._fields)
 def forward_gluon_kernel(
     q_desc,
     k_desc,
@@ -298,24 +298,24 @@ def forward_gluon_kernel(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    problem = Problem(
+    sizes = LaunchSizes(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
-    pair, b, h, _, end_n, leading, row0 = place(problem, lists, modifiers, F)
-    if row0 >= problem.q_len:
+    pair, b, h, _, end_n, leading, row0 = place(sizes, lists, modifiers, F)
+    if row0 >= sizes.q_len:
         return
     n_full, n_masked, first, run, run_end, start, stop = walk_keys(
-        problem, lists, leading + row0 // F.BLOCK_Q, row0, end_n, F
+        sizes, lists, leading + row0 // F.BLOCK_Q, row0, end_n, F
     )
     n_tiles = n_full + n_masked
     line = Line(n_full, n_masked, first, run, run_end, start, stop, n_tiles)
-    work = Work(lists, line, problem, modifiers, pair, b, h, row0, end_n)
+    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, end_n)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_M // ROWS
     q_tiles, q_full, _ = ring(q_desc, WARPGROUPS, 1)
-    k_slots, k_full, k_empty = ring(k_desc, STAGES, WARPGROUPS)
-    v_slots, v_full, v_empty = ring(v_desc, STAGES, WARPGROUPS)
-    rings = Rings(k_slots, v_slots, k_full, k_empty, v_full, v_empty)
+    k_stages, k_full, k_empty = ring(k_desc, STAGES, WARPGROUPS)
+    v_stages, v_full, v_empty = ring(v_desc, STAGES, WARPGROUPS)
+    rings = Rings(k_stages, v_stages, k_full, k_empty, v_full, v_empty)
     fence_async_shared()
     for w in gl.static_range(WARPGROUPS):
         mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
@@ -363,14 +363,14 @@ def launch(
     value: Tensor,
     saved: Saved,
     call: args.KernelArguments,
-    problem: Problem,
+    sizes: LaunchSizes,
     features: args.Features,
     config: configs.Config,
 ) -> None:
     """Run the kernel; num_warps of `config` is that of a warpgroup, 4."""
     if config.block_m not in (ROWS.value, 2 * ROWS.value) or config.num_warps != 4:
         raise ValueError(f"form 'gluon': expected 64 or 128 rows and 4 warps, got {config}")
-    forward_gluon_kernel[(problem.tiles * problem.pairs,)](
+    forward_gluon_kernel[(sizes.tiles * sizes.pairs,)](
         describe(query, ROWS.value, features.PAD),
         describe(key, config.block_n, features.PAD),
         describe(value, config.block_n, features.PAD_V),
@@ -378,7 +378,7 @@ def launch(
         saved.lse,
         call.rows,
         call.modifiers,
-        *problem,
+        *sizes,
         F=features,
         STAGES=config.num_stages,
         num_warps=4,

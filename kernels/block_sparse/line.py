@@ -44,7 +44,7 @@ def bit_words(bits_ptr, bits, start_n, r2, F: tl.constexpr):
 
 
 @triton.jit
-def shown(words, start_n, r2, n2, end_n, problem, F: tl.constexpr):
+def shown(words, start_n, r2, n2, end_n, sizes, F: tl.constexpr):
     """Mask of the elements of a tile that take part, by its words or by comparison."""
     if F.KIND == "sparse":
         column = n2 - start_n
@@ -57,6 +57,6 @@ def shown(words, start_n, r2, n2, end_n, problem, F: tl.constexpr):
         if F.CLIP:
             seen = seen & (n2 < end_n)
     else:
-        key, end = visible(None, 0, start_n, r2, n2, end_n, problem, True, F)
+        key, end = visible(None, 0, start_n, r2, n2, end_n, sizes, True, F)
         seen = key < end
     return seen

@@ -1,5 +1,4 @@
-"""The pieces that the block-sparse kernels share: where a program works, what it sees, and the
-softmax.
+"""Functions that the block-sparse kernels share: a program's place, its masks and the softmax.
 
 Logits live in the log2 domain inside the kernels (exp2 is the hardware's exponential), or with a
 bias in the natural one (F.NATURAL), where they are added in float32 as PyTorch adds them. What is
@@ -29,18 +28,18 @@ ROWS_OF_A_TILE = tl.constexpr(128)  # at most
 
 
 @triton.jit
-def locate(problem):
-    """Slot of this program within its (batch, head) pair, and the number of the pair.
+def locate(sizes):
+    """Index of this program within its (batch, head) pair, and the number of the pair.
 
-    One grid axis, because the others end at 65535. Slots are outermost within a section of pairs,
-    so the heavy tiles of the section start first while its keys and values stay in the L2 cache.
+    One grid axis, because the others end at 65535. Indices are outermost within a section of
+    pairs: its heavy tiles start first while its keys and values stay in the L2 cache.
     """
     pid = tl.program_id(0)
-    per_section = problem.tiles * problem.section
+    per_section = sizes.tiles * sizes.section
     section = pid // per_section
     rest = pid - section * per_section
-    first = section * problem.section
-    width = tl.minimum(problem.section, problem.pairs - first)
+    first = section * sizes.section
+    width = tl.minimum(sizes.section, sizes.pairs - first)
     return rest // width, first + rest % width
 
 
@@ -112,10 +111,10 @@ def store_tile(
 
 
 @triton.jit
-def sample_bounds(problem, modifiers, b, F: tl.constexpr):
+def sample_bounds(sizes, modifiers, b, F: tl.constexpr):
     """Row of the mask of query 0, and the number of keys, of sample b."""
     offset = 0
-    end_n = problem.kv_len
+    end_n = sizes.kv_len
     if F.OFFSET:
         offset = tl.load(modifiers.offsets + b * modifiers.offset_stride)
     if F.LENGTHS:
@@ -124,30 +123,30 @@ def sample_bounds(problem, modifiers, b, F: tl.constexpr):
 
 
 @triton.jit
-def query_tile(problem, lists, slot, offset, leading, F: tl.constexpr):
-    """The tile of mask rows that a slot works on, heavy ones first where they are known."""
+def query_tile(sizes, lists, index, offset, leading, F: tl.constexpr):
+    """The tile of mask rows of a program's index, heavy ones first where they are known."""
     split: tl.constexpr = F.BLOCK_Q // F.BLOCK_M
     if F.OFFSET:
-        tile = offset // F.BLOCK_M + slot
+        tile = offset // F.BLOCK_M + index
     elif F.KIND == "sparse":
-        tile = tl.load(lists.order + leading + slot // split) * split + slot % split
+        tile = tl.load(lists.order + leading + index // split) * split + index % split
     elif F.KIND == "causal":
-        tile = problem.tiles - 1 - slot
+        tile = sizes.tiles - 1 - index
     else:
-        tile = slot
+        tile = index
     return tile
 
 
 @triton.jit
-def place(problem, lists, modifiers, F: tl.constexpr):
+def place(sizes, lists, modifiers, F: tl.constexpr):
     """Work of a program with a tile of queries: (pair, sample, head, mask row of query 0, number
     of keys, first line of the pair, first mask row of the tile).
     """
-    slot, pair = locate(problem)
-    b, h = pair // problem.heads, pair % problem.heads
-    offset, end_n = sample_bounds(problem, modifiers, b, F)
-    leading = b * problem.line_batch + h * problem.line_head
-    row0 = query_tile(problem, lists, slot, offset, leading, F) * F.BLOCK_M
+    index, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
+    leading = b * sizes.line_batch + h * sizes.line_head
+    row0 = query_tile(sizes, lists, index, offset, leading, F) * F.BLOCK_M
     return pair, b, h, offset, end_n, leading, row0
 
 
@@ -216,7 +215,7 @@ def masked_tile(
 
 
 @triton.jit
-def walk_keys(problem, lists, line, row0, end_n, F: tl.constexpr):
+def walk_keys(sizes, lists, line, row0, end_n, F: tl.constexpr):
     """The key tiles that a tile of queries visits: `sparse_line`, or the same by comparison."""
     if F.KIND == "sparse":
         n_full, n_masked, first, run, run_end, start, stop = sparse_line(
@@ -226,7 +225,7 @@ def walk_keys(problem, lists, line, row0, end_n, F: tl.constexpr):
         seen_by_all = end_n
         seen_by_any = end_n
         if F.KIND == "causal":
-            shift = problem.kv_len - problem.rows
+            shift = sizes.kv_len - sizes.rows
             seen_by_all = tl.maximum(tl.minimum(row0 + shift + 1, end_n), 0)
             seen_by_any = tl.maximum(tl.minimum(row0 + shift + F.BLOCK_M, end_n), 0)
         n_full = seen_by_all // F.BLOCK_N
@@ -236,7 +235,7 @@ def walk_keys(problem, lists, line, row0, end_n, F: tl.constexpr):
 
 
 @triton.jit
-def walk_queries(problem, lists, line, start_n, offset, end_n, F: tl.constexpr):
+def walk_queries(sizes, lists, line, start_n, offset, end_n, F: tl.constexpr):
     """The tiles of mask rows that a tile of keys is visited by: `sparse_line`, or the same by
     comparison.
     """
@@ -247,9 +246,9 @@ def walk_queries(problem, lists, line, start_n, offset, end_n, F: tl.constexpr):
     else:
         low = offset
         all_see = offset
-        end_r = offset + problem.q_len
+        end_r = offset + sizes.q_len
         if F.KIND == "causal":
-            shift = problem.kv_len - problem.rows
+            shift = sizes.kv_len - sizes.rows
             low = tl.maximum(low, start_n - shift)
             all_see = tl.maximum(all_see, start_n + F.BLOCK_N - 1 - shift)
         low = low // F.BLOCK_M
@@ -293,7 +292,7 @@ def tile_bits(bits_ptr, bits, start_n, r2, F: tl.constexpr):
 
 
 @triton.jit
-def visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED: tl.constexpr, F: tl.constexpr):
+def visible(bits_ptr, bits, start_n, r2, n2, end_n, sizes, MASKED: tl.constexpr, F: tl.constexpr):
     """Visible elements of a tile, for `keep_seen`: `tile_bits`, or the number of a key and that of
     the first key that is not seen.
     """
@@ -303,7 +302,7 @@ def visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED: tl.constexp
             right = tl.where(n2 < end_n, right, 0)
     elif MASKED and F.KIND == "causal":
         left = n2
-        right = tl.minimum(r2 + (problem.kv_len - problem.rows + 1), end_n)
+        right = tl.minimum(r2 + (sizes.kv_len - sizes.rows + 1), end_n)
     else:
         left = n2
         right = end_n
@@ -350,7 +349,7 @@ def bias_base(modifiers, b, h, F: tl.constexpr):
 
 
 @triton.jit
-def logits(qk, base, r2, n2, offset, problem, modifiers, F: tl.constexpr):
+def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
     """Logits, up to the `factor` of a plain score, and d capped / d scaled score."""
     slope = 1.0
     if F.SOFTCAP:
@@ -362,12 +361,12 @@ def logits(qk, base, r2, n2, offset, problem, modifiers, F: tl.constexpr):
     else:
         s = qk * modifiers.scale
     if F.BIAS == "relative":
-        entry = n2 - r2 + (problem.rows - 1)
-        inside = (entry >= 0) & (entry < problem.rows + problem.kv_len - 1)
+        entry = n2 - r2 + (sizes.rows - 1)
+        inside = (entry >= 0) & (entry < sizes.rows + sizes.kv_len - 1)
         s += tl.load(base + entry, mask=inside, other=0.0).to(tl.float32)
     elif F.BIAS == "dense":
         i2 = r2 - offset
-        inside = (i2 >= 0) & (i2 < problem.q_len) & (n2 < problem.kv_len)
+        inside = (i2 >= 0) & (i2 < sizes.q_len) & (n2 < sizes.kv_len)
         to_i = i2.to(tl.int64) * modifiers.bias_strides[2]
         to_n = n2.to(tl.int64) * modifiers.bias_strides[3]
         s += tl.load(base + (to_i + to_n), mask=inside, other=0.0).to(tl.float32)
@@ -444,13 +443,13 @@ def score_gradient(
     offset,
     end_n,
     base,
-    problem,
+    sizes,
     modifiers,
     MASKED: tl.constexpr,
     F: tl.constexpr,
 ):
     """(p after dropout, d logit, d capped / d scaled score) of a tile, from its dot products."""
-    s, slope = logits(qk, base, r2, n2, offset, problem, modifiers, F)
+    s, slope = logits(qk, base, r2, n2, offset, sizes, modifiers, F)
     if F.NATURAL:  # the difference is exact where both are large
         p = tl.exp2((s - lse2) * LOG2E - residual2)
     else:
@@ -459,7 +458,7 @@ def score_gradient(
         dp = tl.where(keep, dp * modifiers.keep_scale, 0.0)
     ds = p * (dp - delta2)
     if MASKED or F.CLIP:
-        seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, problem, MASKED, F)
+        seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, sizes, MASKED, F)
         p = keep_seen(seen, p, 0.0, MASKED, F)
         ds = keep_seen(seen, ds, 0.0, MASKED, F)
     if F.DROPOUT:

@@ -15,7 +15,7 @@ from . import configs
 LOG2E = 1.4426950408889634
 
 
-class Problem(NamedTuple):
+class LaunchSizes(NamedTuple):
     """The integers of a launch. A program takes `units` chunks of a pair, and one block of columns
     out of `parts`."""
 
@@ -95,9 +95,9 @@ def features(x: Operands, block: int, tile: int) -> Features:
     )
 
 
-def problem_of(x: Operands, F: Features, units: int = 1) -> Problem:
+def sizes_of(x: Operands, F: Features, units: int = 1) -> LaunchSizes:
     _, heads, chunks, width, _ = x.key.shape
-    return Problem(
+    return LaunchSizes(
         heads=heads,
         parts=max(F.BLOCKS_D, F.BLOCKS_V),
         groups=triton.cdiv(chunks, units),

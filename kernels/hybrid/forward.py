@@ -10,36 +10,36 @@ from torch import Tensor
 from ..block_sparse.arguments import on_device
 from ..nystrom.primitives import full, load_landmarks, locate, mm_acc, operand, zeros
 from . import arguments as args
-from .arguments import Problem
+from .arguments import LaunchSizes
 from .primitives import chunk_of, load_columns, slot_rows, tile_of
 
 
-@triton.jit(do_not_specialize=Problem._fields)
+@triton.jit(do_not_specialize=LaunchSizes._fields)
 def sums_kernel(inputs, n_ptr, K_ptr, V_ptr, heads, parts, groups, units, chunks, width,
                 keep_tokens, F: tl.constexpr):  # fmt: skip
-    problem = Problem(heads, parts, groups, units, chunks, width, keep_tokens)
-    part, chunk, pair = locate(problem)
-    b, h = pair // problem.heads, pair % problem.heads
+    sizes = LaunchSizes(heads, parts, groups, units, chunks, width, keep_tokens)
+    part, chunk, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
     k_ptr = chunk_of(inputs.key, inputs.key_strides, b, h, chunk)
     v_ptr = chunk_of(inputs.value, inputs.value_strides, b, h, chunk)
     x_ptr = chunk_of(inputs.landmarks, inputs.landmark_strides, b, h, 0)
     x = load_landmarks(x_ptr, inputs.landmark_strides[2], 0, k_ptr.dtype.element_ty, F)
     keep_ptr = inputs.keep
     if F.KEEP:
-        keep_ptr += tl.cast(b, tl.int64) * problem.keep_tokens + chunk * problem.width
+        keep_ptr += tl.cast(b, tl.int64) * sizes.keep_tokens + chunk * sizes.width
 
     n = full(F.PAD_M, 0.0)
     K = zeros(F.BLOCK_D, F.PAD_M)
     V = zeros(F.BLOCK_V, F.PAD_M)
-    for t0 in range(0, problem.width, F.CHUNK):
-        keep, a = tile_of(k_ptr, keep_ptr, x_ptr, x, t0, inputs.key_strides[3], inputs, problem, F)
+    for t0 in range(0, sizes.width, F.CHUNK):
+        keep, a = tile_of(k_ptr, keep_ptr, x_ptr, x, t0, inputs.key_strides[3], inputs, sizes, F)
         a = operand(a, F)
         k = load_columns(k_ptr, t0, inputs.key_strides[3], keep, part, F.DIM, F.BLOCK_D, F)
         v = load_columns(v_ptr, t0, inputs.value_strides[3], keep, part, F.DIM_V, F.BLOCK_V, F)
         n += tl.sum(a.to(tl.float32), 0)  # as rounded as in the products: means stay means
         K = mm_acc(tl.trans(k), a, K, F)
         V = mm_acc(tl.trans(v), a, V, F)
-    line = tl.cast(pair, tl.int64) * problem.chunks + chunk
+    line = tl.cast(pair, tl.int64) * sizes.chunks + chunk
     offs_m = tl.arange(0, F.PAD_M)
     tl.store(n_ptr + line * F.MARKS + offs_m, n, mask=(offs_m < F.MARKS) & (part == 0))
     ptrs, inside = slot_rows(K_ptr, line, part, F.DIM, F.BLOCK_D, F)
@@ -55,9 +55,9 @@ def forward(key, value, landmarks, keep, scale) -> tuple[Tensor, Tensor, Tensor]
     F = args.features(x, config.block, config.tile)
     n = torch.empty(*key.shape[:3], F.MARKS, dtype=torch.float32, device=key.device)
     K, V = n.new_empty(*n.shape, F.DIM), n.new_empty(*n.shape, F.DIM_V)
-    problem = args.problem_of(x, F)
+    sizes = args.sizes_of(x, F)
     with on_device(key):
-        sums_kernel[(key.shape[0] * problem.heads * problem.groups * problem.parts,)](
-            x, n, K, V, *problem, F, **config.options
+        sums_kernel[(key.shape[0] * sizes.heads * sizes.groups * sizes.parts,)](
+            x, n, K, V, *sizes, F, **config.options
         )
     return n, K, V

@@ -34,7 +34,7 @@ from . import configs
 from .primitives import chunk_of, slot_rows
 
 
-class Problem(NamedTuple):
+class LaunchSizes(NamedTuple):
     """The integers of a launch. A program takes `units` chunks of a pair, and one block of the
     columns of queries, or of values, out of `parts`."""
 
@@ -115,13 +115,13 @@ def read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F: tl.constexpr):
     return e, mm_core(e, core, F), highest
 
 
-@triton.jit(do_not_specialize=Problem._fields)
+@triton.jit(do_not_specialize=LaunchSizes._fields)
 def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, heads, parts, groups, units, chunks,
                 width, F: tl.constexpr):  # fmt: skip
-    problem = Problem(heads, parts, groups, units, chunks, width)
-    part, chunk, pair = locate(problem)
-    b, h = pair // problem.heads, pair % problem.heads
-    line = tl.cast(pair, tl.int64) * problem.chunks + chunk
+    sizes = LaunchSizes(heads, parts, groups, units, chunks, width)
+    part, chunk, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
+    line = tl.cast(pair, tl.int64) * sizes.chunks + chunk
     x_ptr, x, core, half2 = parameters(inputs, b, h, F)
     held, top = held_mass(inputs, line, half2, F)
     ptrs, inside = slot_rows(inputs.R, line, part, F.DIM_V, F.BLOCK_V, F)
@@ -129,10 +129,10 @@ def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, heads, parts, gr
     v0 = part * F.BLOCK_V
     for g in range(F.GROUP):
         q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, chunk)
-        row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * problem.chunks + chunk) * problem.width
-        for t0 in range(0, problem.width, F.CHUNK):
+        row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * sizes.chunks + chunk) * sizes.width
+        for t0 in range(0, sizes.width, F.CHUNK):
             offs = t0 + tl.arange(0, F.CHUNK)
-            there = offs < problem.width
+            there = offs < sizes.width
             _, G, highest = read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F)
             U = G * held[None, :]
             store_rows(numerator_ptr + row * F.DIM_V + v0, t0, F.DIM_V, there, F.DIM_V - v0,
@@ -142,14 +142,14 @@ def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, heads, parts, gr
             tl.store(reference_ptr + row + offs, (highest + top) * LN2, mask=first)
 
 
-@triton.jit(do_not_specialize=Problem._fields)
+@triton.jit(do_not_specialize=LaunchSizes._fields)
 def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_ptr, dx_ptr,
                          dcore_ptr, dhalf_ptr, heads, parts, groups, units, chunks, width,
                          F: tl.constexpr):  # fmt: skip
     """U = G held, dU = dnumerator R^T + dmass, dG = dU held, dreading = F (dG core^T)."""
-    problem = Problem(heads, parts, groups, units, chunks, width)
-    part, group, pair = locate(problem)
-    b, h = pair // problem.heads, pair % problem.heads
+    sizes = LaunchSizes(heads, parts, groups, units, chunks, width)
+    part, group, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
     x_ptr, x, core, half2 = parameters(inputs, b, h, F)
     own_x = load_landmarks(x_ptr, inputs.landmark_strides[2], part, tl.float32, F)
     dx = zeros(F.BLOCK_D, F.PAD_M)
@@ -157,9 +157,9 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
     dhalf = full(F.PAD_M, 0.0)
     d0 = part * F.BLOCK_D
     offs_m = tl.arange(0, F.PAD_M)
-    for chunk in range(group * problem.units,
-                       tl.minimum((group + 1) * problem.units, problem.chunks)):  # fmt: skip
-        line = tl.cast(pair, tl.int64) * problem.chunks + chunk
+    for chunk in range(group * sizes.units,
+                       tl.minimum((group + 1) * sizes.units, sizes.chunks)):  # fmt: skip
+        line = tl.cast(pair, tl.int64) * sizes.chunks + chunk
         held, top = held_mass(inputs, line, half2, F)
         ptrs, inside = slot_rows(inputs.R, line, 0, F.DIM_V, F.BLOCK_V, F)
         R = tl.load(ptrs, mask=inside, other=0.0)
@@ -167,10 +167,10 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
         dR = zeros(F.BLOCK_V, F.PAD_M)
         for g in range(F.GROUP):
             q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, chunk)
-            row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * problem.chunks + chunk) * problem.width
-            for t0 in range(0, problem.width, F.CHUNK):
+            row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * sizes.chunks + chunk) * sizes.width
+            for t0 in range(0, sizes.width, F.CHUNK):
                 offs = t0 + tl.arange(0, F.CHUNK)
-                there = offs < problem.width
+                there = offs < sizes.width
                 e, G, highest = read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F)
                 dn = load_rows(dnumerator_ptr + row * F.DIM_V, t0, F.DIM_V, there, F.DIM_V, F.CHUNK,
                                F.BLOCK_V, True)  # fmt: skip
@@ -195,7 +195,7 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
         tl.store(dL_ptr + line * F.MARKS + offs_m, pull, mask=(offs_m < F.MARKS) & (part == 0))
         ptrs, inside = slot_rows(dR_ptr, line, 0, F.DIM_V, F.BLOCK_V, F)
         tl.store(ptrs, tl.trans(dR), mask=inside & (part == 0))
-    out = tl.cast(pair, tl.int64) * problem.groups + group
+    out = tl.cast(pair, tl.int64) * sizes.groups + group
     ptrs, inside = slot_rows(dx_ptr, out, part, F.DIM, F.BLOCK_D, F)
     tl.store(ptrs, tl.trans(dx), mask=inside)
     ptrs, inside = slot_rows(dcore_ptr, out, 0, F.MARKS, F.PAD_M, F)
@@ -211,10 +211,10 @@ def forward(query, landmarks, core, L, R, scale) -> tuple[Tensor, Tensor, Tensor
     mass, reference = L.new_empty(query.shape[:4]), L.new_empty(query.shape[:4])
     batch, heads, chunks, _ = L.shape
     parts = triton.cdiv(F.DIM_V, F.BLOCK_V)
-    problem = Problem(heads, parts, chunks, 1, chunks, query.shape[3])
+    sizes = LaunchSizes(heads, parts, chunks, 1, chunks, query.shape[3])
     with on_device(query):
         mass_kernel[(batch * heads * chunks * parts,)](
-            x, numerator, mass, reference, *problem, F, **config.options,
+            x, numerator, mass, reference, *sizes, F, **config.options,
         )  # fmt: skip
     return numerator, mass, reference
 
@@ -243,11 +243,11 @@ def _backward(dnumerator, dmass, query, landmarks, core, L, R, scale, config):
     dL, dR = torch.empty_like(x.L), torch.empty_like(x.R)
     dx, dcore = (L.new_empty(batch, heads, groups, marks, n) for n in (F.DIM, marks))
     dhalf = L.new_empty(batch, heads, groups, marks)
-    problem = Problem(heads, F.BLOCKS_D, groups, units, chunks, query.shape[3])
+    sizes = LaunchSizes(heads, F.BLOCKS_D, groups, units, chunks, query.shape[3])
     with on_device(query):
         mass_backward_kernel[(batch * heads * groups * F.BLOCKS_D,)](
             x, dnumerator.contiguous(), dmass.contiguous(), dq, dL, dR, dx, dcore, dhalf,
-            *problem, F, **config.options,
+            *sizes, F, **config.options,
         )  # fmt: skip
     half = dhalf.sum(2).unsqueeze(-1) * scale  # of scale |x|^2 / 2
     dx = dx.sum(2) + half * landmarks.to(half.dtype)

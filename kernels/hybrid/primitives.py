@@ -1,4 +1,4 @@
-"""The pieces that the hybrid kernels share."""
+"""Functions that the hybrid kernels share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def chunk_of(ptr, strides, b, h, chunk):
 
 
 @triton.jit
-def tile_of(k_ptr, keep_ptr, x_ptr, x, t0, key_stride, inputs, problem, F: tl.constexpr):
+def tile_of(k_ptr, keep_ptr, x_ptr, x, t0, key_stride, inputs, sizes, F: tl.constexpr):
     """(which tokens of a tile take part, their weights a = softmax_l(scale k . x_l)), 0 for others.
 
     [CHUNK] and [CHUNK, PAD_M]; `x` holds the landmarks where they fit a block.
     """
-    keep = kept_tokens(keep_ptr, t0, problem.width, F)
+    keep = kept_tokens(keep_ptr, t0, sizes.width, F)
     s = landmark_products(k_ptr, t0, key_stride, keep, x, x_ptr, inputs.landmark_strides[2], F)
     s = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[None, :], s * inputs.scale2, float("-inf"))
     e = tl.exp2(s - tl.max(s, 1)[:, None])

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 import flashmark
 from tests import helpers
-from tests.masks.strategies import problems
+from tests.masks.strategies import random_masks
 
 
 @st.composite
 def calls(draw):
-    """(problem, tensors, options, compile the mask beforehand?)"""
-    problem = draw(problems(max_leaves=3))
-    batch, heads, q_len, kv_len = problem.batch, problem.heads, problem.q_len, problem.kv_len
+    """(case, tensors, options, compile the mask beforehand?)"""
+    case = draw(random_masks(max_leaves=3))
+    batch, heads, q_len, kv_len = case.batch, case.heads, case.q_len, case.kv_len
     group = draw(st.sampled_from([g for g in (1, 2, 3) if heads % g == 0]))
     dim, v_dim = draw(st.sampled_from([(8, 8), (1, 3), (24, 17), (33, 64)]))
     layout = draw(st.sampled_from(["contiguous", "bnhd", "gaps"]))
@@ -50,24 +50,24 @@ def calls(draw):
     if draw(st.integers(0, 3)) == 0:
         options |= {"dropout_p": 0.3, "dropout_seed": seed}
     options["deterministic"] = draw(st.booleans())
-    return problem, tensors, options
+    return case, tensors, options
 
 
 @pytest.mark.parametrize("backend", helpers.BACKENDS)
 @settings(max_examples=100)
 @given(call=calls())
 def test_random_calls(backend, call):
-    problem, tensors, options = call
+    case, tensors, options = call
     expected = helpers.outputs_and_grads(
         flashmark.reference.block_sparse_attention,
         helpers.upcast(tensors),
-        mask=problem.expected(),
+        mask=case.expected(),
         **options,
     )
     actual = helpers.outputs_and_grads(
         flashmark.block_sparse_attention,
         tensors,
-        mask=problem.compile(),
+        mask=case.compile(),
         backend=backend,
         **options,
     )

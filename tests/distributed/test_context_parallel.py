@@ -35,8 +35,8 @@ MASKS = {
     "nothing": prefix(0),
     "by-head": mask_mod(lambda b, h, q, kv: (kv <= q) & ((q - kv) % (h + 2) == 0)),
 }
-# how many ranks hold a sequence, and how: consecutive pieces, or a plan
-WAYS = [(2, "pieces"), (4, "pieces"), (4, "scan"), (4, "zigzag"), (4, "lpt")]
+# how many ranks hold a sequence, and how: consecutive segments, or a plan
+WAYS = [(2, "segments"), (4, "segments"), (4, "scan"), (4, "zigzag"), (4, "lpt")]
 
 
 def sequence(n: int, *, grad: bool = True):
@@ -212,7 +212,7 @@ def nystrom_case(normalize: str, decays: bool, resumed: bool, method: str) -> No
         loss = loss + state.L.sum() + state.R.sum()
     wanted = torch.autograd.grad(loss, leaves)
 
-    if method in ("pieces", "scan"):  # consecutive pieces of any lengths
+    if method in ("segments", "scan"):  # consecutive segments of any lengths
         plan, bounds = None, [0, 90, 91, 150, N] if ranks == 4 else [0, 90, N]
         here = slice(bounds[rank], bounds[rank + 1])
         parts = [x[:, :, here] for x in (query, key, value, weights, key_mask[:, None])]
@@ -288,7 +288,7 @@ def hybrid_case(merge: str, method: str, masked: bool) -> None:
         key_mask=key_mask if masked else None, **options,
     )  # fmt: skip
     wanted = torch.autograd.grad((out * weights).sum(), leaves)
-    if method in ("pieces", "scan"):
+    if method in ("segments", "scan"):
         plan, bounds = None, [0, 88, 96, 152, N] if ranks == 4 else [0, 88, N]
 
         def mine(x):
@@ -319,9 +319,9 @@ def test_hybrid_equals_one_process(started, ranks, method, merge, masked):
 
 def hybrid_errors_case() -> None:
     query, key, value = (x[:, :, :21] for x in sequence(N, grad=False))
-    with pytest.raises(ValueError, match="window: expected every piece but the last"):
+    with pytest.raises(ValueError, match="window: expected every segment but the last"):
         context_parallel_hybrid_attention(query, key, value, torch.zeros(2, 5, 8), window=8)
 
 
-def test_pieces_of_a_hybrid_are_whole_windows(started):
+def test_segments_of_a_hybrid_are_whole_windows(started):
     started(2).run(hybrid_errors_case)

@@ -49,7 +49,7 @@ def test_a_causal_mask_is_balanced_in_tiles_and_in_tokens(method, ranks):
     assert tokens == {4096 // ranks}
 
 
-def test_pieces_in_order_leave_a_causal_mask_unbalanced():
+def test_segments_in_order_leave_a_causal_mask_unbalanced():
     tiles = balance(compiled(causal(), 4096), 4, method="contiguous").tiles
     assert tiles[3] > 6 * tiles[0]
 

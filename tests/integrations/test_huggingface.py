@@ -86,7 +86,7 @@ def test_it_is_our_attention_that_runs_and_no_mask_is_written_out(monkeypatch):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["Llama", "Gemma-2", "gpt-oss"])
-def test_prefill_in_pieces(name, cache):
+def test_prefill_in_chunks(name, cache):
     """Several queries against a cache that already holds some keys."""
     model, given = build(name), example.inputs("left")
 

@@ -3,7 +3,7 @@ Gluon adds to Triton, whose other half Triton's interpreter does.
 
 Warps are threads of which one runs at a time, and which one comes next is drawn at every barrier. A
 copy lands at some time after it was started; a product reads its operands when it is waited for. So
-a slot that is given back too early, or read too early, shows as NaN or as a wrong result, and a
+a stage that is given back too early, or read too early, shows as NaN or as a wrong result, and a
 barrier that nobody completes is an error. Registers, layouts and memory fences are not modelled.
 """
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from flashmark.kernels.block_sparse import configs
-from flashmark.kernels.block_sparse.arguments import Problem
+from flashmark.kernels.block_sparse.arguments import LaunchSizes
 
 
 class Crew:
@@ -108,7 +108,7 @@ class Barrier:
         self.settle()
 
 
-class Slot:
+class Stage:
     """A tile in shared memory, seen as it lies or transposed."""
 
     def __init__(self, dtype, shape):
@@ -121,15 +121,15 @@ class Slot:
 
 
 class View:
-    def __init__(self, slot: Slot, turned: bool):
-        self.slot, self.turned, self.dtype = slot, turned, slot.dtype
+    def __init__(self, stage: Stage, turned: bool):
+        self.stage, self.turned, self.dtype = stage, turned, stage.dtype
 
     def permute(self, order):
         assert order == (1, 0)
-        return View(self.slot, not self.turned)
+        return View(self.stage, not self.turned)
 
     def read(self):
-        return tl.trans(self.slot.tile) if self.turned else self.slot.tile
+        return tl.trans(self.stage.tile) if self.turned else self.stage.tile
 
 
 class Product:
@@ -187,9 +187,9 @@ class Gluon:
         return range(*bounds)
 
     def allocate_shared_memory(self, dtype, shape, layout):
-        make = Barrier if layout == "barrier" else lambda: Slot(dtype, shape)
-        slots = [make() for _ in range(shape[0])]
-        return SimpleNamespace(index=lambda i: slots[int(i)])
+        make = Barrier if layout == "barrier" else lambda: Stage(dtype, shape)
+        stages = [make() for _ in range(shape[0])]
+        return SimpleNamespace(index=lambda i: stages[int(i)])
 
     def warp_specialize(self, tasks, warps, registers):
         assert len(warps) == len(registers) == len(tasks) - 1
@@ -215,9 +215,9 @@ def stand_ins(crew: Crew) -> dict:
         barrier.bytes += nbytes
         barrier.arrive()
 
-    def copy(desc, coordinates, barrier, slot):
+    def copy(desc, coordinates, barrier, stage):
         def land():
-            slot.tile = desc.load(*coordinates)
+            stage.tile = desc.load(*coordinates)
             barrier.bytes -= desc.block_type.nbytes
             barrier.settle()
 
@@ -269,8 +269,8 @@ def program(
     section,
     run: tl.constexpr,
 ):
-    problem = (pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section)
-    run((q_ptr, k_ptr, v_ptr), out_ptr, lse_ptr, lists, modifiers, problem)
+    sizes = (pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section)
+    run((q_ptr, k_ptr, v_ptr), out_ptr, lse_ptr, lists, modifiers, sizes)
 
 
 @contextlib.contextmanager
@@ -286,19 +286,19 @@ def emulated(seed: int = 0):
 
     class Kernel:
         def __getitem__(self, grid):
-            def launch(q, k, v, out, lse, lists, modifiers, *problem, F, STAGES, **options):
-                def run(ptrs, out_ptr, lse_ptr, lists, modifiers, problem):
+            def launch(q, k, v, out, lse, lists, modifiers, *sizes, F, STAGES, **options):
+                def run(ptrs, out_ptr, lse_ptr, lists, modifiers, sizes):
                     crew = Crew(seeds.random())
                     descs = [Descriptor(*pair) for pair in zip((q, k, v), ptrs, strict=True)]
                     with pytest.MonkeyPatch.context() as patch:
                         for name, stand_in in (functions | stand_ins(crew)).items():
                             patch.setattr(module, name, stand_in)
                         patch.setattr(tl.block_type, "layout", None, raising=False)
-                        kernel(*descs, out_ptr, lse_ptr, lists, modifiers, *problem, F, STAGES)
+                        kernel(*descs, out_ptr, lse_ptr, lists, modifiers, *sizes, F, STAGES)
                         assert not crew.copies, "a copy is under way when the program ends"
 
                 bases = (q.base, k.base, v.base)
-                program[grid](*bases, out, lse, lists, modifiers, *Problem(*problem), run=run)
+                program[grid](*bases, out, lse, lists, modifiers, *LaunchSizes(*sizes), run=run)
 
             return launch
 

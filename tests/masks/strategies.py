@@ -1,4 +1,4 @@
-"""Random mask problems for hypothesis."""
+"""Random masks for hypothesis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK_SIZES = [16, 32, 64, 128, (16, 64), (128, 32), (32, 16), (64, 128)]
 
 
 @dataclasses.dataclass
-class Problem:
+class RandomMask:
     batch: int
     heads: int
     q_len: int
@@ -106,7 +106,7 @@ def leaf(draw, batch, heads, q_len, kv_len, sizes) -> helpers.Rule:
 
 
 @st.composite
-def problems(draw, max_leaves: int = 4) -> Problem:
+def random_masks(draw, max_leaves: int = 4) -> RandomMask:
     batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     q_len, kv_len = draw(lengths), draw(lengths)
     if draw(st.booleans()):
@@ -123,4 +123,4 @@ def problems(draw, max_leaves: int = 4) -> Problem:
         other = branch()
         rule = rule & other if draw(st.booleans()) else rule | other
         rule = ~rule if draw(st.integers(0, 7)) == 0 else rule
-    return Problem(batch, heads, q_len, kv_len, block_size, rule)
+    return RandomMask(batch, heads, q_len, kv_len, block_size, rule)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 import flashmark
 from flashmark import masks
 from tests import helpers
-from tests.masks.strategies import Problem, problems
+from tests.masks.strategies import RandomMask, random_masks
 
 
 def decode(mask: masks.BlockMask, *, columns: bool = False) -> torch.Tensor:
@@ -75,36 +75,34 @@ def tiled(dense: torch.Tensor, block_q: int, block_kv: int) -> torch.Tensor:
     return padded.unflatten(3, (-1, block_kv)).unflatten(2, (-1, block_q)).transpose(3, 4)
 
 
-def causal_and_documents_of_one_sample() -> Problem:
+def causal_and_documents_of_one_sample() -> RandomMask:
     rule = helpers.causal() & helpers.documents(torch.tensor([0] * 40 + [1] * 60 + [-1] * 28))
-    return Problem(2, 3, 128, 128, 32, rule)
+    return RandomMask(2, 3, 128, 128, 32, rule)
 
 
 @settings(max_examples=150)
-@given(problem=problems())
-@example(problem=causal_and_documents_of_one_sample())
-@example(problem=Problem(1, 1, 200, 1, 16, helpers.causal()))
-@example(problem=Problem(1, 1, 1, 200, 16, helpers.causal()))
-@example(problem=Problem(1, 1, 150, 70, 32, ~helpers.causal() | helpers.diagonal()))
-def test_every_element_equals_its_definition(problem):
-    mask, expected = problem.compile(), problem.expected()
-    assert (mask.q_len, mask.kv_len) == (problem.q_len, problem.kv_len)
-    assert (mask.block_q, mask.block_kv) == problem.blocks
-    assert mask.batch in (1, problem.batch) and mask.heads in (1, problem.heads)
+@given(case=random_masks())
+@example(case=causal_and_documents_of_one_sample())
+@example(case=RandomMask(1, 1, 200, 1, 16, helpers.causal()))
+@example(case=RandomMask(1, 1, 1, 200, 16, helpers.causal()))
+@example(case=RandomMask(1, 1, 150, 70, 32, ~helpers.causal() | helpers.diagonal()))
+def test_every_element_equals_its_definition(case):
+    mask, expected = case.compile(), case.expected()
+    assert (mask.q_len, mask.kv_len) == (case.q_len, case.kv_len)
+    assert (mask.block_q, mask.block_kv) == case.blocks
+    assert mask.batch in (1, case.batch) and mask.heads in (1, case.heads)
     actual = mask.to_dense()
     assert actual.dtype == torch.bool
     assert torch.equal(actual.expand_as(expected), expected)
     assert mask.density == pytest.approx(expected.double().mean().item(), abs=1e-12)
-    definition = problem.rule.mask.to_dense(
-        problem.batch, problem.heads, problem.q_len, problem.kv_len
-    )
+    definition = case.rule.mask.to_dense(case.batch, case.heads, case.q_len, case.kv_len)
     assert torch.equal(definition.expand_as(expected), expected)
 
 
 @settings(max_examples=80)
-@given(problem=problems(max_leaves=3))
-def test_row_and_column_lists_hold_the_same_tiles(problem):
-    mask, expected = problem.compile(), problem.expected()
+@given(case=random_masks(max_leaves=3))
+def test_row_and_column_lists_hold_the_same_tiles(case):
+    mask, expected = case.compile(), case.expected()
     if mask.kind != "sparse":  # read by comparison: there is nothing in the lists
         return
     rows, columns = decode(mask), decode(mask, columns=True)
@@ -113,25 +111,25 @@ def test_row_and_column_lists_hold_the_same_tiles(problem):
     assert torch.equal(mask.tile_grid(transposed=True).long(), rows)
     full = torch.ones(1, mask.block_q, mask.block_kv, dtype=torch.bool)
     table = torch.cat([~full, full, elements_of_tiles(mask)])
-    # no cropping: a bit outside the problem must be 0
+    # no cropping: a bit outside the mask must be 0
     wanted = tiled(expected, mask.block_q, mask.block_kv)
     assert torch.equal(table[rows + 2].expand_as(wanted), wanted)
 
 
 @settings(max_examples=80)
-@given(problem=problems(max_leaves=3))
-def test_tiles_are_classified_exactly_and_stored_once(problem):
-    mask, expected = problem.compile(), problem.expected()
+@given(case=random_masks(max_leaves=3))
+def test_tiles_are_classified_exactly_and_stored_once(case):
+    mask, expected = case.compile(), case.expected()
     if mask.kind != "sparse":
         return
     assert len(mask.tile_bits.flatten(1).unique(dim=0)) == len(mask.tile_bits), (
         "tile_bits has duplicates"
     )
-    if "blocks" in problem.rule.name:  # compiled without reading back: not reclassified
+    if "blocks" in case.rule.name:  # compiled without reading back: not reclassified
         return
     rows, wanted = decode(mask), tiled(expected, mask.block_q, mask.block_kv)
     visible = wanted.flatten(4).sum(-1)
-    # a tile that sticks out of the problem is never FULL
+    # a tile that sticks out of the mask is never FULL
     full, empty = visible == mask.block_q * mask.block_kv, visible == 0
     grid = rows.expand_as(visible)
     assert torch.equal(grid == -1, full)
@@ -143,11 +141,11 @@ def test_tiles_are_classified_exactly_and_stored_once(problem):
 
 
 @settings(max_examples=40)
-@given(problem=problems(max_leaves=2))
-def test_a_mask_survives_pytree_and_tensor_round_trips(problem):
+@given(case=random_masks(max_leaves=2))
+def test_a_mask_survives_pytree_and_tensor_round_trips(case):
     import torch.utils._pytree as pytree
 
-    mask = problem.compile()
+    mask = case.compile()
     leaves, spec = pytree.tree_flatten(mask)
     assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     again = pytree.tree_unflatten(leaves, spec)

@@ -55,15 +55,15 @@ def test_later_tokens_have_no_influence(name):
         helpers.assert_identical(decoder(changed)[:, :cut], expected[:, :cut])
 
 
-@pytest.mark.parametrize("pieces", [[1] * 12, [7, 1, 20, 12]], ids=["steps", "pieces"])
+@pytest.mark.parametrize("lengths", [[1] * 12, [7, 1, 20, 12]], ids=["steps", "lengths"])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_cached_logits_equal_those_of_one_forward(name, pieces):
-    decoder, tokens = model(**CAUSAL[name]), ids(3, sum(pieces))
-    cache = decoder.init_cache(3, sum(pieces))
+def test_cached_logits_equal_those_of_one_forward(name, lengths):
+    decoder, tokens = model(**CAUSAL[name]), ids(3, sum(lengths))
+    cache = decoder.init_cache(3, sum(lengths))
     with torch.no_grad():
-        parts = [decoder(part, cache=cache) for part in tokens.split(pieces, dim=1)]
+        parts = [decoder(part, cache=cache) for part in tokens.split(lengths, dim=1)]
     helpers.assert_close(torch.cat(parts, 1), decoder(tokens), 1e-5)
-    assert cache.length.tolist() == [sum(pieces)] * 3
+    assert cache.length.tolist() == [sum(lengths)] * 3
 
 
 @pytest.mark.parametrize("mask", [LEFT, RIGHT], ids=["left", "right"])

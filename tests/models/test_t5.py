@@ -32,15 +32,15 @@ def ids(*shape, seed=1):
 MASK = torch.arange(13) < torch.tensor([13, 5, 1])[:, None]
 
 
-@pytest.mark.parametrize("piece", [1, 4], ids=["steps", "pieces"])
+@pytest.mark.parametrize("chunk", [1, 4], ids=["steps", "chunks"])
 @pytest.mark.parametrize("mask", [None, MASK, MASK.flip(1)], ids=["full", "right", "left"])
-def test_one_teacher_forced_forward_equals_decoding_in_steps(mask, piece):
+def test_one_teacher_forced_forward_equals_decoding_in_steps(mask, chunk):
     t5, source, target = model(), ids(3, 13), ids(3, 18, seed=2)
     expected = t5(source, target, key_mask=mask).logits
     given = t5.given(source, key_mask=mask)
     cache = given.init_cache(3, 18)
     with torch.no_grad():
-        steps = [given(part, cache=cache) for part in target.split(piece, dim=1)]
+        steps = [given(part, cache=cache) for part in target.split(chunk, dim=1)]
     helpers.assert_close(torch.cat(steps, 1), expected, 1e-5)
     assert cache.length.tolist() == [18] * 3
 

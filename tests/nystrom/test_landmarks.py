@@ -228,14 +228,14 @@ class Model(nn.Module):
         super().__init__()
         self.projection = nn.Linear(4, 4)
         self.landmarks = nn.Parameter(init_landmarks(1, 4, 4))
-        self.slots = mark_landmarks(nn.Parameter(init_landmarks(1, 4, 4)))
+        self.others = mark_landmarks(nn.Parameter(init_landmarks(1, 4, 4)))
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
 
 
 def test_parameter_groups_keep_landmarks_out_of_weight_decay():
     model = nn.Sequential(Model(), nn.Linear(4, 1))
     others, marked = landmark_parameter_groups(model, weight_decay=0.1)
-    assert {id(p) for p in marked["params"]} == {id(model[0].landmarks), id(model[0].slots)}
+    assert {id(p) for p in marked["params"]} == {id(model[0].landmarks), id(model[0].others)}
     assert (others["weight_decay"], marked["weight_decay"]) == (0.1, 0.0)
     assert len(others["params"]) == 4
     before = model[0].landmarks.detach().clone()

@@ -278,13 +278,13 @@ def test_autocast_is_the_same_as_inputs_of_its_dtype(name):
 
 @pytest.mark.parametrize("sizes", [[1] * 45, [13, 32], [9, 1, 0, 20, 15], [40, 5]], ids=str)
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name.startswith("first-k")])
-def test_first_k_in_pieces_is_first_k_at_once(name, sizes):
+def test_first_k_in_parts_is_first_k_at_once(name, sizes):
     inputs_at_once = inputs(SHAPES["grouped"], dtype=torch.float64)
     options = {k: x for k, x in EVERY[name].options.items() if k != "padded"}
     whole = variants.first_k_attention(*inputs_at_once, **options)
     state, parts = None, []
-    for piece in zip(*(x.split(sizes, 2) for x in inputs_at_once), strict=True):
-        out, state = variants.first_k_attention(*piece, **options, state=state, return_state=True)
+    for part in zip(*(x.split(sizes, 2) for x in inputs_at_once), strict=True):
+        out, state = variants.first_k_attention(*part, **options, state=state, return_state=True)
         parts.append(out)
     helpers.assert_close(torch.cat(parts, 2), whole, 1e-9)
     d_out = helpers.randn(*whole.shape, seed=5, dtype=torch.float64)

@@ -20,13 +20,13 @@ struct QueryTiles {
   static constexpr bool DIRECT = std::is_same_v<T, float>;
 
   QueryTiles(const Problem& problem, const BackwardTensors& tensors)
-      : p(problem), x(tensors), max_tiles(problem.max_tiles()), slots(p.batch * p.kv_heads) {}
+      : p(problem), x(tensors), max_tiles(problem.max_tiles()), places(p.batch * p.kv_heads) {}
 
   // From here on the workspaces belong to these pairs.
   void take(std::vector<Pair> next) {
     pairs = std::move(next);
     for (size_t n = 0; n < pairs.size(); n++)
-      slots[pairs[n].b * p.kv_heads + pairs[n].kv_head] = static_cast<int64_t>(n);
+      places[pairs[n].b * p.kv_heads + pairs[n].kv_head] = static_cast<int64_t>(n);
     std::fill_n(x.touched, heads() * x.segments * max_tiles, 0);
   }
   // Query heads of the pairs, and the sample and head that are number n of them.
@@ -36,7 +36,7 @@ struct QueryTiles {
     return {pair.b, pair.kv_head * p.group() + n % p.group()};
   }
   int64_t place(int64_t b, int64_t h) const {
-    return slots[b * p.kv_heads + h / p.group()] * p.group() + h % p.group();
+    return places[b * p.kv_heads + h / p.group()] * p.group() + h % p.group();
   }
 
   int64_t index(int64_t b, int64_t h, int64_t tile) const {
@@ -66,7 +66,7 @@ struct QueryTiles {
   std::vector<Pair> pairs;
 
  private:
-  std::vector<int64_t> slots;  // of each pair that is under way
+  std::vector<int64_t> places;  // of each pair that is under way
 };
 
 template <typename T>

@@ -70,7 +70,7 @@ def _parts(mask: BlockMask, batch: int, heads: int, query_offset: Tensor | None)
 
 
 def _within_budget(b, h, queries, row, segments, hidden, width, group) -> Iterator[Row]:
-    """Split samples and heads so that one piece of scores stays small; groups stay whole."""
+    """Split samples and heads so that the scores of one part stay small; groups stay whole."""
     per_head = (queries.stop - queries.start) * width
     unit = min(group, h.stop - h.start)
     head_step = max(unit, BUDGET // per_head // unit * unit)
@@ -120,12 +120,12 @@ class _SparseRows:
         line = line * mask.q_blocks + row // mask.block_q
         runs = self.runs[self.run_offsets[line] : self.run_offsets[line + 1]]
         partials = self.partials[self.partial_offsets[line] : self.partial_offsets[line + 1]]
-        pieces = [(first, length, -1) for first, length in runs]
-        pieces += [(block, 1, bits) for block, bits in partials]
+        entries = [(first, length, -1) for first, length in runs]
+        entries += [(block, 1, bits) for block, bits in partials]
 
         segments: list[tuple[int, int]] = []
         hidden, column, inside = [], 0, row % mask.block_q
-        for first, length, bits in sorted(pieces):
+        for first, length, bits in sorted(entries):
             start = first * mask.block_kv
             stop = min(start + length * mask.block_kv, limit)
             if stop <= start:

@@ -19,14 +19,14 @@ from flashmark.distributed.collectives import (
     exchange_keys,
     process_group,
 )
-from flashmark.distributed.pieces import (
-    Pieces,
+from flashmark.distributed.plan import ContextPlan, Exchange
+from flashmark.distributed.segments import (
+    Segments,
     check_exchange,
     merged,
-    pieces_of,
     scanned,
+    segments_of,
 )
-from flashmark.distributed.plan import ContextPlan, Exchange
 from flashmark.hybrid import far_field, hybrid_attention
 from flashmark.hybrid.call import check_merge, check_window, parts_of
 from flashmark.hybrid.far_field import Far
@@ -59,7 +59,7 @@ def context_parallel_hybrid_attention(
 
     Args:
         query, key, value: (B, Hq | Hkv, n, D | Dv), this rank's tokens. Without `plan` the ranks
-            hold consecutive pieces of the sequence. All pieces but the last are a multiple of
+            hold consecutive segments of the sequence. All segments but the last are a multiple of
             `window`, and not empty.
         landmarks, window, merge, core, scale, backend: as in `hybrid_attention`, the same on every
             rank.
@@ -67,7 +67,7 @@ def context_parallel_hybrid_attention(
         group: a process group, a one-dimensional DeviceMesh, or None for all processes.
         gate: broadcastable to (B, Hq, n, 1), this rank's tokens.
         key_mask: bool (B, n), this rank's tokens.
-        exchange: "all-gather"; or "scan" where every rank holds one piece, in order: log2(ranks)
+        exchange: "all-gather"; or "scan" where every rank holds one segment, in order: log2(ranks)
             + 1 exchanges of one state, for many ranks.
 
     Returns:
@@ -95,20 +95,20 @@ def context_parallel_hybrid_attention(
         core = default_core(lq, None if lk is lq else lk, width, kind, query.dtype)
     runs = parts_of("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
     far = Far(merge, lq, lk, core, width, runs[1])
-    pieces = pieces_of(plan, group, key, bounds=True)
-    bounds = pieces.limits or torch.as_tensor(pieces.bounds).tolist()
+    segments = segments_of(plan, group, key, bounds=True)
+    bounds = segments.limits or torch.as_tensor(segments.bounds).tolist()
     _check_bounds(bounds, window)
-    check_exchange(exchange, pieces, dist.get_world_size(group))
+    check_exchange(exchange, segments, dist.get_world_size(group))
     tokens = _Keys(key, value, key.new_ones(*key.shape[:3], 1))
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None]
         tokens = _Keys(*(x.masked_fill(hidden, 0.0) for x in tokens))
 
-    # before each piece lies one window of keys, and what landmarks keep of all chunks before that
-    windows = _windows_before(tokens, pieces, window, group)
+    # before each segment lies one window of keys, and what landmarks keep of all chunks before that
+    windows = _windows_before(tokens, segments, window, group)
     chunks = [last.chunks(far, window) for last in windows]
     sent = []
-    for (_, place), last in zip(pieces.mine, chunks, strict=True):
+    for (_, place), last in zip(segments.mine, chunks, strict=True):
         whole = max(0, place.stop - place.start - 1) // window * window  # without its last chunk
         own = tokens.part(slice(place.start, place.start + whole))
         sent.append(_sum(far, torch.cat([last, own.chunks(far, window)]) if whole else last))
@@ -118,16 +118,18 @@ def context_parallel_hybrid_attention(
             sent[0].dtype, key.device,
         )
     )  # fmt: skip
-    sent += [blank[0]] * (pieces.slots - len(sent))
+    sent += [blank[0]] * (segments.per_rank - len(sent))
     if exchange == "scan":
         pasts = [scanned(sent[0], blank[0], lambda a, b, _: _sum(far, torch.stack([a, b])), group)]
     else:
-        ends = all_gather(torch.stack(sent), group).flatten(0, 1)[pieces.order]
+        ends = all_gather(torch.stack(sent), group).flatten(0, 1)[segments.order]
         ends = torch.cat([blank, ends])
-        pasts = [_sum(far, ends[: number + 1]) for number, _ in pieces.mine]
+        pasts = [_sum(far, ends[: number + 1]) for number, _ in segments.mine]
 
     outs = []
-    for (number, place), past, last, chunk in zip(pieces.mine, pasts, windows, chunks, strict=True):
+    for (number, place), past, last, chunk in zip(
+        segments.mine, pasts, windows, chunks, strict=True
+    ):
         state = HybridState(
             torch.full((key.shape[0],), bounds[number], dtype=torch.long, device=key.device),
             pad(last.takes_part[:, 0, :, 0] > 0, (0, window)),
@@ -181,16 +183,16 @@ def _check_bounds(bounds: list[int], window: int) -> None:
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if any(n % window or n == 0 for n in lengths[:-1]):
         raise ValueError(
-            f"window: expected every piece but the last to be a multiple of {window} tokens and "
-            f"not empty, got pieces of {lengths}"
+            f"window: expected every segment but the last to be a multiple of {window} tokens and "
+            f"not empty, got segments of {lengths}"
         )
 
 
-def _windows_before(tokens: _Keys, pieces: Pieces, window: int, group) -> list[_Keys]:
-    """The keys of the window before each of this rank's pieces; none take part before the first."""
+def _windows_before(tokens: _Keys, segments: Segments, window: int, group) -> list[_Keys]:
+    """Keys of the window before each of this rank's segments; none take part before the first."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    holder = [place // pieces.slots for place in pieces.places]
-    local = {number: place for number, place in pieces.mine if holder[number] == rank}
+    holder = [place // segments.per_rank for place in segments.places]
+    local = {number: place for number, place in segments.mine if holder[number] == rank}
     wanted = [number for number in local if number > 0]
     steps = torch.arange(window)
 
@@ -202,8 +204,8 @@ def _windows_before(tokens: _Keys, pieces: Pieces, window: int, group) -> list[_
     for number, place in local.items():
         if number + 1 < len(holder):
             send[holder[number + 1]].append(place.stop - window)
-    for slot, number in enumerate(wanted):
-        receive[holder[number - 1]].append(slot * window)
+    for n, number in enumerate(wanted):
+        receive[holder[number - 1]].append(n * window)
     own_index, own_place = (places(x[rank]) for x in (send, receive))
     send[rank], receive[rank] = [], []
     exchange = Exchange(
@@ -217,7 +219,7 @@ def _windows_before(tokens: _Keys, pieces: Pieces, window: int, group) -> list[_
     with_column = torch.cat([tokens.value, tokens.takes_part], -1)
     key, value = exchange_keys(tokens.key, with_column, exchange, group)
     held = _Keys(key, value[..., :-1], value[..., -1:])
-    # the first piece, too, takes part in the backward pass of the exchange
+    # the first segment, too, takes part in the backward pass of the exchange
     nothing = _Keys(*(pad(x[:, :, :0], (0, 0, 0, window)) for x in held))
     found = [held.part(slice(n * window, (n + 1) * window)) for n in range(len(wanted))]
-    return [nothing] * (len(pieces.mine) - len(wanted)) + found
+    return [nothing] * (len(segments.mine) - len(wanted)) + found

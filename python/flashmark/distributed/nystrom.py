@@ -17,8 +17,8 @@ from flashmark.distributed.collectives import (
     check_tokens,
     process_group,
 )
-from flashmark.distributed.pieces import Pieces, check_exchange, merged, pieces_of, scanned
 from flashmark.distributed.plan import ContextPlan
+from flashmark.distributed.segments import Segments, check_exchange, merged, scanned, segments_of
 from flashmark.nystrom import NystromState, nystrom_attention
 from flashmark.nystrom.checks import check_landmarks, default_core
 
@@ -53,17 +53,17 @@ def context_parallel_nystrom_attention(
 
     Args:
         query, key, value: (B, Hq | Hkv, n, D | Dv), this rank's tokens. Without `plan` the ranks
-            hold consecutive pieces of the sequence, of any lengths.
+            hold consecutive segments of the sequence, of any lengths.
         landmarks, core, scale, normalize, decay, backend: as in `nystrom_attention`, the same on
             every rank.
-        plan: from `balance`, where layers with another mask share out the tokens. Every piece of
+        plan: from `balance`, where layers with another mask share out the tokens. Every segment of
             the sequence that a rank holds sends a state.
         group: a process group, a one-dimensional DeviceMesh, or None for all processes.
         key_mask: bool (B, n), this rank's tokens.
         state: what the tokens before the whole sequence left, the same on every rank.
         return_state: also return the state after the whole sequence, the same on every rank. Not
             with exchange="scan".
-        exchange: "all-gather", or "scan" where every rank holds one piece, in order.
+        exchange: "all-gather", or "scan" where every rank holds one segment, in order.
 
     Returns:
         out (B, Hq, n, Dv) of this rank's queries; with `return_state` also a NystromState.
@@ -80,8 +80,8 @@ def context_parallel_nystrom_attention(
     group = process_group(group)
     if plan is not None:
         check_tokens("query", query, 2, plan, check_plan(plan, group))
-    pieces = pieces_of(plan, group, key, bounds=decay is not None)
-    check_exchange(exchange, pieces, dist.get_world_size(group))
+    segments = segments_of(plan, group, key, bounds=decay is not None)
+    check_exchange(exchange, segments, dist.get_world_size(group))
     if exchange == "scan" and return_state:
         raise ValueError("return_state: expected False with exchange='scan', got True")
     if core is None:
@@ -103,26 +103,26 @@ def context_parallel_nystrom_attention(
     else:
         readers, state_pass = query.detach(), {"decay": decay}
     state_pass |= {"core": core.detach(), "return_state": True}
-    own = [_packed(run(readers, place, **state_pass)[1]) for _, place in pieces.mine]
+    own = [_packed(run(readers, place, **state_pass)[1]) for _, place in segments.mine]
     nothing = torch.zeros_like(own[0])
     nothing[..., 0] = -math.inf
     first = nothing if state is None else _packed(state).to(own[0].dtype)
     if exchange == "scan":
-        before = [_by_scan(own[0], first, nothing, pieces, group, decay)]
+        before = [_by_scan(own[0], first, nothing, segments, group, decay)]
     else:
-        own += [nothing] * (pieces.slots - len(own))
-        ends = all_gather(torch.stack(own), group).flatten(0, 1)[pieces.order]
-        # the first piece's state, too, comes from `ends`: its rank takes part in the backward pass
+        own += [nothing] * (segments.per_rank - len(own))
+        ends = all_gather(torch.stack(own), group).flatten(0, 1)[segments.order]
+        # the first segment's state is in `ends` too: its rank takes part in the backward pass
         ends = torch.cat([first[None], ends])
-        before = [_joined(ends, pieces, number, decay) for number, _ in pieces.mine]
+        before = [_joined(ends, segments, number, decay) for number, _ in segments.mine]
     outs = [
         run(query, place, core=core, decay=decay, state=NystromState(held[..., 0], held[..., 1:]))
-        for (_, place), held in zip(pieces.mine, before, strict=True)
+        for (_, place), held in zip(segments.mine, before, strict=True)
     ]
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
     if not return_state:
         return out
-    after = _joined(ends, pieces, len(ends) - 1, decay)
+    after = _joined(ends, segments, len(ends) - 1, decay)
     return out, NystromState(after[..., 0], after[..., 1:])
 
 
@@ -131,19 +131,19 @@ def _packed(state: NystromState) -> Tensor:
     return torch.cat([state[0].unsqueeze(-1), state[1]], -1)
 
 
-def _joined(ends: Tensor, pieces: Pieces, number: int, decay: Tensor | None) -> Tensor:
-    """The state before piece `number`, packed, of what each piece left."""
+def _joined(ends: Tensor, segments: Segments, number: int, decay: Tensor | None) -> Tensor:
+    """The state before segment `number`, packed, of what each segment left."""
     ends = ends[: number + 1]
-    if decay is None or pieces.bounds is None:
+    if decay is None or segments.bounds is None:
         return merged(ends)
-    return merged(_aged(ends, pieces.bounds[number] - pieces.bounds[: number + 1], decay))
+    return merged(_aged(ends, segments.bounds[number] - segments.bounds[: number + 1], decay))
 
 
 def _by_scan(
-    own: Tensor, first: Tensor, nothing: Tensor, pieces: Pieces, group, decay: Tensor | None
+    own: Tensor, first: Tensor, nothing: Tensor, segments: Segments, group, decay: Tensor | None
 ) -> Tensor:
-    """The state before this rank's piece, packed."""
-    rank, bounds = dist.get_rank(group), pieces.bounds
+    """The state before this rank's segment, packed."""
+    rank, bounds = dist.get_rank(group), segments.bounds
 
     def combine(left: Tensor, right: Tensor, width: int) -> Tensor:
         both = torch.stack([left, right])

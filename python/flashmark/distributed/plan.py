@@ -227,10 +227,10 @@ def balance(
     Args:
         mask: of the whole sequence, from `compile_mask`, as many queries as keys.
         ranks: how many ranks share the sequence.
-        method: "contiguous": equal pieces in order, for masks of local reach. "zigzag": rank r
-            holds pieces r and 2 ranks - 1 - r of 2 ranks pieces, which balances a causal mask.
+        method: "contiguous": equal segments in order, for masks of local reach. "zigzag": rank r
+            holds segments r and 2 ranks - 1 - r of 2 ranks segments, which balances a causal mask.
             "lpt": blocks by falling tile count, each to the rank with the fewest tiles so far.
-            These give every rank the same number of tokens, to a block. "cut": pieces in order,
+            These give every rank the same number of tokens, to a block. "cut": segments in order,
             cut where the tiles are equal; the numbers of tokens then differ. "auto": of the first
             three, the one whose busiest rank has the least tiles + exchange_cost * key tiles
             received.
@@ -268,8 +268,8 @@ def _contiguous(weights: Tensor, ranks: int) -> Tensor:
 
 
 def _zigzag(weights: Tensor, ranks: int) -> Tensor:
-    piece = _contiguous(weights, 2 * ranks)
-    return torch.minimum(piece, 2 * ranks - 1 - piece)
+    segment = _contiguous(weights, 2 * ranks)
+    return torch.minimum(segment, 2 * ranks - 1 - segment)
 
 
 def _longest_first(weights: Tensor, ranks: int) -> Tensor:

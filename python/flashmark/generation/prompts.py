@@ -57,11 +57,11 @@ def read(model: CachedModel, prompts: Tensor, lengths: Tensor, chunk: int, cache
     """The logits (B, V) after each prompt's last token."""
     last: Tensor | None = None
     for start in range(0, prompts.shape[1], chunk):
-        piece = prompts[:, start : start + chunk]
-        held = (lengths - start).clamp(0, piece.shape[1])
-        columns = torch.arange(piece.shape[1], device=piece.device)
-        padded = bool((held < piece.shape[1]).any())
-        logits = model(piece, key_mask=columns < held[:, None] if padded else None, cache=cache)
+        part = prompts[:, start : start + chunk]
+        held = (lengths - start).clamp(0, part.shape[1])
+        columns = torch.arange(part.shape[1], device=part.device)
+        padded = bool((held < part.shape[1]).any())
+        logits = model(part, key_mask=columns < held[:, None] if padded else None, cache=cache)
         ends = logits.gather(
             1, (held - 1).clamp_min(0)[:, None, None].expand(-1, 1, logits.shape[-1])
         )[:, 0]

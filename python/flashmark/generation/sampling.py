@@ -47,7 +47,7 @@ def generate(
         top_p: sample among the likeliest tokens that together have this probability.
         end_token: a sample that has produced it, or one of several, is finished.
         padding_token: what finished samples are filled with; the first end token when None.
-        chunk: read prompts in pieces of so many tokens, for less memory at a time.
+        chunk: read prompts this many tokens at a time, for less memory.
         cache: what the model has read before these prompts, updated in place; a new one that holds
             exactly prompt and continuation when None.
         generator: of the random choices.

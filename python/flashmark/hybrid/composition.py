@@ -17,7 +17,7 @@ from flashmark.block_sparse import block_sparse_attention
 from flashmark.hybrid import far_field
 from flashmark.hybrid.call import Call
 from flashmark.hybrid.far_field import Far
-from flashmark.hybrid.layout import FromStart, Packing, Resumed, taken
+from flashmark.hybrid.layout import FromStart, PackedRows, Resumed, taken
 from flashmark.hybrid.state import HybridState, Totals, empty_totals
 from flashmark.masks import BlockMask
 from flashmark.masks.block_mask import pack_mask
@@ -38,14 +38,14 @@ def run(call: Call, parts: tuple[str, str]) -> tuple[Tensor, HybridState | None]
     far = Far(call.merge, call.landmark_queries, call.landmark_keys, call.core, call.scale, backend)
     query, key, value, gate, key_mask = call.query, call.key, call.value, call.gate, call.key_mask
     lengths: int | Tensor = query.shape[2]
-    packing = None
+    packed = None
     if call.cu_seqlens is not None:
-        packing = Packing(call.cu_seqlens, query.shape[2])
+        packed = PackedRows(call.cu_seqlens, query.shape[2])
         if gate is not None:
-            gate = packing.rows_of(gate.expand(*query.shape[:3], 1))
-        query, key, value = (packing.rows_of(x) for x in (query, key, value))
-        key_mask = packing.mask_of(key_mask)
-        lengths = packing.lengths
+            gate = packed.rows_of(gate.expand(*query.shape[:3], 1))
+        query, key, value = (packed.rows_of(x) for x in (query, key, value))
+        key_mask = packed.mask_of(key_mask)
+        lengths = packed.lengths
     query, key, value = distinct(query, key, value)
     state = None
     if call.position is None and not call.return_state:
@@ -55,8 +55,8 @@ def run(call: Call, parts: tuple[str, str]) -> tuple[Tensor, HybridState | None]
             far, near, call.window, query, key, value, gate, key_mask, _state_of(call, key, value),
             lengths, call.return_state,
         )  # fmt: skip
-    if packing is not None:
-        out = packing.packed(out)
+    if packed is not None:
+        out = packed.packed(out)
     given = (call.landmark_queries, call.landmark_keys, call.core, call.gate)
     parameters = {id(x): x for x in given if x is not None and x.requires_grad}
     if parameters and torch.is_grad_enabled():

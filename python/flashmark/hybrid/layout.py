@@ -111,7 +111,7 @@ def taken(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(-1, width).index_select(0, flat).view(batch, heads, index.shape[1], width)
 
 
-class Packing:
+class PackedRows:
     """Packed sequences spread over rows of the longest length, and back."""
 
     def __init__(self, cu_seqlens: Tensor, tokens: int):

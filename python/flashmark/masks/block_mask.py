@@ -38,7 +38,7 @@ class BlockMask:
 
     `rows` lists the tiles of each query block, `cols` the same tiles of each key block (the
     backward's view). `tile_bits` (U, block_q, ceil(block_kv / 32)) int32 holds the distinct PARTIAL
-    tiles: key `32 * w + k` of the tile is bit `k` of word `w`; bits outside the problem are 0.
+    tiles: key `32 * w + k` of the tile is bit `k` of word `w`; bits beyond the lengths are 0.
     `kept` is the number of visible elements, counted once per leading index. `kind` is "sparse", or
     "causal" / "dense" when comparison alone decides.
 

@@ -26,7 +26,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A (q_len, kv_len) problem cut into tiles of (block_q, block_kv)."""
+    """A (q_len, kv_len) mask cut into tiles of (block_q, block_kv)."""
 
     q_len: int
     kv_len: int
@@ -64,7 +64,7 @@ class Grid:
         return first, (first + (self.block_kv - 1)).clamp(max=self.kv_len - 1)
 
     def ragged(self, q_block: Tensor, kv_block: Tensor) -> Tensor:
-        """True where a tile sticks out of the problem."""
+        """True where a tile reaches beyond q_len or kv_len."""
         over_q = (q_block + 1) * self.block_q > self.q_len
         return over_q | ((kv_block + 1) * self.block_kv > self.kv_len)
 
@@ -103,7 +103,7 @@ class Mask:
         return 128, 128
 
     def validate(self, grid: Grid) -> None:
-        """Raise ValueError where the expression's tensors do not fit the problem."""
+        """Raise ValueError where the expression's tensors do not fit the mask's sizes."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors the expression reads."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flashmark.block_sparse import block_sparse_attention
-from flashmark.hybrid.layout import Packing as Sequences
+from flashmark.hybrid.layout import PackedRows
 from flashmark.masks import Mask, causal
 from flashmark.masks.cache import compiled
 from flashmark.nn.cache import KeyValueCache, check_cache, check_no_gradient
@@ -128,7 +128,7 @@ class BlockSparseAttention(ProjectedAttention):
             query, key = apply_rotary(query, angles), apply_rotary(key, angles)
         visible = self.mask if mask is None else mask
         if cu_seqlens is not None:
-            sequences = Sequences(cu_seqlens, tokens)
+            sequences = PackedRows(cu_seqlens, tokens)
             rows = (sequences.rows_of(x) for x in (query, key, value))
             out = sequences.packed(
                 self._attend(*rows, visible, sequences.lengths.int(), None, None)

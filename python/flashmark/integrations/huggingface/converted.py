@@ -35,7 +35,7 @@ class Conversion:
     window: int | None = None
 
 
-class Landmarks(nn.Module):
+class LandmarkModule(nn.Module):
     """Landmarks (Hkv, M, D) of an attention module, as a module that PEFT finds by its name.
 
     They are called `bias` because training scripts, the Trainer of transformers among them, tell by
@@ -134,7 +134,7 @@ def attach(model: nn.Module, module: Any, conversion: Conversion) -> None:
     factor = None
     if "position_embeddings" in inspect.signature(type(module).forward).parameters:
         factor = _rotary_factor(model)
-    module.landmarks = Landmarks(shape, module.layer_idx, dtype=dtype, device=device)
+    module.landmarks = LandmarkModule(shape, module.layer_idx, dtype=dtype, device=device)
     module.flashmark = Converted(conversion.window, factor)
     module.register_forward_pre_hook(_prepare, with_kwargs=True)
 

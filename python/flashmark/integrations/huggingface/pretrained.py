@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from flashmark.integrations.huggingface.converted import (
     FIELD,
     Conversion,
-    Landmarks,
+    LandmarkModule,
     attach,
     attention_modules,
     is_converted,
@@ -66,7 +66,7 @@ def _post_init(original: Any, model: Any) -> None:
 
 def _initialize_weights(original: Any, model: Any, module: nn.Module, *args: Any) -> None:
     """Landmarks that a checkpoint does not hold."""
-    if not isinstance(module, Landmarks):
+    if not isinstance(module, LandmarkModule):
         return original(model, module, *args)
     if not getattr(module.bias, "_is_hf_initialized", False):
         module.reset_parameters()

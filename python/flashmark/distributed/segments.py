@@ -1,4 +1,4 @@
-"""The consecutive pieces of a sequence that the ranks hold, and how their states merge."""
+"""The consecutive segments of a sequence that the ranks hold, and how their states merge."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from flashmark.distributed.collectives import gather, shift
 from flashmark.distributed.plan import ContextPlan
 
 
-class Pieces(NamedTuple):
-    """The pieces of the sequence in order: each lies on one rank."""
+class Segments(NamedTuple):
+    """The segments of the sequence in order: each lies on one rank."""
 
     mine: list[tuple[int, slice]]  # this rank's: number in the sequence, and local tokens
-    slots: int  # most pieces that a rank has
-    places: list[int]  # of each piece among (rank, slot)
-    order: Tensor  # the same on the device
-    bounds: Tensor | None  # where each begins, and the whole ends; None where nobody asked
-    limits: list[int] | None = None  # the same on the host, where a plan knows them
+    per_rank: int  # most segments that a rank has
+    places: list[int]  # of each segment: rank * per_rank + its number on the rank
+    order: Tensor  # `places` on the device
+    bounds: Tensor | None  # start of each, and the total length; None where not asked for
+    limits: list[int] | None = None  # `bounds` on the host, where a plan knows them
 
 
-def pieces_of(
+def segments_of(
     plan: ContextPlan | None, group: dist.ProcessGroup, key: Tensor, *, bounds: bool
-) -> Pieces:
-    """Pieces of a plan, cached; without a plan, the ranks' tokens follow each other."""
+) -> Segments:
+    """Segments of a plan, cached; without a plan, the ranks' tokens follow each other."""
     rank, ranks, device = dist.get_rank(group), dist.get_world_size(group), key.device
     if plan is not None:
-        return plan.remember("pieces", rank, device, lambda: _pieces_of_plan(plan, rank, device))
+        return plan.remember("segments", rank, device, lambda: _of_plan(plan, rank, device))
     ends = None
     if bounds:
         lengths = torch.empty(ranks, dtype=torch.long, device=device)
         gather(lengths, lengths.new_full((1,), key.shape[2]), group)
         ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     order = torch.arange(ranks, device=device)
-    return Pieces([(rank, slice(0, key.shape[2]))], 1, list(range(ranks)), order, ends)
+    return Segments([(rank, slice(0, key.shape[2]))], 1, list(range(ranks)), order, ends)
 
 
-def _pieces_of_plan(plan: ContextPlan, rank: int, device: torch.device) -> Pieces:
+def _of_plan(plan: ContextPlan, rank: int, device: torch.device) -> Segments:
     held = [plan.segments(r) for r in range(plan.ranks)]
-    slots = max(1, *map(len, held))
+    per_rank = max(1, *map(len, held))
     known = sorted(
-        (start, stop, r, slot)
-        for r, segments in enumerate(held)
-        for slot, (start, stop) in enumerate(segments)
+        (start, stop, r, number)
+        for r, ranges in enumerate(held)
+        for number, (start, stop) in enumerate(ranges)
     )
     mine, first = [], 0
     for number, (start, stop, r, _) in enumerate(known):
@@ -55,21 +55,21 @@ def _pieces_of_plan(plan: ContextPlan, rank: int, device: torch.device) -> Piece
             mine.append((number, slice(first, first + stop - start)))
             first += stop - start
     mine = mine or [(0, slice(0, 0))]  # a rank without tokens takes part in the collectives
-    places = [r * slots + slot for *_, r, slot in known]
+    places = [r * per_rank + number for *_, r, number in known]
     limits = [0, *(stop for _, stop, *_ in known)]
     tensors = (torch.tensor(x, dtype=torch.long, device=device) for x in (places, limits))
-    return Pieces(mine, slots, places, *tensors, limits)
+    return Segments(mine, per_rank, places, *tensors, limits)
 
 
 EXCHANGES = ("all-gather", "scan")
 
 
-def check_exchange(exchange: str, pieces: Pieces, ranks: int) -> None:
+def check_exchange(exchange: str, segments: Segments, ranks: int) -> None:
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: expected 'all-gather' or 'scan', got {exchange!r}")
-    if exchange == "scan" and (pieces.slots, pieces.places) != (1, list(range(ranks))):
+    if exchange == "scan" and (segments.per_rank, segments.places) != (1, list(range(ranks))):
         raise ValueError(
-            "exchange: expected 'all-gather' where a rank holds several pieces, or none, got 'scan'"
+            "exchange: expected 'all-gather' where a rank holds no segment or several, got 'scan'"
         )
 
 
