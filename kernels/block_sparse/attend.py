@@ -50,21 +50,28 @@ def attend(
     query.
     """
     BOUND: tl.constexpr = MASKED or F.CLIP
+    # [BLOCK_N, PAD]
     k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, BOUND)
+    # [BLOCK_N, PAD_V]
     v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, BOUND)
+    # [1, BLOCK_N]
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[None, :]
+    # [BLOCK_M, BLOCK_N]
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     s, _ = logits(qk, base, r2, n2, offset, sizes, modifiers, F)
     if BOUND:
         seen = visible(bits_ptr, bits, start_n, r2, n2, end_n, sizes, MASKED, F)
         s = keep_seen(seen, s, float("-inf"), MASKED, F)
     safe: tl.constexpr = BOUND or F.BIAS != "none"
+    # p [BLOCK_M, BLOCK_N]; alpha, m_i, l_i [BLOCK_M]
     p, alpha, m_i, l_i = online_softmax(
         s, log2_factor(modifiers, F), m_i, l_i, safe, NATURAL=F.NATURAL
     )
     if F.DROPOUT:
+        # [BLOCK_M, BLOCK_N]
         keep = dropout_keep(r2 - offset, start_n, pair, modifiers, F.BLOCK_N)
         p = tl.where(keep, p, 0.0)
+    # [BLOCK_M, PAD_V]
     acc = acc * alpha[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=F.PRECISION)
     return acc, l_i, m_i
@@ -102,6 +109,7 @@ def normalise(acc, l_i, m_i, h, modifiers, NATURAL: tl.constexpr = False):
     if modifiers.sinks is not None:
         sink = tl.load(modifiers.sinks + h).to(tl.float32)
         m_i, l_i, alpha = add_sink(m_i, l_i, sink, NATURAL)
+        # [BLOCK_M, PAD_V]
         acc = acc * alpha[:, None]
     acc = acc * (modifiers.keep_scale / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
     lse, residual = log_sum(m_i, l_i, NATURAL)

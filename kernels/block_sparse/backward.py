@@ -45,8 +45,10 @@ def delta_kernel(
     pair, start = pid // tiles, (pid % tiles) * BLOCK
     rows64 = tl.cast(pair, tl.int64) * q_len
     dout_ptr = head_of(dout_ptr, dout_strides, pair // heads, pair % heads)
+    # [BLOCK, PAD_V]
     out = load_tile(out_ptr + rows64 * DIM_V, start, DIM_V, q_len, BLOCK, DIM_V, PAD_V, True)
     dout = load_tile(dout_ptr, start, dout_strides[2], q_len, BLOCK, DIM_V, PAD_V, True)
+    # [BLOCK]
     lse = load_rows(lse_ptr + rows64, start, q_len, float("-inf"), BLOCK, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if dlse_ptr is not None:
@@ -65,6 +67,7 @@ def delta_kernel(
         tl.store(lse2_ptr + padded + offs, tl.where(empty, float("inf"), lse * LOG2E))
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + pair % heads).to(tl.float32)
+        # [BLOCK]
         weight = tl.where(empty, 0.0, tl.exp(sink - tl.where(empty, 0.0, lse) - residual))
         tl.store(dsinks_ptr + pid, -tl.sum(weight * delta, 0))
 

@@ -113,32 +113,45 @@ def gather_queries(
     """
     start_i = start_r - offset
     check: tl.constexpr = MASKED or F.OFFSET
+    # [BLOCK_M, PAD]
     q = load_tile(q_ptr, start_i, q_strides[0], sizes.q_len, F.BLOCK_M, F.DIM, F.PAD, check)
+    # [BLOCK_N, BLOCK_M]
     qk_t = tl.dot(k, tl.trans(q), input_precision=F.PRECISION)
+    # [1, BLOCK_M]
     lse2, residual2 = load_lse(lse_ptr, pair, start_i, sizes.q_len, F.BLOCK_M, 0, F)
+    # [BLOCK_M, PAD_V]
     dout = load_tile(
         dout_ptr, start_i, q_strides[1], sizes.q_len, F.BLOCK_M, F.DIM_V, F.PAD_V, check
     )
+    # [BLOCK_N, BLOCK_M]
     dp_t = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
+    # [BLOCK_M]
     delta = load_rows(delta_ptr, start_i, sizes.q_len, 0.0, F.BLOCK_M, F.OFFSET)
+    # [1, BLOCK_M]
     r2 = (start_r + tl.arange(0, F.BLOCK_M))[None, :]
+    # [BLOCK_N, 1]
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[:, None]
     keep = True
     if F.DROPOUT:
         i2 = (start_i + tl.arange(0, F.BLOCK_M))[:, None]
+        # [BLOCK_N, BLOCK_M]
         keep = tl.trans(dropout_keep(i2, start_n, pair, modifiers, F.BLOCK_N))
+    # [BLOCK_N, BLOCK_M]
     p_t, ds_t, slope = score_gradient(
         qk_t, dp_t, lse2, residual2, delta[None, :], keep, bits_ptr, bits, start_n, r2, n2,
         offset, end_n, base, sizes, modifiers, MASKED, F,
     )  # fmt: skip
     if F.BIAS_GRADIENT:  # before the product that follows, or ptxas would wait for each product
         add_bias_gradient(ds_t, b, h, start_n, start_r, offset, bias_gradient, sizes, F)
+    # [BLOCK_N, PAD_V]
     dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=F.PRECISION)
     if F.SOFTCAP:
         ds_t = ds_t * slope
     ds_t = ds_t.to(q.dtype)
+    # [BLOCK_N, PAD]
     dk = tl.dot(ds_t, q, dk, input_precision=F.PRECISION)
     if F.ATOMIC:
+        # [PAD, BLOCK_M]
         dq_t = tl.dot(tl.trans(k), ds_t, input_precision=F.PRECISION)
         dq_ptr += tl.cast(start_i, tl.int64) * F.DIM
         m = tl.arange(0, F.BLOCK_M)[None, :]
@@ -245,12 +258,16 @@ def backward_kv_kernel(
         return
 
     k_ptr, v_ptr, kv_strides = keys_of(operands, b, hk, F)
+    # [BLOCK_N, PAD]
     k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, True)
+    # [BLOCK_N, PAD_V]
     v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, True)
     BLOCK_N: tl.constexpr = F.BLOCK_N
     PAD: tl.constexpr = F.PAD
     PAD_V: tl.constexpr = F.PAD_V
+    # [BLOCK_N, PAD]
     dk = tl.zeros([BLOCK_N, PAD], tl.float32)
+    # [BLOCK_N, PAD_V]
     dv = tl.zeros([BLOCK_N, PAD_V], tl.float32)
     kv_pair = pair
     if F.GROUPED:

@@ -55,21 +55,28 @@ def gather_keys(
 ):
     """Take one tile of keys into dQ [BLOCK_M, PAD]."""
     check: tl.constexpr = MASKED or F.CLIP
+    # [BLOCK_N, PAD]
     k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, check)
+    # [BLOCK_N, PAD_V]
     v = load_tile(v_ptr, start_n, kv_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, check)
+    # [BLOCK_M, BLOCK_N]
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
+    # [BLOCK_M, 1]
     r2 = (row0 + tl.arange(0, F.BLOCK_M))[:, None]
+    # [1, BLOCK_N]
     n2 = (start_n + tl.arange(0, F.BLOCK_N))[None, :]
     keep = True
     if F.DROPOUT:
         keep = dropout_keep(r2 - offset, start_n, pair, modifiers, F.BLOCK_N)
+    # [BLOCK_M, BLOCK_N]
     _, ds, slope = score_gradient(
         qk, dp, lse2, residual2, delta2, keep, bits_ptr, bits, start_n, r2, n2,
         offset, end_n, base, sizes, modifiers, MASKED, F,
     )  # fmt: skip
     if F.SOFTCAP:
         ds = ds * slope
+    # [BLOCK_M, PAD]
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=F.PRECISION)
 
 
@@ -113,13 +120,18 @@ def backward_q_kernel(
     rows64 = tl.cast(pair, tl.int64) * sizes.q_len
     start_i = row0 - offset
     end_i = sizes.q_len
+    # [BLOCK_M, PAD]
     q = load_tile(q_ptr, start_i, q_stride, end_i, BLOCK_M, F.DIM, PAD, True)
+    # [BLOCK_M, PAD_V]
     dout = load_tile(dout_ptr, start_i, dout_stride, end_i, BLOCK_M, F.DIM_V, F.PAD_V, True)
+    # [BLOCK_M, 1]
     lse2, residual2 = load_lse(operands.lse, pair, start_i, end_i, BLOCK_M, 1, F)
     delta_ptr = operands.delta + tl.cast(pair, tl.int64) * padded_rows(sizes.q_len)
+    # [BLOCK_M, 1]
     delta2 = load_rows(delta_ptr, start_i, end_i, 0.0, BLOCK_M, F.OFFSET)[:, None]
     base = bias_base(modifiers, b, h, F)
 
+    # [BLOCK_M, PAD]
     dq = tl.zeros([BLOCK_M, PAD], tl.float32)
     line = leading + row0 // F.BLOCK_Q
     n_full, n_masked, first, run, run_end, start, stop = walk_keys(

@@ -47,10 +47,12 @@ def add_diagonals(ds_t, base, start_n, start_r, gradient, sizes, F: tl.constexpr
     diagonals, BLOCK_M apart, and each is a range of rows.
     """
     c = tl.arange(0, F.BLOCK_M)
+    # [BLOCK_N, BLOCK_M]
     n_minus_c = tl.arange(0, F.BLOCK_N)[:, None] - c[None, :]
     turned = tl.gather(ds_t, n_minus_c & (F.BLOCK_M - 1), 1)
     for k in tl.static_range(-1, (F.BLOCK_N + F.BLOCK_M - 1) // F.BLOCK_M):
         on_diagonal = (n_minus_c >= k * F.BLOCK_M) & (n_minus_c < (k + 1) * F.BLOCK_M)
+        # [BLOCK_M]
         addend = tl.sum(tl.where(on_diagonal, turned, 0.0), 0)
         entry = start_n - start_r + c + k * F.BLOCK_M + sizes.rows - 1
         inside = (entry >= 0) & (entry < sizes.rows + sizes.kv_len - 1)
@@ -69,6 +71,7 @@ def add_elements(ds_t, base, start_n, start_i, gradient, sizes, F: tl.constexpr)
     to_i = i.to(tl.int64) * gradient.strides[2]
     to_n = n.to(tl.int64) * gradient.strides[3]
     if F.BIAS_Q and F.BIAS_K:
+        # [BLOCK_N, BLOCK_M]
         entries = base + (to_n[:, None] + to_i[None, :])
         add_entries(entries, ds_t, has_n[:, None] & has_i[None, :], gradient, F)
     elif F.BIAS_Q:

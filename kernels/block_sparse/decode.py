@@ -128,7 +128,9 @@ def decode_kernel(
     b64, h64, i64 = tl.cast(b, tl.int64), h.to(tl.int64), i.to(tl.int64)
     q_strides = inputs.query_strides
     offs_d = tl.arange(0, F.PAD)
+    # [BLOCK_M, 1]
     q_ptrs = inputs.query + (b64 * q_strides[0] + h64 * q_strides[1] + i64 * q_strides[2])[:, None]
+    # [BLOCK_M, PAD]
     q = tl.load(
         q_ptrs + offs_d[None, :], mask=inside[:, None] & (offs_d < F.DIM)[None, :], other=0.0
     )
@@ -136,9 +138,12 @@ def decode_kernel(
     base = modifiers.bias
     if F.BIAS != "none":
         base += (h64 * modifiers.bias_strides[1] + b64 * modifiers.bias_strides[0])[:, None]
+    # [BLOCK_M, 1]
     r2, pair2 = r[:, None], (b * q_heads + h)[:, None]
 
+    # [BLOCK_M, PAD_V]
     acc = tl.zeros([BLOCK_M, PAD_V], tl.float32)
+    # [BLOCK_M]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if F.KIND == "sparse":
@@ -180,6 +185,7 @@ def decode_kernel(
     all_heads = sizes.pairs // sizes.heads * q_heads
     row = (split * all_heads + b * q_heads + h).to(tl.int64) * sizes.q_len + i
     offs_v = tl.arange(0, PAD_V)
+    # [BLOCK_M, PAD_V]
     parts = part_ptr + (row * F.DIM_V)[:, None] + offs_v[None, :]
     tl.store(parts, acc, mask=inside[:, None] & (offs_v < F.DIM_V)[None, :])
     tl.store(part_sums_ptr + 2 * row, m_i, mask=inside)
@@ -210,13 +216,17 @@ def merge_kernel(
     offs_v = tl.arange(0, PAD_V)
     part_row = split.to(tl.int64) * rows + row
     exists = split < splits
+    # [SPLITS]
     part_m = tl.load(part_sums_ptr + 2 * part_row, mask=exists, other=float("-inf"))
     part_l = tl.load(part_sums_ptr + 2 * part_row + 1, mask=exists, other=0.0)
     m_i = tl.max(part_m, 0)
+    # [SPLITS]
     weight = part_l * fall(part_m, tl.where(m_i == float("-inf"), 0.0, m_i), NATURAL)
     l_i = tl.sum(weight, 0)
+    # [SPLITS, PAD_V]
     parts = part_ptr + (part_row * DIM_V)[:, None] + offs_v[None, :]
     inside = (split < splits)[:, None] & (offs_v < DIM_V)[None, :]
+    # [PAD_V]
     acc = tl.sum(tl.load(parts, mask=inside, other=0.0) * weight[:, None], 0)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + row // q_len % heads).to(tl.float32)

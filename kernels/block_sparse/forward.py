@@ -67,13 +67,17 @@ def forward_kernel(
     base = bias_base(modifiers, b, h, F)
     start_i = row0 - offset
     q_stride = row_stride(inputs.query_strides, F)
+    # [BLOCK_M, PAD]
     q = load_tile(q_ptr, start_i, q_stride, sizes.q_len, F.BLOCK_M, F.DIM, F.PAD, True)
 
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
+    # [BLOCK_M, PAD_V]
     acc = tl.zeros([BLOCK_M, PAD_V], tl.float32)
+    # [BLOCK_M]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    # [BLOCK_M, 1]
     r2 = (row0 + tl.arange(0, BLOCK_M))[:, None]
     line = leading + row0 // F.BLOCK_Q
     n_full, n_masked, first, run, run_end, start, stop = walk_keys(

@@ -122,7 +122,9 @@ def issue_scores(q, rings, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.
     """S = Q K^T of tile t [ROWS, BLOCK_N], in flight."""
     stage = t % STAGES
     mbarrier.wait(rings.k_full.index(stage), (t // STAGES) & 1)
+    # [BLOCK_N, PAD], in shared memory
     k = rings.k.index(stage).reshape([F.BLOCK_N, F.PAD])
+    # [ROWS, BLOCK_N]
     zero = gl.full([ROWS, F.BLOCK_N], 0.0, gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -132,6 +134,7 @@ def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
     """O + P V of tile t [ROWS, PAD_V], in flight."""
     stage = t % STAGES
     mbarrier.wait(rings.v_full.index(stage), (t // STAGES) & 1)
+    # [BLOCK_N, PAD_V], in shared memory
     v = rings.v.index(stage).reshape([F.BLOCK_N, F.PAD_V])
     return warpgroup_mma(p, v, acc, is_async=True)
 
@@ -141,6 +144,7 @@ def softmax(s, m_i, l_i, t, r2, work, MASKED: gl.constexpr, F: gl.constexpr):
     """`online_softmax` of the scores of tile t."""
     line = work.line
     n, bits = any_tile(work.lists, t, line.n_full, line.n_masked, line.first, line.start, F)
+    # [1, BLOCK_N]
     n2 = (n + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
     s, _ = logits(s, None, r2, n2, 0, work.sizes, work.modifiers, F)
     if MASKED:
@@ -166,6 +170,7 @@ def add_tile(
     STAGES: gl.constexpr,
 ):
     """Take the scores of tile t into the running sums; O + P V is in flight, and P must live."""
+    # weights [ROWS, BLOCK_N]; alpha, m_i, l_i [ROWS]
     weights, alpha, m_i, l_i = softmax(s, m_i, l_i, t, r2, work, MASKED, F)
     if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
         acc = acc * rows_of(alpha, acc)[:, None]
@@ -192,6 +197,7 @@ def add_tiles(
     """Tiles t0 .. t1, none of them the last, each while the scores of the next are computed."""
     layout: gl.constexpr = s.type.layout
     for t in range(t0, t1):
+        # [ROWS, BLOCK_N]
         following = issue_scores(q, rings, t + 1, layout, F, STAGES)
         acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, t, q, rings, r2, work, MASKED, F, STAGES)
         s, acc, p = warpgroup_mma_wait(0, [following, acc, p])
@@ -228,15 +234,20 @@ def compute(
     """Compute rows ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
+    # [ROWS, PAD_V]
     acc = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, o_layout)
+    # [ROWS]
     m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
     line, sizes = work.line, work.sizes
     first_row = work.row0 + w * ROWS
+    # [ROWS, 1]
     r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)))[:, None]
+    # [ROWS, PAD], in shared memory
     q = q_tiles.index(w).reshape([ROWS, F.PAD])
     mbarrier.wait(q_full.index(w), 0)
     if line.n_tiles > 0:
+        # [ROWS, BLOCK_N]
         s = issue_scores(q, rings, 0, s_layout, F, STAGES)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(rings.k_empty.index(0), count=1)

@@ -47,7 +47,9 @@ def bit_words(bits_ptr, bits, start_n, r2, F: tl.constexpr):
 def shown(words, start_n, r2, n2, end_n, sizes, F: tl.constexpr):
     """Mask of the elements of a tile that take part, by its words or by comparison."""
     if F.KIND == "sparse":
+        # [1, BLOCK_N]
         column = n2 - start_n
+        # [BLOCK_M, 1], then [BLOCK_M, BLOCK_N]
         word = words[0]
         for w in tl.static_range(1, (F.BLOCK_N + 31) // 32):
             word = tl.where(column // 32 == w, words[w], word)

@@ -287,6 +287,7 @@ def tile_bits(bits_ptr, bits, start_n, r2, F: tl.constexpr):
         shape: tl.constexpr = (r2.shape[0], F.BLOCK_N)
     if F.BLOCK_N < 32:
         word >>= start_n % F.BLOCK_KV % 32
+    # [BLOCK_M, WORDS, WIDTH], or [WORDS, WIDTH, BLOCK_M] where keys go down
     word, bit = tl.broadcast(word >> (c % 8), 1 << (c // 8 * 8))
     return tl.reshape(word, shape), tl.reshape(bit, shape)
 
@@ -421,8 +422,11 @@ def online_softmax(
 @triton.jit
 def dropout_keep(i2, start_n, pair, modifiers, BLOCK_N: tl.constexpr):
     """Dropout's keep mask, queries down: key j takes word j % 4 of the counter j // 4."""
+    # [BLOCK_N / 4]
     quad = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    # [BLOCK_M, BLOCK_N / 4]
     w0, w1, w2, w3 = tl.philox(tl.load(modifiers.seed), quad[None, :], i2, pair, 0)
+    # [BLOCK_M, BLOCK_N]
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= tl.cast(modifiers.threshold, tl.uint32)
 

@@ -23,21 +23,30 @@ def sums_kernel(inputs, n_ptr, K_ptr, V_ptr, heads, parts, groups, units, chunks
     k_ptr = chunk_of(inputs.key, inputs.key_strides, b, h, chunk)
     v_ptr = chunk_of(inputs.value, inputs.value_strides, b, h, chunk)
     x_ptr = chunk_of(inputs.landmarks, inputs.landmark_strides, b, h, 0)
+    # [BLOCK_D, PAD_M]
     x = load_landmarks(x_ptr, inputs.landmark_strides[2], 0, k_ptr.dtype.element_ty, F)
     keep_ptr = inputs.keep
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * sizes.keep_tokens + chunk * sizes.width
 
+    # [PAD_M]
     n = full(F.PAD_M, 0.0)
+    # [BLOCK_D, PAD_M]
     K = zeros(F.BLOCK_D, F.PAD_M)
+    # [BLOCK_V, PAD_M]
     V = zeros(F.BLOCK_V, F.PAD_M)
     for t0 in range(0, sizes.width, F.CHUNK):
+        # [CHUNK] and [CHUNK, PAD_M]
         keep, a = tile_of(k_ptr, keep_ptr, x_ptr, x, t0, inputs.key_strides[3], inputs, sizes, F)
         a = operand(a, F)
+        # [CHUNK, BLOCK_D]
         k = load_columns(k_ptr, t0, inputs.key_strides[3], keep, part, F.DIM, F.BLOCK_D, F)
+        # [CHUNK, BLOCK_V]
         v = load_columns(v_ptr, t0, inputs.value_strides[3], keep, part, F.DIM_V, F.BLOCK_V, F)
         n += tl.sum(a.to(tl.float32), 0)  # as rounded as in the products: means stay means
+        # [BLOCK_D, PAD_M]
         K = mm_acc(tl.trans(k), a, K, F)
+        # [BLOCK_V, PAD_M]
         V = mm_acc(tl.trans(v), a, V, F)
     line = tl.cast(pair, tl.int64) * sizes.chunks + chunk
     offs_m = tl.arange(0, F.PAD_M)

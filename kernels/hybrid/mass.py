@@ -87,7 +87,9 @@ def parameters(inputs, b, h, F: tl.constexpr):
     """(pointer of the landmarks, their first block of columns, core, half2) of a pair."""
     x_ptr = chunk_of(inputs.landmarks, inputs.landmark_strides, b, h, 0)
     core_ptr = chunk_of(inputs.core, inputs.core_strides, b, h, 0)
+    # [BLOCK_D, PAD_M]
     x = load_landmarks(x_ptr, inputs.landmark_strides[2], 0, inputs.query.dtype.element_ty, F)
+    # [PAD_M]
     half2 = load_vector(inputs.half2 + b * inputs.half_batch + h * F.MARKS, F)
     return x_ptr, x, load_core(core_ptr, inputs.core_strides[2], F, F), half2
 
@@ -96,6 +98,7 @@ def parameters(inputs, b, h, F: tl.constexpr):
 def held_mass(inputs, line, half2, F: tl.constexpr):
     """(exp(L_l - h_l - top), top in log2 units) of a chunk; 0 where nothing is held."""
     offs_m = tl.arange(0, F.PAD_M)
+    # [PAD_M]
     L = tl.load(inputs.L + line * F.MARKS + offs_m, mask=offs_m < F.MARKS, other=float("-inf"))
     held = L * LOG2E - half2
     top = tl.max(held, 0)
@@ -106,10 +109,12 @@ def held_mass(inputs, line, half2, F: tl.constexpr):
 @triton.jit
 def read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F: tl.constexpr):
     """(F, F core, their row's reference) of a tile of queries, [CHUNK, PAD_M] and [CHUNK]."""
+    # [CHUNK, PAD_M]
     dots = landmark_products(q_ptr, t0, inputs.query_strides[3], there, x, x_ptr,
                              inputs.landmark_strides[2], F)  # fmt: skip
     f = dots * inputs.scale2 - half2[None, :]
     f = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[None, :], f, float("-inf"))
+    # [CHUNK]
     highest = tl.max(f, 1)
     e = tl.exp2(f - highest[:, None])
     return e, mm_core(e, core, F), highest
@@ -125,6 +130,7 @@ def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, heads, parts, gr
     x_ptr, x, core, half2 = parameters(inputs, b, h, F)
     held, top = held_mass(inputs, line, half2, F)
     ptrs, inside = slot_rows(inputs.R, line, part, F.DIM_V, F.BLOCK_V, F)
+    # [PAD_M, BLOCK_V]
     R = tl.load(ptrs, mask=inside, other=0.0)
     v0 = part * F.BLOCK_V
     for g in range(F.GROUP):
@@ -133,7 +139,9 @@ def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, heads, parts, gr
         for t0 in range(0, sizes.width, F.CHUNK):
             offs = t0 + tl.arange(0, F.CHUNK)
             there = offs < sizes.width
+            # [CHUNK, PAD_M] and [CHUNK]
             _, G, highest = read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F)
+            # [CHUNK, PAD_M]
             U = G * held[None, :]
             store_rows(numerator_ptr + row * F.DIM_V + v0, t0, F.DIM_V, there, F.DIM_V - v0,
                        mm(U, R, F), F.CHUNK, F.BLOCK_V, True)  # fmt: skip
@@ -151,9 +159,12 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
     part, group, pair = locate(sizes)
     b, h = pair // sizes.heads, pair % sizes.heads
     x_ptr, x, core, half2 = parameters(inputs, b, h, F)
+    # [BLOCK_D, PAD_M]
     own_x = load_landmarks(x_ptr, inputs.landmark_strides[2], part, tl.float32, F)
     dx = zeros(F.BLOCK_D, F.PAD_M)
+    # [PAD_M, PAD_M]
     dcore = zeros(F.PAD_M, F.PAD_M)
+    # [PAD_M]
     dhalf = full(F.PAD_M, 0.0)
     d0 = part * F.BLOCK_D
     offs_m = tl.arange(0, F.PAD_M)
@@ -162,8 +173,11 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
         line = tl.cast(pair, tl.int64) * sizes.chunks + chunk
         held, top = held_mass(inputs, line, half2, F)
         ptrs, inside = slot_rows(inputs.R, line, 0, F.DIM_V, F.BLOCK_V, F)
+        # [PAD_M, BLOCK_V]
         R = tl.load(ptrs, mask=inside, other=0.0)
+        # [PAD_M]
         pull = full(F.PAD_M, 0.0)
+        # [BLOCK_V, PAD_M]
         dR = zeros(F.BLOCK_V, F.PAD_M)
         for g in range(F.GROUP):
             q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, chunk)
@@ -171,25 +185,37 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
             for t0 in range(0, sizes.width, F.CHUNK):
                 offs = t0 + tl.arange(0, F.CHUNK)
                 there = offs < sizes.width
+                # [CHUNK, PAD_M] twice and [CHUNK]
                 e, G, highest = read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F)
+                # [CHUNK, BLOCK_V]
                 dn = load_rows(dnumerator_ptr + row * F.DIM_V, t0, F.DIM_V, there, F.DIM_V, F.CHUNK,
                                F.BLOCK_V, True)  # fmt: skip
+                # [CHUNK]
                 dm = tl.load(dmass_ptr + row + offs, mask=there, other=0.0)
+                # [CHUNK, PAD_M]
                 dU = mm(dn, tl.trans(operand(R, F)), F) + dm[:, None]
                 U = G * held[None, :]
                 pull += tl.sum(U * dU, 0)
+                # [BLOCK_V, PAD_M]
                 dR = mm_acc(tl.trans(operand(dn, F)), U, dR, F)
+                # [CHUNK, PAD_M]
                 dG = dU * held[None, :]
+                # [PAD_M, CHUNK]
                 turned = turned_products(q_ptr, t0, inputs.query_strides[3], there, x, x_ptr,
                                          inputs.landmark_strides[2], F)  # fmt: skip
+                # [PAD_M, PAD_M]
                 dcore = mm_acc(turned_features(turned, half2, inputs, F), dG, dcore, F)
+                # [CHUNK, PAD_M]
                 dreading = e * mm_core(dG, tl.trans(core), F)
                 dhalf -= tl.sum(dreading, 0)
+                # [CHUNK, BLOCK_D]
                 dq = mm(dreading, tl.trans(own_x), F) * inputs.scale
                 store_rows(dq_ptr + row * F.DIM + d0, t0, F.DIM, there, F.DIM - d0, dq, F.CHUNK,
                            F.BLOCK_D, True)  # fmt: skip
+                # [CHUNK, BLOCK_D]
                 q = load_rows(q_ptr + d0, t0, inputs.query_strides[3], there, F.DIM - d0, F.CHUNK,
                               F.BLOCK_D, True)  # fmt: skip
+                # [BLOCK_D, PAD_M]
                 dx = mm_acc(tl.trans(operand(q, F)), dreading * inputs.scale, dx, F)
         dhalf -= pull
         tl.store(dL_ptr + line * F.MARKS + offs_m, pull, mask=(offs_m < F.MARKS) & (part == 0))

@@ -21,7 +21,9 @@ def tile_of(k_ptr, keep_ptr, x_ptr, x, t0, key_stride, inputs, sizes, F: tl.cons
 
     [CHUNK] and [CHUNK, PAD_M]; `x` holds the landmarks where they fit a block.
     """
+    # [CHUNK]
     keep = kept_tokens(keep_ptr, t0, sizes.width, F)
+    # [CHUNK, PAD_M]
     s = landmark_products(k_ptr, t0, key_stride, keep, x, x_ptr, inputs.landmark_strides[2], F)
     s = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[None, :], s * inputs.scale2, float("-inf"))
     e = tl.exp2(s - tl.max(s, 1)[:, None])
