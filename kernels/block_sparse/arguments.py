@@ -20,14 +20,14 @@ LOG2E = math.log2(math.e)
 WIDE = 1 << 24  # elements from row to row from which on a tile of 128 rows needs 64 bits
 L2_BYTES = (
     24 << 20
-)  # keys and values that run side by side should fit in about half of a Hopper's L2
+)  # keys and values of pairs that run side by side should fit in about half of a Hopper's L2
 
 
 class LaunchSizes(NamedTuple):
     """The integers of a call.
 
-    Kernels take them one by one: of integers inside a tuple Triton makes a kernel for those that
-    are 1, one for multiples of 16, and one for the rest, whatever `do_not_specialize` says.
+    Kernels take them one by one: inside a tuple, Triton compiles one kernel for integers equal
+    to 1, one for multiples of 16 and one for the rest, and ignores `do_not_specialize`.
     """
 
     pairs: int  # (batch, head) pairs that the grid covers
@@ -260,7 +260,7 @@ def over_keys(
 
 
 def residual_of(call: Call, lse: Tensor) -> Tensor:
-    """Room for what float32 leaves of lse; none without a bias."""
+    """Storage for the rounding residual of lse; none without a bias."""
     return lse.new_empty(0) if call.bias is None else torch.empty_like(lse)
 
 

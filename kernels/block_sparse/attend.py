@@ -1,5 +1,5 @@
-"""One step of softmax attention over a tile of keys, and what follows the last one: shared by the
-forward and the decode kernels.
+"""One step of softmax attention over a tile of keys, and the normalisation after the last step. The
+forward and the decode kernels share them.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def add_sink(m_i, l_i, sink, NATURAL: tl.constexpr):
 
 @triton.jit
 def log_sum(m_i, l_i, NATURAL: tl.constexpr):
-    """(lse, residual): the natural log of a row's sum and, where it is asked for, what float32 left
-    of it.
+    """(lse, residual): the natural log of a row's sum and, if NATURAL, its float32 rounding
+    residual.
     """
     if NATURAL:
         log_l = tl.log2(l_i) * LN2

@@ -1,8 +1,8 @@
 """dK and dV, the gradient of a bias, and in the one-pass form dQ: one program holds a tile of keys.
 
 In the one-pass form it walks the queries of one head, and the heads of a group add up dK and dV in
-memory; in the two-pass form it walks those of the whole group, so that nothing is added in an order
-that varies.
+memory; in the two-pass form it walks those of the whole group, so that every sum has a fixed
+order.
 
 Tiles are transposed, keys down and queries across, so that P^T and dS^T enter their products as
 they come out of the accumulators; transposing an accumulator in registers has been miscompiled on

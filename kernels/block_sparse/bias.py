@@ -1,6 +1,6 @@
-"""The gradient of a bias: a tile first sums what falls on one entry, then adds each sum once.
+"""The gradient of a bias: a tile first sums its addends of each entry, then adds each sum once.
 
-Two kinds of addition are on offer. Float32 atomics are fast, but their order, so their last bit,
+There are two kinds of addition. Float32 atomics are fast, but their order, so their last bit,
 varies. Where a result must repeat bitwise, the total is kept in 64-bit integers: a power of two,
 chosen from a bound on the total, turns addends into fixed point, and integers add up the same in
 any order.
@@ -145,7 +145,7 @@ def _unit(bias: Tensor, dout: Tensor, value: Tensor, delta: Tensor, call) -> Ten
         addends = batch * heads * q_len * value.shape[2] // max(1, bias.numel())
     norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
     lengths = call.modifiers.lengths
-    if lengths is not None:  # what lies behind a sample's keys can be anything
+    if lengths is not None:  # memory behind a sample's keys may hold anything
         beyond = torch.arange(value.shape[2], device=value.device) >= lengths.view(-1, 1, 1)
         norms = norms.masked_fill(beyond, 0.0)
     dp = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float32).amax() * norms.amax()

@@ -16,10 +16,10 @@ import torch
 KEY_PASSES = ("backward_kv", "backward_grouped", "backward_fused")
 PASSES = ("forward", "backward_q", *KEY_PASSES, "decode")
 
-# how a forward kernel reads its operands; the second is of Hopper alone
+# how a forward kernel reads its operands; the second needs Hopper
 FORMS = ("pointers", "gluon")
 
-# log2 of how far a lazy form lets a maximum grow, and its probabilities with it
+# log2 of the largest growth of a maximum, and so of probabilities, before a lazy form rescales
 SLACK = 8
 
 
@@ -32,7 +32,7 @@ class Runnable:
 
     @property
     def options(self) -> dict[str, int]:
-        """For Triton: a cap is of NVIDIA GPUs alone, so it is named only where there is one."""
+        """Options for Triton. Only NVIDIA GPUs have a register cap: it is passed where set."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
@@ -132,7 +132,7 @@ _IN_USE: dict[str, Config] = {}
 
 @contextlib.contextmanager
 def with_entries(table: dict, entries: dict) -> Iterator[None]:
-    """Entries in a table for a while."""
+    """Replace entries of a table inside a `with` block."""
     before = dict(table)
     table.update(entries)
     try:
@@ -197,7 +197,7 @@ def hopper(form: str, head_dim: int, block: tuple[int, int] | None = None) -> Co
 
 
 def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extras: bool) -> Config:
-    """Tiles no larger than the mask's block, and no more warps than a small tile feeds."""
+    """Limit tiles to the mask's block, and warps to those that a small tile can use."""
     block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])
     divided = dataclasses.replace(config, block_m=block_m, block_n=block_n)
     light = width == 64 and not extras
@@ -207,8 +207,8 @@ def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extr
 
 
 def _fit(config: Config, arch: int | str, width: int, dtype: torch.dtype) -> Config:
-    """No cap on registers but on Hopper, where it was chosen; fewer stages, then smaller tiles,
-    where there is less shared memory than 227 KiB.
+    """Fit a config to another GPU: no register cap except on Hopper, where it was chosen; fewer
+    stages, then smaller tiles, where shared memory is less than 227 KiB.
     """
     if arch in (90, "cpu"):
         return config

@@ -19,7 +19,7 @@ from .attend import add_sink, attend, log_sum
 from .primitives import fall, keys_of, load_run, masked_tile, sample_bounds
 
 MAX_QUERIES = 16
-MIN_KEYS = 256  # below this one program does a row in no time, and merging would cost more
+MIN_KEYS = 256  # below this one program is fast enough, and merging would cost more
 MAX_ROWS = 128
 MAX_SPLITS = 64
 TILES_PER_SPLIT = 4
@@ -210,7 +210,7 @@ def merge_kernel(
     PAD_V: tl.constexpr,
     NATURAL: tl.constexpr,
 ):
-    """One row: the parts weighed by their share of its sum."""
+    """Merge the parts of one row, weighted by their share of its sum."""
     row = tl.cast(tl.program_id(0), tl.int64)
     split = tl.arange(0, SPLITS)
     offs_v = tl.arange(0, PAD_V)
@@ -242,7 +242,7 @@ def merge_kernel(
 
 
 def number_of_splits(device: torch.device, programs: int, tiles: int) -> int:
-    """Among how many programs to share each one's `tiles` tiles of keys, so as to fill the GPU
+    """Number of programs that share each one's `tiles` tiles of keys, so that the GPU is filled
     twice.
     """
     wanted = 2 * configs.processors(device) // programs

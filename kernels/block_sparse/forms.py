@@ -23,8 +23,8 @@ def can_use_form(
 ) -> bool:
     """Whether a form of the forward kernel, one of `configs.FORMS`, can compute a call.
 
-    With `raise_error`, what stands against it is raised: ValueError where other operands would do,
-    NotImplementedError where the form lacks a feature or the device is not for it.
+    With `raise_error`, the obstacle is raised: ValueError where other operands would work,
+    NotImplementedError where the form lacks a feature or does not run on the device.
     """
     objection = _objection(form, query, key, value, call)
     if objection is not None and raise_error:

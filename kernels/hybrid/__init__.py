@@ -1,4 +1,4 @@
-"""Triton kernels of hybrid attention: what its slots hold, chunk by chunk, and how queries read the
+"""Triton kernels of hybrid attention: the slots' sums, chunk by chunk, and how queries read the
 far field of merge="mass".
 
 The interface is that of `flashmark.hybrid.eager`. The attention to near keys and slots is that of

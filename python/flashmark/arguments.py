@@ -1,4 +1,4 @@
-"""Checks of what users pass to the operators: the argument, what was expected, what came."""
+"""Checks of users' arguments; errors name the argument, the expected and the given."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def check_same(
 
 
 def one_or(got: int, want: int) -> bool:
-    """Does a size broadcast? Not by `in`, to which sizes that torch.compile traces are unequal."""
+    """Whether a size broadcasts. Not written with `in`, which finds traced sizes unequal."""
     return got == 1 or got == want
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
-    """(B, Hq, Nq, D, Nk) of tensors that fit.
+    """Check that query, key and value fit together; returns (B, Hq, Nq, D, Nk).
 
     Attributes are read once: on the host this is a good part of a small call's time.
     """

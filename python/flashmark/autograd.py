@@ -45,7 +45,7 @@ _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """For small matrices that must not lose precision."""
+    """Run without autocast: small matrices must not lose precision."""
     if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -64,7 +64,7 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def refuse_transforms(name: str) -> None:
-    """Explicit backwards and operators without batching rules: torch.func cannot see through."""
+    """Raise inside torch.func transforms, which explicit backwards do not support."""
     if torch.compiler.is_compiling():
         return
     if torch._C._is_tracing():
@@ -129,7 +129,7 @@ def first_order(name: str) -> Callable[[Callable], Callable]:
 def needs_gradient(flat: Sequence, places: Sequence[int]) -> bool:
     """Whether autograd must see a call: some of the tensors at these places ask for gradients."""
     if forward_ad._current_level >= 0:
-        return True  # the boundary refuses tangents, an operator would drop them
+        return True  # the boundary raises for forward-mode tangents, an operator would drop them
     if not torch.is_grad_enabled():
         return False
     for place in places:

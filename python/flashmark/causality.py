@@ -1,4 +1,4 @@
-"""flashmark.check_causality: does anything of the future reach an output?"""
+"""flashmark.check_causality: a test that no output depends on later tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_causality(
     gradients: bool = True,
     **inputs: Tensor,
 ) -> CausalityReport:
-    """Replace the future by poison, and look whether a single bit of the past moves.
+    """Replace later tokens by poison, and check that no bit of an earlier output changes.
 
     Args:
         function: called as `function(**inputs)`; returns a tensor whose dimension -2 is the

@@ -1,4 +1,4 @@
-"""flashmark.check: hold a backend against the float64 reference, outputs and gradients."""
+"""flashmark.check: compare a backend with the float64 reference, outputs and gradients."""
 
 from __future__ import annotations
 

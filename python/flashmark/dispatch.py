@@ -21,7 +21,7 @@ CPU_KERNELS = {
     "hybrid": "with gradients, the far field runs in plain PyTorch",
 }
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
-#: Triton's interpreter multiplies the bit patterns of bfloat16; who mends it adds the dtype here
+#: Triton's interpreter multiplies the bit patterns of bfloat16; a fix of it adds the dtype here
 INTERPRETED = {torch.float16, torch.float32}
 
 
@@ -44,7 +44,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Is there such a module? Its parents are imported, itself not."""
+    """Whether a module exists, without importing it; its parents are imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # no parent

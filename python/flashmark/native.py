@@ -269,13 +269,13 @@ def _solve(
 
 
 def readable(x: Tensor) -> bool:
-    """Reading values must neither wait for a GPU nor break a graph or a transform."""
+    """Whether values may be read without waiting for a GPU or breaking a graph or a transform."""
     transformed = torch._C._are_functorch_transforms_active
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def check_definite(definite: Tensor) -> None:
-    """Refuse jitter = 0 where a head's core is singular."""
+    """Raise where jitter = 0 and a head's core is singular."""
     if not bool(definite.all()):
         raise ValueError(
             "jitter: expected a number > 0 for landmarks whose core is singular or not finite, "

@@ -1,4 +1,4 @@
-"""Training objectives: what goes in, what is to be predicted, and what the loss leaves out."""
+"""Training objectives: inputs, targets, and tokens that the loss leaves out."""
 
 from __future__ import annotations
 

@@ -42,10 +42,10 @@ def local_part(x: Tensor) -> Tensor:
 
 
 def is_sharded(*arguments) -> bool:
-    """Is there a DTensor among the arguments?"""
+    """Whether a DTensor is among the arguments."""
     for x in arguments:
         kind = type(x)
-        if kind is Tensor or x is None or kind is Parameter:  # most, and quickly told
+        if kind is Tensor or x is None or kind is Parameter:  # most arguments, and a quick test
             continue
         if isinstance(x, Tensor):
             module = sys.modules.get("torch.distributed.tensor")

@@ -23,6 +23,6 @@ def constant_when_traced(function: Function) -> Function:
 
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """Plain tensors inside, whatever fakes, traces or watches the operations outside."""
+    """Run without the modes around (fake tensors, tracing, counting): tensors inside are plain."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield

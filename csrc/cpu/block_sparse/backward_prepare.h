@@ -1,4 +1,4 @@
-// What the backward needs of each tile of queries, made once: Q and dO as operands, lse, Delta.
+// Data of each tile of queries for the backward, made once: Q and dO as operands, lse, Delta.
 #pragma once
 #include <utility>
 #include <vector>
@@ -13,7 +13,7 @@ struct Pair {  // a key head of a sample, and the query heads of its group
   int64_t b, kv_head;
 };
 
-// Where the parts of a tile of queries lie.
+// Pointers to the parts of a tile of queries.
 template <typename T, typename C, int64_t W>
 struct QueryTiles {
   // float32 products read rows of Q and dO in place.

@@ -74,7 +74,7 @@ void run(const Problem& p, const ForwardOutputs& to) {
       }
       const int64_t first = part * PART_KEYS;
       worker.run_part(b, h, tile, first, first + PART_KEYS, held + x * size);
-      if (done[item].fetch_add(1, std::memory_order_acq_rel) == parts - 1)  // whoever comes last
+      if (done[item].fetch_add(1, std::memory_order_acq_rel) == parts - 1)  // the last to finish
         worker.merge_parts(b, h, tile, held + item * parts * size, parts);
     }
   });

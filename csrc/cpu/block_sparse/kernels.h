@@ -5,7 +5,7 @@
 namespace flashmark {
 
 constexpr int64_t VALUE_BLOCK = 512;   // keys of a block of transposed values
-constexpr int64_t FEW_TILES = 64;      // of queries, below which their keys are shared out too
+constexpr int64_t FEW_TILES = 64;      // of queries; with fewer, their keys are split too
 constexpr int64_t PART_KEYS = 2048;    // then: keys of a part
 constexpr int64_t KEY_TILE = 128;      // keys of a tile of the backward
 constexpr int64_t ITEMS_A_THREAD = 2;  // segments under way at once in the backward

@@ -16,7 +16,7 @@ inline bool needs_logits(const Problem& p) {
 // The reference of an online softmax follows the maximum only when that grew by 2^LAZY.
 constexpr float LAZY = 8.f;
 
-// How maxima and sums of a row are counted.
+// Units of a row's maxima and sums.
 struct Units {
   float to_base2;  // of a difference of maxima
   float product;   // a product, as it is compared with a maximum
@@ -29,7 +29,7 @@ struct Units {
 
 struct RowEnd {
   float factor;         // of the row's sum of values
-  float lse, residual;  // natural log, and what float32 left of it
+  float lse, residual;  // natural log, and its rounding residual
 };
 
 // From a row's reference and sum of weights.

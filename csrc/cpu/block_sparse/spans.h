@@ -7,7 +7,7 @@
 
 namespace flashmark {
 
-// Which queries of a tile see key j of a span: bit c for column c. At most one of the two forms is
+// Queries of a tile that see key j of a span: bit c for column c. At most one of the two forms is
 // in use.
 struct KeyBits {
   const uint64_t* rows = nullptr;

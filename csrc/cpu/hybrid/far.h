@@ -4,9 +4,10 @@
 
 namespace flashmark {
 
-constexpr float LEAST_HELD = 1e-30f;  // a slot that holds less holds nothing
+constexpr float LEAST_HELD = 1e-30f;  // a slot that holds less counts as empty
 
-// Of each landmark: slots have log2 n and 1 / n; "mass" has exp(L - half - top), and half in base 2.
+// Weights of each landmark: slots have log2 n and 1 / n; "mass" has exp(L - half - top),
+// and half in base 2.
 class FarWeights {
  public:
   explicit FarWeights(const HybridProblem& problem)

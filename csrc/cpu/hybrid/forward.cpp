@@ -10,10 +10,10 @@
 namespace flashmark {
 namespace {
 
-constexpr int64_t SMALL = 1 << 20;  // multiply-adds that one thread is sooner done with
+constexpr int64_t SMALL = 1 << 20;  // multiply-adds; below this one thread is faster
 
-// Totals of a stream by number: 0 is of all chunks before the one before the current one, n of all
-// before chunk n - 1; before they run, number n + 2 is that of chunk n of the call alone.
+// Totals of a stream by number: number 0 holds all chunks before the last two of the state, number n
+// all chunks before chunk n - 1. Before the running sums, number n + 2 holds chunk n of the call.
 class Totals {
  public:
   explicit Totals(const HybridProblem& problem) : p(problem), data(place()) {}
@@ -168,7 +168,7 @@ void write_state(const HybridProblem& p, const Totals& totals) {
       keep_rows<T>(p, s, h, false);
       keep_rows<T>(p, s, h, true);
     }
-    keep_flags<T>(p, s);  // the rows above still asked for the flags before
+    keep_flags<T>(p, s);  // last: the rows above still read the old flags
     p.after.position[s.row] = s.end();
   }
 }

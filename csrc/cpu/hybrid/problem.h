@@ -1,8 +1,8 @@
 // Problem of the hybrid attention kernels: exact attention to near keys, landmarks for the others.
 //
 // A stream is one sample or one packed sequence. Its tokens are counted from its start, in chunks of
-// `window`; chunk k of a call is the k-th one that the call's tokens lie in. A total is what
-// landmarks keep of some chunks of a (stream, key head) pair.
+// `window`; chunk k of a call is the k-th one that the call's tokens lie in. A total is the
+// landmarks' sums over some chunks of a (stream, key head) pair.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -19,7 +19,7 @@ struct Stream {
   int64_t b, first;         // its tokens are [first, first + tokens) of sample b
   int64_t tokens, position; // new ones, and those that the state holds
   int64_t chunks;           // that the new tokens lie in
-  int64_t entered;          // how many chunks later the next token lies
+  int64_t entered;          // chunks between the first and the next token
   int64_t end() const { return position + tokens; }
 };
 

@@ -70,7 +70,7 @@ class RowByRow {
       add_row(shares.far, static_cast<const float*>(distant), p.v_dim, near);
   }
 
-  // distant <- what the query reads through the landmarks; "mass": not divided by `mass`
+  // distant <- the query's output through the landmarks; "mass": not divided by `mass`
   void read(const Total& total, int64_t parameter, float& reference, float& mass) {
     const float factor = p.scale * LOG2E;
     const float *lk = p.lk + parameter * p.marks * p.dim,

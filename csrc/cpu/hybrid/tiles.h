@@ -166,7 +166,7 @@ class RowTiles {
     transpose_words(rows, p.v_dim, marks, p.v_dim, values_t, marks);
   }
 
-  // distant (v_dim, W) <- what the rows read through the landmarks
+  // distant (v_dim, W) <- the rows' outputs through the landmarks
   void read(int64_t t, float* references, float* masses) {
     const int64_t W = width[t], M = p.marks;
     const Vec factor(p.scale * LOG2E);

@@ -1,10 +1,10 @@
-// What landmarks keep of the new tokens of one chunk, and sums of totals.
+// Totals of the new tokens of one chunk for all landmarks, and sums of totals.
 #pragma once
 #include "hybrid/keys.h"
 
 namespace flashmark {
 
-constexpr int64_t FEW = 8;  // as many tokens, or rows, do not pay for transposed tiles
+constexpr int64_t FEW = 8;  // with so few tokens, or rows, transposed tiles do not pay
 
 inline void clear(const HybridProblem& p, const Total& to) {
   std::fill_n(to.n, p.marks, p.merge == Merge::SLOTS ? 0.f : NEG_INF);

@@ -1,4 +1,4 @@
-// A call of block-sparse attention: its arguments, and what its kernels are given.
+// A call of block-sparse attention: its arguments, and the Problem of its kernels.
 #pragma once
 #include "shared/problem.h"
 #include "shared/stack.h"
@@ -37,7 +37,7 @@ class PreparedProblem {
 
 Strides strides_of(const Tensor& tensor);
 
-// Whether brgemm takes bfloat16 here, at the machine's full speed; found out once.
+// Whether brgemm takes bfloat16 here, at the machine's full speed; tested once.
 bool bfloat16_products();
 
 }  // namespace flashmark

@@ -1,5 +1,5 @@
 // Operands for brgemm: conversion, transposition and the pairing of rows that bfloat16 products
-// want.
+// need.
 #pragma once
 #include <ATen/native/CPUBlas.h>
 #include <c10/core/impl/alloc_cpu.h>

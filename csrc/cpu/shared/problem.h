@@ -1,4 +1,4 @@
-// What the CPU kernels are given: plain pointers, sizes and strides, filled in from tensors by
+// Arguments of the CPU kernels: plain pointers, sizes and strides, filled in from tensors by
 // block_sparse.cpp.
 #pragma once
 #include <cstdint>

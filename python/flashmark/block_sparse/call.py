@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 
     out: Tensor  # (B, Hq, Nq, Dv)
     lse: Tensor  # (B, Hq, Nq), float32 or float64
-    residual: Tensor  # what rounding left of lse, of the same shape; empty without a bias
+    residual: Tensor  # rounding residual of lse, of the same shape; empty without a bias
 
 
 class Grads(NamedTuple):

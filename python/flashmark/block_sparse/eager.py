@@ -2,8 +2,8 @@
 whole rows.
 
 S = cap(scale q k^T) + bias, P = exp(S - lse), out = P v
-lse is kept as float32 (float64) and what rounding left of it: beside a bias of -1e9 the logarithm
-of the sum would be lost, and with it P.
+lse is kept as float32 (float64) and its rounding residual: beside a bias of -1e9 the logarithm of
+the sum would be lost, and with it P.
 dS = P * (dO v^T - Delta), Delta = rowsum(dO * out) - dlse
 dq = scale dS k, dk = scale dS^T q, dv = P^T dO, dsink = -sum exp(sink - lse) Delta
 """
@@ -106,7 +106,7 @@ def forward(call: Call) -> Saved:
     lse = query.new_full(shape, NEG_INF, dtype=scores.dtype)
     residual = lse.new_zeros(0 if call.bias is None else shape)
     if sinks is not None:
-        lse.copy_(sinks[:, None])  # what stays where a row sees no key
+        lse.copy_(sinks[:, None])  # the result of a row that sees no key
     for row in rows(call.mask, shape, scores.group, call.query_offset, call.kv_lengths):
         q = scores.of_queries(query, row) * call.scale
         s, _ = scores.of(q, scores.of_keys(key, row), row)

@@ -35,7 +35,7 @@ def context_parallel_block_sparse_attention(
 
     Keys and values are exchanged once, all to all: a key tile goes only to the ranks that have a
     query which sees it. Every rank then computes its own queries in one call. The backward pass
-    returns the gradients of keys and values the same way, where they are summed in order of rank.
+    returns the gradients of keys and values the same way; their owners sum them in order of rank.
 
     Args:
         query: (B, Hq, n, D), this rank's tokens: n = `plan.positions(rank).numel()`, in that order.

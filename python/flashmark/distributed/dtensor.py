@@ -2,8 +2,8 @@
 
 The rules stand around the public functions, not on `torch.ops.flashmark.*`: a mask crosses that
 boundary as lists of tiles, and the lists of some samples and heads are no shard of the lists of
-all. Attention is independent over samples and heads, so no rule needs communication beyond what
-brings an argument to its placement.
+all. Attention is independent over samples and heads, so the only communication is that which brings
+an argument to its placement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Dimensions = dict[int, tuple[int | None, int | None]]
 BATCH, HEADS = "batch", "heads"
 
 #: dimension of the batch and of the heads, by argument and number of dimensions. A dimension of
-#: size 1 that is broadcast stays whole. What is not named is the same for every shard.
+#: size 1 that is broadcast stays whole. Arguments not named are the same for every shard.
 DIMENSIONS: dict[str, Dimensions] = {
     "query": {4: (0, 1)},
     "key": {4: (0, 1)},

@@ -104,7 +104,7 @@ def context_parallel_hybrid_attention(
         hidden = ~key_mask[:, None, :, None]
         tokens = _Keys(*(x.masked_fill(hidden, 0.0) for x in tokens))
 
-    # before each segment lies one window of keys, and what landmarks keep of all chunks before that
+    # before each segment: one window of keys, and landmark totals of all chunks before that window
     windows = _windows_before(tokens, segments, window, group)
     chunks = [last.chunks(far, window) for last in windows]
     sent = []

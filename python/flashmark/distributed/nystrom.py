@@ -132,7 +132,7 @@ def _packed(state: NystromState) -> Tensor:
 
 
 def _joined(ends: Tensor, segments: Segments, number: int, decay: Tensor | None) -> Tensor:
-    """The state before segment `number`, packed, of what each segment left."""
+    """The state before segment `number`, packed, from the states after each segment."""
     ends = ends[: number + 1]
     if decay is None or segments.bounds is None:
         return merged(ends)
@@ -155,6 +155,6 @@ def _by_scan(
 
 
 def _aged(ends: Tensor, tokens: Tensor, decay: Tensor) -> Tensor:
-    """States as they are so many tokens later: L falls."""
+    """States after more tokens without new keys: L falls by the decay."""
     fall = decay.to(ends.dtype) * tokens.view(-1, 1, 1, 1)
     return torch.cat([ends[..., :1] - fall.unsqueeze(-1), ends[..., 1:]], -1)

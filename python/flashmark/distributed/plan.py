@@ -48,8 +48,8 @@ class Exchange:
 class ContextPlan:
     """A sequence shared out to ranks in blocks of `block` tokens, for one mask.
 
-    Build it with `balance`. Every rank computes the same plan: nothing is negotiated. A rank holds
-    its tokens in ascending order of position.
+    Build it with `balance`. Every rank computes the same plan, without messages. A rank holds its
+    tokens in ascending order of position.
     """
 
     mask: BlockMask  # of the whole sequence, on the CPU
@@ -162,7 +162,7 @@ class ContextPlan:
         return _tokens(tiles, self.mask.block_kv, self.length)
 
     def exchange(self, rank: int, device: torch.device | str = "cpu") -> Exchange:
-        """The exchange as a rank sees it; remembered."""
+        """The exchange of one rank, cached."""
         device = torch.device(device)
         if device.type != "cpu":
             host = self.exchange(rank)
@@ -170,7 +170,7 @@ class ContextPlan:
         return self.remember("exchange", rank, device, lambda: self._exchange(rank))
 
     def local_mask(self, rank: int, device: torch.device | str = "cpu") -> BlockMask:
-        """The mask of a rank's queries over its gathered keys; remembered."""
+        """The mask of a rank's queries over its gathered keys, cached."""
         device = torch.device(device)
         if device.type != "cpu":
             host = self.local_mask(rank)
@@ -178,7 +178,7 @@ class ContextPlan:
         return self.remember("mask", rank, device, lambda: self._local_mask(rank))
 
     def remember(self, what: str, rank: int, device: torch.device, compute: Callable[[], Any]):
-        """The result of `compute`, computed once."""
+        """The result of `compute`, cached."""
         if (what, rank, device) not in self._local:
             self._local[what, rank, device] = compute()
         return self._local[what, rank, device]

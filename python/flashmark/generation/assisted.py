@@ -49,7 +49,7 @@ def generate_assisted(
         ValueError, TypeError: an argument out of range.
 
     A round costs ahead + 1 steps of `draft` and one call of `model` with ahead + 1 tokens. Keys and
-    values are taken back for nothing; a state is computed again from an older one, over at most
+    values are taken back at no cost; a state is computed again from an older one, over at most
     2 (ahead + 1) tokens.
     """
     check_prompts(input_ids, max_new_tokens, key_mask, chunk)

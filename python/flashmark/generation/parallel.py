@@ -23,7 +23,7 @@ def predict_in_parallel(
 
     Places hold tokens: candidates whose continuation is asked for, or a placeholder for what is to
     stand there. The model is one trained with `masks.pinned(P)`, where each place sees the prefix
-    and itself: what it says of one does not depend on what else is asked for in the same call.
+    and itself: its prediction for one place does not depend on the other places of the call.
 
     Args:
         model: a decoder, or what `given` makes of one with an encoder's output.

@@ -89,8 +89,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """The tokens of `generate`, (B,) at a time, each as soon as it is known.
 
-    Arguments are those of `generate`, checked at once. Whoever stops early has a cache that holds
-    all tokens but the last one that came.
+    Arguments are those of `generate`, checked at once. After an early stop the cache holds all
+    tokens but the last one yielded.
     """
     check_prompts(input_ids, max_new_tokens, key_mask, chunk)
     choose, ends = Choice(temperature, top_k, top_p, generator), Ends(end_token, padding_token)

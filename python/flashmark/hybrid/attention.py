@@ -79,7 +79,7 @@ def hybrid_attention(
         scale: factor of every score; 1 / sqrt(D) when None.
         key_mask: bool (B, N), True where the key takes part. Masked tokens still advance time.
         cu_seqlens: int32 (S + 1,), B = 1: S sequences packed along N; states then lead with S.
-        state: what the tokens before left, from `return_state`; differentiable.
+        state: the state after the tokens before, from `return_state`; differentiable.
         return_state: also return the state after the last token; differentiable.
         state_out: a state to write the state after the last token into; it may be `state` itself,
             which then moves on in place, and is what `return_state` returns. Without gradients.
@@ -186,7 +186,7 @@ def hybrid_statistics(
     Returns:
         HybridStatistics, float32 (float64 for float64 inputs), without gradients. The far keys are
         those of the last row; where there are none, both are 0. Keys of a sample all in one slot
-        (an occupancy near 1), or slots that stay empty, are landmarks that do no work.
+        (an occupancy near 1), or slots that stay empty, are landmarks that contribute nothing.
 
     Raises:
         ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.

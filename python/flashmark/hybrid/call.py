@@ -88,8 +88,8 @@ def check_merge(merge, gate, core, landmarks, query) -> None:
 def parts_of(backend: str, merge: str, query: Tensor, marks: int) -> tuple[str, str]:
     """Backends of the near field and of the far one, where a call is made of several operators.
 
-    In C++ there are whole calls without gradients alone; with gradients the near field runs in it,
-    and what landmarks do, dense products, in PyTorch.
+    C++ runs whole calls only without gradients. With gradients the near field runs in C++, and the
+    dense products with landmarks in PyTorch.
     """
     near = choose_backend("block_sparse", backend, query)
     if near in ("reference", "cpu"):

@@ -25,7 +25,7 @@ from flashmark.masks.cache import compiled
 from flashmark.masks.positions import LocalChunks
 from flashmark.tracing import constant_when_traced
 
-LEAST_HELD = 1e-30  # a slot that holds less holds nothing
+LEAST_HELD = 1e-30  # a slot that holds less counts as empty
 SLOT_ALIGNMENT = 128  # slots end, and tokens begin, where a tile does
 
 
@@ -115,7 +115,7 @@ def _resumed(
         hidden = ~key_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
         own = own & layout.keys(key_mask[:, None, :, None])[:, 0, :, :, 0]
-    # all before the two chunks at hand, the one before, the current one so far, those that follow
+    # all chunks before the last two, the last but one, the current one so far, those that follow
     chunks = tuple(state.far)
     if layout.chunks:
         new = far_field.of_chunks(far, layout.keys(key), layout.keys(value), own)
@@ -180,7 +180,7 @@ def _slots(totals: Totals, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     nothing = n < LEAST_HELD
     held = n.masked_fill(nothing, 1.0).unsqueeze(-1)
     keys = (K / held).masked_fill(nothing.unsqueeze(-1), 0.0)
-    # not a number: of tokens to come, in a tile that earlier rows multiply by 0
+    # NaN of future tokens, in a tile that earlier rows multiply by 0
     values = (V / held).masked_fill(~(n >= LEAST_HELD).unsqueeze(-1), 0.0)
     logits = held.squeeze(-1).log().masked_fill(nothing, -math.inf)
     return keys.to(dtype), values.to(dtype), logits
@@ -189,7 +189,7 @@ def _slots(totals: Totals, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def _softmax(far, backend, layout, query, key, value, keep, slots) -> tuple[Tensor, Tensor]:
     """(out, lse) of one softmax over near keys and, where there are any, the chunk's own slots.
 
-    The slots of all chunks lie ahead of the keys: a tile more to each row.
+    The slots of all chunks lie before the keys and add one tile to each row.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     bias, lead, marks = None, 0, 0

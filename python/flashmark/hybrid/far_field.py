@@ -49,7 +49,7 @@ def of_chunks(far: Far, key: Tensor, value: Tensor, keep: Tensor | None) -> Tota
 
 
 def added(far: Far, left: Totals, right: Totals) -> Totals:
-    """The total of two."""
+    """Sum of two totals."""
     if far.merge == "slots":
         return tuple(a + b for a, b in zip(left, right, strict=True))
     return NystromState(*left).merge(NystromState(*right), 0)

@@ -1,8 +1,8 @@
 """Layouts of hybrid attention: the places of a call's tokens in the chunks of their streams.
 
-A chunk is `window` tokens, counted from the start of the stream. Two layouts answer the same
-questions: what the near field's keys are, which chunks of keys someone reads from afar, and which
-chunk of queries reads them.
+A chunk is `window` tokens, counted from the start of the stream. Two layouts have the same
+interface: the keys of the near field, the chunks of keys that far queries read, and the chunks of
+queries that read them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 
 class FromStart:
-    """A call without a past: chunk c starts at token c * window. Chunks from 2 on read afar."""
+    """A call without a past: chunk c starts at token c * window; chunks from 2 on read far keys."""
 
     first = 2
     query_offset = None
@@ -36,7 +36,7 @@ class FromStart:
         return reading.unflatten(2, (self.chunks, self.window))
 
     def joined(self, x: Tensor) -> Tensor:
-        """(B, H, N, *) of what `queries` cut; 0 for chunks that read nothing."""
+        """(B, H, N, *), the inverse of `queries`; 0 for chunks that read nothing."""
         ahead = self.first * self.window
         return pad(x.flatten(2, 3)[:, :, : self.tokens - ahead], (0, 0, ahead, 0))
 
@@ -44,8 +44,8 @@ class FromStart:
 class Resumed:
     """A call that goes on with streams at `position` (B,): chunk 0 is the one before theirs.
 
-    Every chunk from 1 on reads afar. A call shorter than a chunk touches two at most: all its
-    tokens then stand in each of them, most of them hidden, which is less than two whole chunks.
+    Every chunk from 1 on reads the far field. A call shorter than a chunk touches at most two: each
+    then holds all its tokens, most of them hidden, which is less work than two whole chunks.
     """
 
     first = 1

@@ -79,7 +79,7 @@ def empty_totals(
 
 
 def check_state(name: str, state, rows: int, window: int, merge: str, marks: int, key, value):
-    """A HybridState of these sizes, or an error."""
+    """Raise where this is no HybridState of these sizes."""
     if not isinstance(state, HybridState):
         raise TypeError(f"{name}: expected a HybridState, got {type(state).__name__}")
     dim, v_dim, dtype, device = key.shape[3], value.shape[3], key.dtype, key.device

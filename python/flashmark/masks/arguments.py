@@ -1,4 +1,4 @@
-"""Checks of what users pass to the masks: the argument, what was expected, what came."""
+"""Checks of users' arguments to masks; errors name the argument, the expected and the given."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Masks as calls give them, compiled: remembered where sizes decide all, else evaluated each time.
+"""Compiled masks of calls: cached where sizes decide everything, else evaluated at each call.
 
-What an expression of positions shows depends on nothing but the expression and the sizes, and those
-are the key. A tensor can change without its version, address or identity saying so, and a function
-can read anything: what they decide is never kept. Whoever wants that keeps a BlockMask.
+A mask made of positions depends only on its expression and the sizes: these are the cache's key. A
+tensor can change while its version, address and identity stay the same, and a function can read
+anything, so masks that use either are never cached. To keep one, compile a BlockMask.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _remembered(
 
 
 def _fixed(formula: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With the values of integers that torch.compile traces as symbols."""
+    """A formula with the values of integers that torch.compile traces as symbols."""
     return tuple(
         _fixed(x) if isinstance(x, tuple) else operator.index(x) if isinstance(x, int) else x
         for x in formula

@@ -97,7 +97,7 @@ def _form(closed: list[Mask], host: Grid, compile_closed: CompileClosed) -> tupl
 
 @functools.lru_cache(maxsize=16)
 def _everywhere(host: Grid, compile_closed: CompileClosed) -> tuple[Tensor, ...]:
-    """`_form` of a map alone: the same for every map, and dearer than the map's own lists."""
+    """`_form` of a map alone: equal for every map, and more expensive than the map's own lists."""
     with torch.inference_mode(False):
         return _form([], host, compile_closed)
 
@@ -122,7 +122,8 @@ def _tile_lists(visible: Tensor, classes: Tensor, area: Tensor, *, capacity: int
 
 
 def _lists(classes: Tensor, capacity: int) -> TileLists:
-    """CSR lists in buffers of `capacity` entries; one more takes what is not listed, and is cut."""
+    """CSR lists in buffers of `capacity` entries. An extra last entry receives all tiles that are
+    not listed, and is cut off."""
     *leading, lines, blocks = classes.shape
     classes = classes.reshape(-1, blocks)
     full, partial = classes == -1, classes >= 0

@@ -72,7 +72,7 @@ def compile_mask(
             f"block_size: expected 16, 32, 64, 128 or a pair of them, got {block_size!r}"
         )
     grid = Grid(q_len, kv_len, block_q, block_kv, torch.device(device))
-    if mask is None or not batch or not heads:  # there is no row to see anything
+    if mask is None or not batch or not heads:  # there are no query rows
         mask = Band(None, None)
     # a mask compiled in inference mode serves training as well
     with torch.inference_mode(False), torch.no_grad():

@@ -202,7 +202,7 @@ class Dense(Mask):
 
 
 def dense(visible: Tensor) -> Mask:
-    """Any mask, spelled out: bool (Nq, Nk), (H, Nq, Nk) or (B | 1, H | 1, Nq, Nk)."""
+    """Any mask, given element by element: bool (Nq, Nk), (H, Nq, Nk) or (B | 1, H | 1, Nq, Nk)."""
     return Dense(bool_tensor("visible", visible))
 
 
@@ -212,7 +212,7 @@ def whole_tensor(mask: Mask) -> Tensor | None:
 
 
 def every_tile(mask: Mask, grid: Grid, b, h, q_block, kv_block) -> dict[object, Tensor]:
-    """The key of a mask of which nothing is known: no two tiles are promised to be equal."""
+    """The key of a mask with unknown contents: no two tiles are assumed to be equal."""
     return {
         ("tile", id(mask)): q_block * grid.kv_blocks + kv_block,
         ("line", id(mask)): (b << 24) + h,

@@ -69,7 +69,7 @@ class Grid:
         return over_q | ((kv_block + 1) * self.block_kv > self.kv_len)
 
     def delta(self, q_block: Tensor, kv_block: Tensor) -> Tensor:
-        """From the first query's position to the first key: all that a position-only mask needs."""
+        """From the first query's position to the first key: enough for masks of positions."""
         return kv_block * self.block_kv - q_block * self.block_q - self.offset
 
 
@@ -147,7 +147,7 @@ class Mask:
     def __or__(self, other: Mask) -> Mask:
         return Or(self, _operand(other))
 
-    def __rand__(self, other: Any) -> Mask:  # never a Mask: refused by name
+    def __rand__(self, other: Any) -> Mask:  # never a Mask: raises an error with a hint
         return And(_operand(other), self)
 
     def __ror__(self, other: Any) -> Mask:

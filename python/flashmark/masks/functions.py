@@ -30,7 +30,7 @@ class _MaskMod(Mask):
         )
 
     def _reads(self, axis: int) -> bool:
-        """Whether the result is computed from this index: vmap over it alone shows that."""
+        """Whether the result depends on this index, found by vmap over it alone."""
         found = []
 
         def fn(*indices):
@@ -52,7 +52,7 @@ class _MaskMod(Mask):
         return every_tile(self, grid, b, h, q_block, kv_block)
 
     def elements(self, grid, b, h, i, j):
-        """Under vmap over each dimension, by those indices that are not broadcast along it."""
+        """Evaluate under vmap over each dimension, mapping the indices that vary along it."""
         indices = (b, h, i, j)
         shape = torch.broadcast_shapes(*(x.shape for x in indices))
         if 0 in shape:
@@ -114,7 +114,7 @@ def _is_scalar(index: Any) -> bool:
 
 
 def _takes_one_dimension(index: Any) -> bool:
-    """Or none, as None and ... do."""
+    """Whether an index entry takes at most one dimension; None and ... take none."""
     if isinstance(index, Tensor):
         return index.dtype in _INTEGERS
     return index is None or index is ... or isinstance(index, slice) or type(index) is int

@@ -40,7 +40,7 @@ class Documents(Mask):
                 )
 
     def _ids(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """(B | 1, q_len) and (B | 1, kv_len), where what is seen by nobody equals nothing."""
+        """(B | 1, q_len) and (B | 1, kv_len), where ids that no query may see equal no other id."""
         keys, *queries_alone = (ids.long() for ids in self._rows())
         if queries_alone:
             queries = queries_alone[0]
@@ -65,7 +65,7 @@ class Documents(Mask):
         return classify(same, apart)
 
     def key(self, grid, b, h, q_block, kv_block):
-        """Beside a block of one document, the other block's ids decide all rows or columns."""
+        """Key of a tile. Where a block holds one document, the ids of the other block decide."""
         q_low, q_high, k_low, k_high = self._of_blocks(grid, b, q_block, kv_block)
         one_query, one_key = q_low == q_high, k_low == k_high
         whole = one_query & one_key

@@ -1,4 +1,4 @@
-"""A decoder-only language model whose layers attend as they are told."""
+"""A decoder-only language model with a choice of attention for each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bidirectional model that predicts the tokens that were taken away."""
+"""A bidirectional model that predicts masked tokens."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class KeyValueCache:
         """Write `counts` tokens a sample, in columns from `first` on, of (B, Hkv, N, D)."""
         columns = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
         column = columns - first[:, None]
-        # a number stays one: made a tensor, it would wait for the device
+        # an int stays an int: as a tensor it would wait for the device
         counted = counts if isinstance(counts, int) else counts.view(-1, 1)
         new = (column >= 0) & (column < counted)
         rows = torch.where(new, self.length[:, None] + column + 1, 0).long()
@@ -102,7 +102,7 @@ class StateCache:
         self._rollback: Rollback | None = None
 
     def allow_rollback(self, tokens: int) -> None:
-        """From now on keep so much that `crop` can take back the newest `tokens` tokens.
+        """Keep enough from now on for `crop` to take back the newest `tokens` tokens.
 
         That is a second state and the keys and values of 2 `tokens` tokens; each token then passes
         the attention operator twice.

@@ -136,7 +136,7 @@ class NystromAttention(ProjectedAttention):
             key_mask=takes_part, core=core, state=state, state_out=state,
         )  # fmt: skip
         if takes_part is not None and decay is not None:
-            # the tokens left out stand last, and no time shall have passed in them
+            # the tokens left out come last and must not advance the decay
             left_out = (key.shape[2] - counts)[:, None, None]
             state.L.add_(decay.to(state.L.dtype) * left_out)
         return out

@@ -1,4 +1,4 @@
-"""Checks that the members of the family share."""
+"""Checks that the variants share."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def check_count(name: str, value: int) -> int:
 
 
 def empty(query: Tensor, value: Tensor) -> Tensor:
-    """The output for no sample or no token, with a gradient like any other."""
+    """Empty output for no sample or no token, with a gradient."""
     return query[..., :1].expand(*query.shape[:3], value.shape[3])
