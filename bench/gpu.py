@@ -41,7 +41,7 @@ SUITES = {
     "mask_build": mask_build,
     "tuned": tuned,
 }
-# by file name of a test, or by suite; forms that nobody has run are apart, and last: one may hang
+# by file name of a test, or by suite; forms that no GPU has run are apart, and last: one may hang
 OPERATORS = {"forms": "forms", "nystrom": "nystrom", "hybrid": "hybrid"}
 
 

@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 ROOT = Path(__file__).resolve().parent.parent
 LOST = {  # what a package without a library misses
-    "cpu": "CPU tensors take the slower backend='eager' and backend='cpu' refuses",
+    "cpu": "CPU tensors take the slower backend='eager' and backend='cpu' raises an error",
     "native": "the operators of flashmark.native run in plain PyTorch",
 }
 COMMON = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall"]

@@ -49,7 +49,7 @@ def _answer(operator: str, backend: str, sample: torch.Tensor) -> str:
 
 
 def _limit(operator: str, backend: str) -> str:
-    """The part of an operator that a backend leaves to plain PyTorch, or refuses."""
+    """The part of an operator that a backend leaves to plain PyTorch, or raises for."""
     if backend == "cpu":
         return CPU_KERNELS[operator]
     if backend == "triton" and operator in MOST_TRITON_LANDMARKS:

@@ -43,8 +43,8 @@ class Launch:
             return
         keep = torch.ones(1, 8, 256, dtype=torch.bool) if self.kind == "masked" else None
         call = key, key, landmarks, keep, 0.125
-        sums = hybrid.forward(*call)
-        hybrid.backward(*sums, *call)
+        sums = hybrid.sums_forward(*call)
+        hybrid.sums_backward(*sums, *call)
 
 
 WIDTHS = (32, 64, 128)

@@ -138,7 +138,7 @@ def _shapes_fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> 
 
 
 def _mask_fits(attn_mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    """As PyTorch takes it; what it would refuse is left to it."""
+    """The argument as PyTorch takes it; PyTorch itself raises for others."""
     shape = *query.shape[:-1], key.shape[-2]
     sizes = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
     return (

@@ -67,7 +67,7 @@ class DecoderCache:
                 f"length: expected at least {self._least.tolist()}, since {self.rollback} tokens "
                 f"can be taken back (init_cache's rollback), got {kept.tolist()}"
             )
-        # states first: the first of them refuses before anything has changed
+        # states first: one that cannot be cropped raises before anything has changed
         for layer in sorted(self.layers, key=lambda x: isinstance(x.attention, KeyValueCache)):
             layer.attention.crop(kept)
             if layer.convolution is not None:

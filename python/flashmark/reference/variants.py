@@ -186,7 +186,7 @@ def sequence_to_sequence_attention(
         cross = nystrom_attention(target[0], *source[1:], landmarks, **bidirectional)
         target_out = nystrom_attention(*target, landmarks, key_mask=target_mask, **options)
         return source_out, cross, target_out
-    # one causal sequence, whose rows of the source nobody looks at
+    # one causal sequence, whose source rows are not used
     both = [torch.cat(pair, dim=2) for pair in zip(source, target, strict=True)]
     mask = torch.cat(
         [
