@@ -1,4 +1,4 @@
-"""Suite `accuracy`: every operator and dtype, outputs and gradients, held against float64."""
+"""Suite `accuracy`: every operator and dtype, outputs and gradients, compared with float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def accuracy(settings: Settings) -> Iterator[Job]:
-    """No times: the largest error of each, in units of what is allowed."""
+    """Largest error of each result, as a multiple of the allowed error; no times."""
     lengths = settings.lengths or LENGTHS[: 2 if settings.quick else None]
     for dtype in settings.dtypes or DTYPES:
         for n in lengths:

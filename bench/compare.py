@@ -1,4 +1,4 @@
-"""One comparison: contenders made ready, checked, weighed, timed interleaved: CSV rows."""
+"""One comparison: prepares contenders, checks them, measures memory and time: CSV rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.peers import Unavailable
 from bench.timing import Run, interleaved, peak_memory
 
 Row = dict[str, object]
-# Makes a contender ready: what to time, and columns for its row ("status" where its check is red).
+# Makes a contender ready: the function to time, and columns ("status" where its check failed).
 Prepare = Callable[[], tuple[Run, Row]]
 
 
@@ -70,7 +70,7 @@ def compare(
     budget: float = math.inf,
     ahead: bool = False,
 ) -> Job:
-    """Only what is checked and green is timed. A column "flops" becomes "tflops".
+    """Time the contenders that passed their checks. A column "flops" becomes "tflops".
 
     No round starts once `budget` seconds are spent on rounds, the first excepted. `ahead` as
     `interleaved`.

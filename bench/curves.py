@@ -78,7 +78,7 @@ def _job(
 
 
 def _attention(fighter: Contender, work: Work, *, first: bool) -> Prepare:
-    """Held to float64 at a curve's first length: the other suites do it at theirs."""
+    """Contender checked against float64 at a curve's first length; other suites check others."""
     if first:
         return attention_contender(fighter, work, lambda: Oracle(work))
 
@@ -104,7 +104,7 @@ def _nystrom(backend: str, work: Work, *, first: bool) -> Prepare:
 
 
 def _in_time(name: str, prepare: Prepare, n: int, measured: dict[str, Row]) -> Prepare:
-    """Leaves out what did not run at the length before, or by its time there is beyond LIMIT."""
+    """Leave out contenders that failed at the length before, or would take longer than LIMIT."""
     power = 2 if name.endswith("causal") else 1
 
     def unless_too_long():

@@ -28,7 +28,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 
 def machine(device: torch.device) -> str:
-    """The processor that runs the work, as a person would name it."""
+    """Name of the processor that runs the work."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()

@@ -1,4 +1,4 @@
-"""Suites of what a mask, a bias and a cache cost: `density`, `bias`, `decode`."""
+"""Suites for the cost of masks, biases and caches: `density`, `bias`, `decode`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEPT = (1.0, 0.5, 0.25, 0.1)  # of the tiles under the diagonal
 
 
 def density(settings: Settings) -> Iterator[Job]:
-    """Random tiles, ever fewer: the time should fall as the density, for blocks of 128 and 64."""
+    """Random tiles, fewer and fewer: time should fall with density. Blocks of 128 and 64."""
     dtype = settings.dtypes[0] if settings.dtypes else _dtype(settings)
     for n in settings.choose_lengths(cpu=(4096,), gpu=(16384,)):
         for block in (128, 64):

@@ -1,4 +1,4 @@
-"""One call on a GPU: is it right, and how fast? `python -m bench.gpu --help`.
+"""Checks and times on a GPU in one call: `python -m bench.gpu --help`.
 
 First the kernels' tests on the device, then checks of every kernel and dtype against float64, then
 the timed suites, until the minutes are spent. Where an operator's tests are red, its times stay out
@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_tests(device: torch.device, out: Path, minutes: float) -> dict[str, str]:
-    """The kernels' own tests, on the device. Returns why an operator is red, where it is.
+    """The kernels' own tests, on the device. Returns the reason for each operator that failed.
 
     One operator after the other, so that the tests of one that do not finish say nothing of others.
     """
@@ -113,7 +113,7 @@ def run_tests(device: torch.device, out: Path, minutes: float) -> dict[str, str]
                 sys.executable, "-m", "pytest", "-q", "--tb=short", f"--device={device.type}",
                 f"--junitxml={junit}",
             ]  # fmt: skip
-            if device.type == "cuda":  # compiling takes longest, and that is the processor's
+            if device.type == "cuda":  # compiling takes longest, and runs on the CPU
                 command += ["-n", str(min(16, os.cpu_count() or 1))]
             left = until - time.monotonic()
             if left > 0:
@@ -129,7 +129,7 @@ def run_tests(device: torch.device, out: Path, minutes: float) -> dict[str, str]
 
 
 def read_verdict(junit: Path) -> str | None:
-    """Why the tests of a JUnit file are red, None if they are not."""
+    """Reason why the tests of a JUnit file failed, None if they passed."""
     if not junit.exists():
         return "its tests did not finish"
     cases = list(ElementTree.parse(junit).iter("testcase"))
@@ -144,7 +144,7 @@ def operator_of(name: str) -> str:
 
 
 def without_red(rows: list[Row], red: dict[str, str]) -> list[Row]:
-    """A kernel whose tests are red is wrong, whatever its own check says: no speed-up is shown."""
+    """Rows without speed-ups of kernels whose tests failed, whatever their own check says."""
     for row in rows:
         why = red.get(operator_of(str(row["suite"])))
         if why and str(row["contender"]).startswith("flashmark") and row["suite"] != "mask_build":

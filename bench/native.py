@@ -22,7 +22,7 @@ CORE = (144, 64, 64)  # heads of a whole decoder, landmarks, dimensions
 
 
 def native(settings: Settings) -> Iterator[Job]:
-    """Compiling what only data can tell, and the core with its gradient."""
+    """Compiling masks that depend on data, and the core with its gradient."""
     for n in settings.choose_lengths(cpu=(16384,), gpu=(16384,)):
         for name, case in CASES.items():
             if settings.patterns and name not in settings.patterns:

@@ -25,7 +25,7 @@ from bench.oracle import Oracle, relative_error
 from bench.patterns import PATTERNS
 from bench.peers import Contender, Unavailable, Work, contenders, first_line
 
-MOST_IN_FLOAT64 = 65536  # tokens; longer ones are held to their first 600
+MOST_IN_FLOAT64 = 65536  # tokens; longer ones are checked on their first 600
 PEER_BUDGET = 5e-2
 NAMES = ("query", "key", "value", "landmarks")
 
@@ -66,7 +66,7 @@ def _job(work: Work, settings: Settings) -> Job:
 
 
 def _quadratic(peer: Contender, work: Work, oracle: Callable[[], Oracle]) -> Prepare:
-    """Exact attention where a few minutes suffice for it."""
+    """Exact attention, at lengths where it takes a few minutes at most."""
     limit = 65536 if work.device.type == "cuda" else 16384
     prepare = attention_contender(peer, work, oracle)
 
@@ -97,7 +97,7 @@ def nystrom_contender(backend: str, work: Work, truth: Callable[[], dict[str, Te
 
 
 def _peer(make: Callable, work: Work, truth: Callable[[], dict[str, Tensor]] | None) -> Prepare:
-    """Somebody else's; held to ours in float64 where it is the same function (`truth`)."""
+    """Another library's attention, compared with ours in float64 where the function is the same."""
 
     def prepare():
         op = make(work)
@@ -118,7 +118,7 @@ def _peer(make: Callable, work: Work, truth: Callable[[], dict[str, Tensor]] | N
 
 
 def _errors_of_a_small_one(work: Work, backend: str) -> dict[str, tuple[float, float]]:
-    """Against the dense definition, which is quadratic in memory: on the first 600 tokens."""
+    """Errors against the dense definition (quadratic memory) on the first 600 tokens."""
     inputs, _ = nystrom_inputs(work)
     small = [x[:, :2, :600] for x in inputs[:3]]
     report = flashmark.check(flashmark.nystrom_attention, *small, inputs[3][:2], backend=backend)
@@ -147,7 +147,7 @@ def _results(op, inputs, dout: Tensor, backward: bool) -> dict[str, Tensor]:
 
 
 def float64(work: Work) -> dict[str, Tensor]:
-    """The tiled backend in float64, itself held to the dense definition on the small inputs."""
+    """The tiled backend in float64, itself compared with the dense definition on small inputs."""
     inputs, dout = nystrom_inputs(work)
     inputs = [x.detach().double().requires_grad_(work.backward) for x in inputs]
     op = functools.partial(flashmark.nystrom_attention, backend="eager")

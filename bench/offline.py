@@ -55,7 +55,7 @@ def parse_target(name: str) -> int | str:
 
 
 class _Absent:
-    """Stands in for the driver of a GPU."""
+    """Stand-in for the driver of a GPU."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -64,7 +64,7 @@ class _Absent:
         return self.target
 
     def get_current_device(self) -> int:
-        """One number a target: by it Triton keeps what it has compiled."""
+        """Device number of the target: Triton's key for its compiled kernels."""
         return _NUMBERS.setdefault(self.target, len(_NUMBERS))
 
     def get_current_stream(self, device: int = 0) -> int:

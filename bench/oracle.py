@@ -1,4 +1,4 @@
-"""Is it right? Dense float64 attention for some rows of a work at full size, from the formula."""
+"""Check at full size: dense float64 attention for some rows of a work, from the formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Oracle:
     """Expected results of a work whose loss reads one random query of each of 128 stretches.
 
     Those rows decide dq, dk and dv completely, and every block of queries and keys takes part, for
-    the price of 128 x N scores. Low precision is held to twice the error of plain PyTorch in the
+    the price of 128 x N scores. Low precision may have twice the error of plain PyTorch in the
     same dtype plus two roundings.
     """
 
@@ -36,7 +36,7 @@ class Oracle:
         self.budgets = self._budgets()
 
     def errors(self, attention: Attention) -> dict[str, tuple[float, float]]:
-        """(largest error relative to the largest entry, what is allowed) of each result."""
+        """(largest error relative to the largest entry, allowed error) of each result."""
         if not self.work.backward:
             with torch.no_grad():
                 results = {"out": attention(*self.inputs)[:, :, self.rows]}

@@ -79,7 +79,7 @@ class Contender:
     masked: bool = True  # False: plain causal attention, all there is without a mask library
 
     def follows(self, pattern: Pattern) -> bool:
-        """Does it compute the pattern's attention?"""
+        """Whether it computes the pattern's attention."""
         return self.masked or pattern.name == "causal"
 
 
@@ -97,7 +97,7 @@ def ours(backend: str) -> Contender:
 
 
 def sdpa(kind: SDPBackend | None = None) -> Contender:
-    """`scaled_dot_product_attention(is_causal=True)`: what PyTorch gives without a mask."""
+    """`scaled_dot_product_attention(is_causal=True)`, PyTorch's attention without a mask."""
 
     def prepare(work: Work) -> Attention:
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ COLOURS = {
 
 
 def plot(frame: pd.DataFrame, csv: Path) -> list[Path]:
-    """Draw each suite of a CSV beside it, as `<name>-<suite>.png`: what ran and was right.
+    """Draw each suite of a CSV beside it, as `<name>-<suite>.png`: the rows that ran and passed.
 
     The suite `curves` has its CSV to itself and is drawn as `<name>.png`.
     """

@@ -161,7 +161,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> None:
     variants |= {
         name: VARIANTS[name].make(8, 64, window, landmarks).to(device)
         for name in arguments.variants
-        if name != LEAKY  # what it costs is of no use to anybody
+        if name != LEAKY  # its cost is of no interest
     }
     for n in tqdm(arguments.lengths, desc="time and memory"):
         torch.manual_seed(0)

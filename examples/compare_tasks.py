@@ -1,4 +1,4 @@
-"""The two tasks of the comparison: real text, and recall of what was said long before."""
+"""The two tasks of the comparison: real text, and recall of values from long before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Task:
     """A task and the sizes that every attention gets on it."""
 
     name: str
-    score: str  # what `Score` of unseen data is reported
+    score: str  # the `Score` on unseen data that is reported
     context: int
     window: int  # of the hybrids; the near field is this to twice this wide
     landmarks: int
@@ -100,7 +100,7 @@ def loss_in_bits(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(model: Callable[[Tensor], Tensor], task: Task, device: torch.device, count: int) -> Score:
-    """Over `count` unseen batches, the same for every model."""
+    """Score over `count` unseen batches, equal for every model."""
     bits, right, asked = [], 0, 0
     for _, (inputs, targets) in zip(range(count), task.batches(1_000, True), strict=False):
         targets = targets.to(device)

@@ -74,7 +74,7 @@ class Nystrom(nn.Module):
     def __init__(self, heads: int, width: int, landmarks: int = 32):
         super().__init__()
         self.landmarks = nn.Parameter(flashmark.init_landmarks(heads, landmarks, width))
-        # memories of 1 to 8000 tokens: what a landmark holds fades by exp(-decay) a token
+        # memories of 1 to 8000 tokens: a landmark's content fades by exp(-decay) a token
         self.log_decay = nn.Parameter(-torch.linspace(0, 9, landmarks).repeat(heads, 1))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def validation_bits(model: Decoder, validation: Tensor, batches: int = 12) -> fl
 
 @torch.no_grad()
 def blind_to_the_future(model: Decoder, text: Tensor) -> bool:
-    """Exchange every byte from a place on: the logits before that place must keep their bits."""
+    """Check that replacing every byte from a place on changes no bit of the logits before it."""
     places = [cut - 1 for cut in (1, 50, 128, 200, CONTEXT - 1)]
     return flashmark.check_causality(model, positions=places, input_ids=text[None, :CONTEXT]).ok
 
@@ -238,7 +238,7 @@ def backend(operator: str) -> str:
 
 
 def print_table(rows: dict[str, dict], lengths: list[int]) -> None:
-    """A column an attention. Speed-ups are shown only where the proof is green."""
+    """A column an attention. Speed-ups are shown only where the checks passed."""
     yardstick = next(iter(rows.values()))
     lines = [
         ("bits per byte on unseen text", lambda row: f"{row['bits']:.3f}"),

@@ -1,4 +1,4 @@
-"""A causal attention that leaks, to show what a leak looks like. Never train a model with it."""
+"""A causal attention that leaks, to show how a leak appears. Never train a model with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predicts at many places at once from a pinned prefix; shows what another mask in training does.
+"""Predicts many places at once from a pinned prefix; shows the effect of another mask in training.
 
     python -m examples.parallel_decoding
 
@@ -85,7 +85,7 @@ def bits(model: Decoder, text: Tensor) -> list[float]:
 
 
 def same_bits(model: Decoder, text: Tensor) -> bool:
-    """In each call of its own one place is asked for, and all others hold other bytes."""
+    """Whether each place has the same bits in a call of its own, with other bytes elsewhere."""
     prefix, places = text[:, :PREFIX], text[:, PREFIX:]
     together = predict_in_parallel(model, prefix, places)
     for place in range(PLACES):

@@ -42,7 +42,7 @@ class Reader(nn.Module):
         self.decoder = Decoder(DecoderConfig(VOCABULARY, memory_dim=width, **sizes))
 
     def given(self, source: Tensor):
-        """The decoder with what the encoder made of `source`, padded on the right."""
+        """The decoder with the encoder's output for `source`, padded on the right."""
         key_mask = source != PADDING
         return self.decoder.given(self.encoder(source, key_mask=key_mask), key_mask=key_mask)
 

@@ -30,7 +30,7 @@ def standard_library(limit: int = 4_000_000) -> tuple[Tensor, Tensor]:
 
 
 def random_batches(text: Tensor, size: int, context: int, seed: int) -> Iterator[Tensor]:
-    """Endless (size, context + 1) windows at random places; a seed gives the same ones again."""
+    """Endless (size, context + 1) windows at random places; a seed fixes them."""
     generator = torch.Generator().manual_seed(seed)
     inside = torch.arange(context + 1)
     while True:

@@ -1,4 +1,4 @@
-"""For every test: uninitialised memory holds NaN, randomness is seeded, one thread."""
+"""Fixtures of every test: uninitialised memory holds NaN, randomness is seeded, one thread."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _poisoning(allocate):
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty(request, monkeypatch):
-    """`torch.empty` and its relatives return NaN: an element that nobody writes shows."""
+    """`torch.empty` and its relatives return NaN: an element that no one writes is seen."""
     if request.node.get_closest_marker("plain_empty"):
         return
     for owner, names in (

@@ -1,4 +1,4 @@
-"""Shared by the tests: poisoned inputs, error measures, masks written out by formula."""
+"""Helpers of the tests: poisoned inputs, error measures, masks written out by formula."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def qkv(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max |actual - expected| / max |expected|; infinities must be equal, NaN is refused."""
+    """max |actual - expected| / max |expected|; infinities must be equal, NaN is an error."""
     assert actual.shape == expected.shape, (
         f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     )

@@ -1,4 +1,4 @@
-"""flashmark.check finds what is wrong and passes what is right; show_config says what can run."""
+"""flashmark.check finds errors and passes correct operators; show_config lists the backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of the package: names that users have, imports without a circle, calls and schemas."""
+"""Layout of the package: public names, imports without a circle, calls and schemas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported_at_once(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of ours that one imports while it is imported itself."""
+    """Modules of the package that a module imports when it is imported."""
     found, open_nodes = set(), list(ast.parse(path.read_text()).body)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     while open_nodes:
@@ -53,7 +53,7 @@ def imported_at_once(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 def test_no_circle_of_imports():
     known = modules()
     graph = {name: imported_at_once(name, path, known) for name, path in known.items()}
-    assert "flashmark.masks" in graph["flashmark.arguments"]  # what is read is not nothing
+    assert "flashmark.masks" in graph["flashmark.arguments"]  # the list is not empty
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
@@ -68,7 +68,7 @@ def public_api() -> str:
 
 
 def test_public_names_and_signatures_are_those_on_record():
-    """Whoever changes them on purpose writes the new ones: python -m tests.test_layout"""
+    """After an intended change write the new ones: python -m tests.test_layout"""
     assert public_api() == (ROOT / "tests" / "public_api.txt").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The operators under the transforms of PyTorch: what works, and what is refused in a sentence."""
+"""The operators under the transforms of PyTorch: some work, the others raise one sentence."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Our operators answer with shapes: what they do inside is the business of a backend."""
+    """Mode in which our operators return shapes only: their inside belongs to the backends."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "flashmark":

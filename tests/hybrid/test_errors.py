@@ -1,4 +1,4 @@
-"""Bad input is refused in one sentence that names the argument, what was expected and what came."""
+"""Bad input raises one sentence that names the argument, the expected and the given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mask shows what its tensors and functions say at each call, however they changed."""
+"""A mask follows its tensors and functions at each call, however they changed."""
 
 from __future__ import annotations
 

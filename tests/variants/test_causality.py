@@ -1,5 +1,4 @@
-"""One probe for every attention of the package: whoever claims to be causal passes it, whoever
-leaks does not."""
+"""One probe for every attention of the package: those said to be causal pass it, and leaks fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The landmark family refuses bad input in one sentence: argument, expected, got."""
+"""The variants raise one sentence for bad input: argument, expected, got."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def flex_attention(
         query: (B, Hq, Nq, D).
         key: (B, Hkv, Nk, D); Hq a multiple of Hkv with `enable_gqa`, else equal.
         value: (B, Hkv, Nk, Dv).
-        block_mask: of FlexAttention, converted at each call, for what it reads may have changed; or
-            of flashmark: `flashmark.masks.from_flex(block_mask)` is converted once.
+        block_mask: of FlexAttention, converted at each call, as the tensors that it reads may have
+            changed; or of flashmark: `flashmark.masks.from_flex(block_mask)` converts once.
         scale: factor of q k^T; 1 / sqrt(D) when None.
         return_lse: also return the log-sum-exp (B, Hq, Nq), natural logarithm.
         kernel_options: of FlexAttention's templates; nothing here reads them.

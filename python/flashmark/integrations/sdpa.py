@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, by our kernels where they are ahead.
+    """`torch.nn.functional.scaled_dot_product_attention`, by our kernels where they are faster.
 
     Every call means what it means in PyTorch: `is_causal` is aligned to the top left (query i sees
     keys 0 to i, whatever the lengths; `block_sparse_attention` aligns to the bottom right), a bool
@@ -164,7 +164,8 @@ def _four_dims(x: Tensor) -> Tensor:
 def _top_left_causal(
     query: Tensor, key: Tensor, value: Tensor, **options: Unpack[BlockSparseOptions]
 ) -> Tensor:
-    """A square for the queries that have a key of their own number; the others see every key."""
+    """Attention with causality aligned to the top left: a square for the queries that have a key
+    of their own number; the others see every key."""
     square = min(query.shape[2], key.shape[2])
     rows = query[:, :, :square], key[:, :, :square], value[:, :, :square]
     out = block_sparse_attention(*rows, masks.causal(), **options)
@@ -188,6 +189,6 @@ def _mask_and_bias(
 
 
 def _may_compile(mask: Tensor) -> bool:
-    """Compiling to tiles reads numbers back from the device."""
+    """Whether a mask may be compiled to tiles, which reads numbers back from the device."""
     capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
     return not (torch.compiler.is_compiling() or capturing)

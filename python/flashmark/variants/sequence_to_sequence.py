@@ -1,4 +1,4 @@
-"""An encoder and a decoder through the same landmarks: what they share is a state of fixed size."""
+"""An encoder and a decoder through the same landmarks, which share a state of fixed size."""
 
 from __future__ import annotations
 

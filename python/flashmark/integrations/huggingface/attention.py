@@ -36,7 +36,7 @@ def register(name: str = "flashmark") -> None:
     Both are needed: without a mask function transformers passes no mask, and models whose layers do
     not ask for causality themselves would see the future. transformers takes every name with
     "flash" in it for a kernel of FlashAttention; the name is exempted from that. Early releases of
-    version 5 hold some configurations to it all the same (gpt-oss): there, choose a name without.
+    version 5 still apply it to some configurations (gpt-oss): there, choose a name without.
     From then on a model whose configuration records a conversion (`to_nystrom`, `to_hybrid`) is
     built and loaded as one; without it, transformers refuses to load one.
     """

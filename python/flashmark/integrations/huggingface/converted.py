@@ -1,4 +1,4 @@
-"""Attention modules of transformers with landmarks: what they hold and what they compute."""
+"""Attention modules of transformers with landmarks: their parameters and their computation."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Conversion:
 class LandmarkModule(nn.Module):
     """Landmarks (Hkv, M, D) of an attention module, as a module that PEFT finds by its name.
 
-    They are called `bias` because training scripts, the Trainer of transformers among them, tell by
-    its name whether a parameter is decayed. Their first values depend on `seed` alone.
+    They are called `bias` because training scripts, the Trainer of transformers among them, go by
+    its name to decide which parameters decay. Their first values depend on `seed` alone.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ def refusal(module: Any, kind: str) -> str | None:
 
 
 def attach(model: nn.Module, module: Any, conversion: Conversion) -> None:
-    """Give an attention module of `model` its landmarks, and the hook that serves its calls."""
+    """Add landmarks to an attention module of `model`, and the hook that prepares its calls."""
     heads = getattr(module, "num_heads", None) or module.config.num_attention_heads
     kv_heads = heads // getattr(module, "num_key_value_groups", 1)
     shape = kv_heads, conversion.landmarks, _head_dim(module)
@@ -162,7 +162,7 @@ def _rotary_factor(model: nn.Module) -> float:
 
 
 def _prepare(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Before a converted module runs: find its cache, take away or note its rotation."""
+    """Hook before a converted module runs: find its cache, remove or record its rotation."""
     from flashmark.integrations.huggingface.pretrained import check_implementation
 
     check_implementation(module.config._attn_implementation)
@@ -268,7 +268,7 @@ def _hybrid(query: Tensor, landmarks: Tensor, scale: float, window: int) -> Atte
 def _beside(
     module: Any, query: Tensor, key: Tensor, landmarks: Tensor, rotation: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys with their rotated part a second time, turned back: what landmarks see.
+    """Keys with their rotated part a second time, rotation undone, for the landmarks.
 
     Queries are 0 there and landmarks 0 in the rotated part, so that near tokens are scored as in
     the original model, and landmarks choose keys by content alone.

@@ -22,8 +22,8 @@ class LazyMask(Tensor):
 
     transformers hands masks from the model to its layers as tensors. Our attention reads the
     formula; any other operation gets the elements that eager attention would: 0, or the lowest
-    number of the dtype where a key is hidden. So models with an attention all of their own, which
-    ask for no implementation, stay right.
+    number of the dtype where a key is hidden. So models with their own attention, which ask for
+    no implementation, stay correct.
     """
 
     pattern: Mask | None
@@ -88,7 +88,7 @@ class LazyMask(Tensor):
         return self._kept[1]
 
     def dense(self) -> Tensor:
-        """Every element, written out once."""
+        """Every element, computed once."""
         if not hasattr(self, "_dense"):
             self._dense = self._written_out()
         return self._dense
@@ -126,7 +126,7 @@ class Sizes:
 
     @property
     def aligned(self) -> bool:
-        """The last query is the last key: flashmark's own alignment."""
+        """Whether the last query is the last key: flashmark's own alignment."""
         offset = self.q_offset
         return isinstance(offset, int) and offset - self.kv_offset == self.kv_len - self.q_len
 

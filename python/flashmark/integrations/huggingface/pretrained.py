@@ -18,7 +18,7 @@ from flashmark.integrations.huggingface.converted import (
 )
 from flashmark.integrations.huggingface.state import tell_later_layers
 
-names: list[str] = []  # that `register` was called with
+names: list[str] = []  # names that `register` was called with
 
 
 def check_implementation(name: str | None) -> None:
@@ -30,12 +30,12 @@ def check_implementation(name: str | None) -> None:
 
 
 def conversions(config: Any) -> list[Conversion]:
-    """That a configuration records."""
+    """Conversions that a configuration records."""
     return [Conversion(**each) for each in getattr(config, FIELD, None) or []]
 
 
 def extend_transformers() -> None:
-    """Let `from_pretrained` and all else that builds a model look at its configuration."""
+    """Make `from_pretrained` and other ways to build a model read the recorded conversions."""
     if hasattr(PreTrainedModel.post_init, "__wrapped__"):
         return
     _extend("post_init", _post_init)
@@ -65,7 +65,7 @@ def _post_init(original: Any, model: Any) -> None:
 
 
 def _initialize_weights(original: Any, model: Any, module: nn.Module, *args: Any) -> None:
-    """Landmarks that a checkpoint does not hold."""
+    """Initialise landmarks that a checkpoint does not hold."""
     if not isinstance(module, LandmarkModule):
         return original(model, module, *args)
     if not getattr(module.bias, "_is_hf_initialized", False):

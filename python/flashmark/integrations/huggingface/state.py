@@ -23,8 +23,8 @@ class StateLayer(DynamicLayer):
     """A cache layer that holds the state of Nyström or hybrid attention.
 
     The core of the landmarks that a stream began with is held too. A state forgets no single token:
-    `crop` works after `activate_past_recording`, from when on the tokens since the last `crop` are
-    kept beside it. Cropping costs a pass over those that stay, at the next call.
+    `crop` works after `activate_past_recording`: from then on the tokens since the last `crop` are
+    kept as well. Cropping costs a pass over those that stay, at the next call.
     """
 
     def __init__(self, record_past: bool = False) -> None:
@@ -57,7 +57,7 @@ class StateLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The new tokens only."""
+        """Return the new tokens only."""
         self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[-2]
         return key_states, value_states
@@ -81,7 +81,7 @@ class StateLayer(DynamicLayer):
         return out
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a number <= 0; then forget what could be."""
+        """Take back the last tokens, given as a number <= 0; older ones stay for good."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected a number <= 0, got {tokens_to_remove}")
         if not self.record_past:
