@@ -9,7 +9,6 @@ import dataclasses
 
 import numpy as np
 
-from .parser import Name
 from .registry import opcode, unknown
 
 
@@ -360,7 +359,7 @@ def _start_box(M, i, tensor, start, place: int, barrier: int, warp: int, lane: i
     cta = int(M.cta_of[warp])
     cells = np.zeros(0, int)
     if M.options.check_races:
-        cells = np.unique((at + cta * M.shared_bytes) // M.races.granule)
+        cells = M.races.cells_of(at + cta * M.shared_bytes, size)
         M.races.async_write(i, cells, warp, lane)
     copy = BulkCopy(cta, slot, at, size, addresses, inside, i, cells)
     landing = M.options.landing
@@ -369,7 +368,3 @@ def _start_box(M, i, tensor, start, place: int, barrier: int, warp: int, lane: i
         copy.land(M)
     else:
         copies.bulk.append(copy)
-
-
-def _unused() -> type:
-    return Name

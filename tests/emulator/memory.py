@@ -127,8 +127,27 @@ def emit_st(c, i):
 def store_shared(M, i, address, size: int, values: list, s, m) -> None:  # noqa: N803
     at = M.shared_at(i, address, size * len(values), s, m)
     if M.options.check_races:
-        M.races.write(i, at, size * len(values), s, m)
+
+        def changes():
+            return _changes(M.words[size], at // size, values, m, len(M.all_warps if s is None else s))
+
+        M.races.write(i, at, size * len(values), s, m, changes=changes)
     scatter(M, i, M.words[size], at // size, values, s, m, address)
+
+
+def _changes(words, index, values: list, m, warps: int) -> np.ndarray:
+    """Which lanes, as the race checker lists them, would store something new."""
+    different = np.zeros(index.shape, bool)
+    for n, value in enumerate(values):
+        different = different | (words[index + n] != value)
+    if m is None:
+        if different.shape[1] > index.shape[1]:
+            different = different.any(1, keepdims=True)
+        return np.broadcast_to(different, (warps, index.shape[1])).ravel()
+    shape = (warps, max(index.shape[1], m.shape[1]))
+    if different.shape[1] > shape[1]:
+        different = different.any(1, keepdims=True)
+    return np.broadcast_to(different, shape)[np.broadcast_to(m, shape)]
 
 
 def scatter(M, i, words, index, values: list, s, m, address) -> None:  # noqa: N803

@@ -159,19 +159,23 @@ class Races:
         self.reads[cells + (agents * self.granules)[:, None]] = stamp
         self.last_read[cells] = stamp
 
-    def write(self, i, at, size: int, chosen, mask, in_flight: bool = False):
-        """Returns the granules and their stamps, of a write in flight."""
+    def write(self, i, at, size: int, chosen, mask, in_flight: bool = False, changes=None):
+        """Returns the granules, warps and lanes of the write. `changes()` says which lanes change
+        what is there: to write the same again is no race.
+        """
         cells, warps, lanes = self._lanes(at, size, chosen, mask)
         if not len(warps):
             return cells, warps, lanes
-        self._check_write(i, cells, warps, lanes, self.seen, self.limit)
+        self._check_write(i, cells, warps, lanes, self.seen, self.limit, changes)
         stamp = (IN_FLIGHT if in_flight else self.now) << 32 | i.index << 16
         self.writes[cells] = (stamp | self.own[warps] << 8 | lanes)[:, None]
         return cells, warps, lanes
 
-    def _check_write(self, i, cells, warps, lanes, seen, limits) -> None:
+    def _check_write(self, i, cells, warps, lanes, seen, limits, changes=None) -> None:
         last = self.writes[cells]
         bad = last >= limits[warps][:, None]
+        if bad.any() and changes is not None:
+            bad &= changes()[:, None] | (last >> 32 == IN_FLIGHT)
         if bad.any():
             self._check_writes(i, "write", bad, last, cells, warps, lanes, seen)
         bad = self.last_read[cells] >= (self.limit[warps] >> 16)[:, None]
@@ -240,6 +244,12 @@ class Races:
     def _report(self, i, kind: str, warp: int, lane: int, cell: int, other: str) -> None:
         address = int(cell) % self.per_cta * self.granule
         self.machine.report(i, kind, warp, lane, address, other)
+
+    def cells_of(self, at, size: int) -> np.ndarray:
+        """Granules of elements of `size` bytes, each once."""
+        if size > self.granule:
+            at = at[:, None] + np.arange(0, size, self.granule)
+        return np.unique(at // self.granule)
 
     # what is in flight
 
