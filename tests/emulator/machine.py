@@ -57,6 +57,15 @@ class Memory:
                 self.regions.append(Region(start, end))
         self.starts = [r.start for r in self.regions]
 
+    def nearest(self, address: int) -> str:
+        """How far an address is from the nearest range, in words."""
+        if not self.regions:
+            return "no tensor"
+        region = min(self.regions, key=lambda r: max(r.start - address, address - r.end + 1))
+        where = (f"{region.start - address} bytes before" if address < region.start
+                 else f"{address - region.end} bytes after")  # fmt: skip
+        return f"{where} a tensor of {region.end - region.start} bytes"
+
     def find(self, address: int) -> Region | None:
         n = bisect.bisect_right(self.starts, address) - 1
         if n >= 0 and address < self.regions[n].end:
@@ -187,7 +196,8 @@ class Machine:
             if region is None or at + size > region.end:
                 bad = np.zeros(shape, bool)
                 bad[row, lane] = True
-                self.report_lanes(i, f"out of bounds: {size} bytes of global memory", bad, address, chosen)  # fmt: skip # noqa: E501
+                kind = f"out of bounds: {size} bytes of global memory"
+                self.report_lanes(i, kind, bad, address, chosen, self.memory.nearest(at))
         return None
 
     # shared memory

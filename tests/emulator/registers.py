@@ -1,8 +1,8 @@
 """Registers of products in flight: who may touch them.
 
 Between a wgmma and the wait that covers it nobody may read or write its registers, but for products
-of the same shape that add to the same ones. What other instructions wrote, a product may use only
-after wgmma.fence. Blocks are followed for each warp by a small state, and what a block does to a
+of the same shape that add to the same ones. What other instructions read or wrote, a product may
+use only after wgmma.fence. Blocks are followed for each warp by a small state, and what a block does to a
 state is worked out once.
 """
 
@@ -18,11 +18,13 @@ from .parser import Register, Vector
 @dataclasses.dataclass(frozen=True)
 class State:
     """`flight`: committed groups, oldest first, then the open one; each of (register, product).
-    `dirty`: registers written since the last fence, with the instruction that did.
+    `dirty`: registers used since the last fence, with the instruction that did. `fenced`: whether
+    there was a fence at all.
     """
 
     flight: tuple = (frozenset(),)
     dirty: frozenset = frozenset()
+    fenced: bool = False
 
 
 class RegisterState:
@@ -82,19 +84,20 @@ class _Moves:
         from .program import effects
 
         flight, dirty, faults = list(state.flight), dict(state.dirty), []
+        fenced = state.fenced
         for i in self.program.instructions[block.start : block.end]:
             reads, writes = effects(i)
             if i.base == "wgmma":
                 if i.has("fence"):
-                    dirty = {}
+                    dirty, fenced = {}, True
                 elif i.has("commit_group"):
                     flight.append(frozenset())
                 elif i.has("wait_group"):
                     keep = i.operands[0].value
-                    flight = flight[-1 - keep :] if keep < len(flight) else flight
-                    if keep == 0:
-                        flight = [flight[-1]]
+                    flight = flight[-1 - keep :]
                 else:
+                    if not fenced:
+                        faults.append(("no wgmma.fence before the first product", i, "", ""))
                     self._product(i, flight, dirty, faults)
                 continue
             touched = (reads | writes) & self.relevant
@@ -104,18 +107,18 @@ class _Moves:
                         if register in touched and not (role == "a" and register not in writes):
                             faults.append(("register of a product in flight", i, register,
                                            self.program.instructions[owner]))  # fmt: skip
-                for register in writes & self.relevant:
+                for register in touched:
                     dirty[register] = i.index
         while len(flight) > 1 and not flight[0]:
             flight.pop(0)
-        return State(tuple(flight), frozenset(dirty.items())), faults
+        return State(tuple(flight), frozenset(dirty.items()), fenced), faults
 
     def _product(self, i, flight, dirty, faults) -> None:
         results = _names(i.operands[0])
         sources = _names(i.operands[1]) if isinstance(i.operands[1], Vector) else []
         for register in (*results, *sources):
             if register in dirty:
-                faults.append(("no wgmma.fence after a write of a product's register", i, register,
+                faults.append(("no wgmma.fence after a use of a product's register", i, register,
                                self.program.instructions[dirty[register]]))  # fmt: skip
         for group in flight:
             for register, owner, role in group:
