@@ -351,6 +351,9 @@ def each_lane(M, i, what: str, address, values, s, m) -> None:  # noqa: N803
     if M.barriers is None:
         M.barriers = Barriers(M)
     barriers = M.barriers
+    if what != "initialise":
+        for row, lane in np.argwhere(some):
+            barriers.slot(i, int(address[row, lane]), int(warps[row]), int(lane))
     if what != "initialise" and M.options.check_races and some.any():
         M.races.read(i, M.shared_at(i, address, 8, s, some), 8, s, some)
     for row, lane in np.argwhere(some):

@@ -16,19 +16,21 @@ HEADER = """
 """
 
 
-def run(body: str, *inputs: np.ndarray, outputs: list[str], shared: int = 0, extra: str = "",
-        options: Options | None = None) -> list[np.ndarray]:  # fmt: skip
+def run(body: str, *inputs: np.ndarray, outputs: list[str], shared: int = 0,
+        arrays: tuple[np.ndarray, ...] = (), options: Options | None = None) -> list[np.ndarray]:  # fmt: skip
     """Outputs %y0, %y1, ... (NumPy types) of a body that finds its inputs in %x0, %x1, ...
 
-    An element of an input is a thread's. %t is the thread; %s, %w and %p are free registers.
+    An element of an input is a thread's. %t is the thread; %s, %w, %d, %h and %p are free
+    registers. The parameters g_0, g_1, ... point to `arrays`.
     """
     threads = len(inputs[0])
     inputs = [np.ascontiguousarray(x) for x in inputs]
     results = [np.zeros(threads, kind) for kind in outputs]
-    arrays = [*inputs, *results]
-    params = ", ".join(f".param .u64 k_{n}" for n in range(len(arrays)))
+    own = [*inputs, *results]
+    names = [f"k_{n}" for n in range(len(own))] + [f"g_{n}" for n in range(len(arrays))]
+    params = ", ".join(f".param .u64 {name}" for name in names)
     declared, before, after = [], [], []
-    for n, array in enumerate(arrays):
+    for n, array in enumerate(own):
         name = f"%x{n}" if n < len(inputs) else f"%y{n - len(inputs)}"
         size = array.itemsize
         declared.append(f".reg .{KINDS[size]} {name};")
@@ -44,7 +46,7 @@ def run(body: str, *inputs: np.ndarray, outputs: list[str], shared: int = 0, ext
 {{
 .reg .b64 %a; .reg .b64 %d<8>; .reg .b32 %t; .reg .b32 %s<16>; .reg .b32 %w<64>;
 .reg .b16 %h<8>; .reg .pred %p<8>;
-{" ".join(declared)} {extra}
+{" ".join(declared)}
 mov.u32 %t, %tid.x;
 {" ".join(before)}
 {body}
@@ -53,8 +55,8 @@ ret;
 }}
 """
     program = Program(parse(text)["k"])
-    ranges = [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in arrays]
-    pointers = np.array([x.ctypes.data for x in arrays], "u8").tobytes()
+    ranges = [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in (*own, *arrays)]
+    pointers = np.array([start for start, _ in ranges], "u8").tobytes()
     launch(program, (1, 1, 1), threads, pointers, ranges, shared, options)
     return results
 
