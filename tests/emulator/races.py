@@ -1,8 +1,8 @@
 """Which accesses to memory are ordered, and reports of those that are not.
 
 Time is a counter. Every granule of shared memory (the bytes of the kernel's smallest access) knows
-its last write and each agent's last read, with time and instruction. An agent is a warp, the tensor
-core of a warp group, or the copies that complete on one mbarrier. `seen[w, a]` is the time up to
+its last write and each agent's last read, with time and instruction. An agent is a warp, the
+matrix products that it leads, or the copies that complete on one mbarrier. `seen[w, a]` is the time up to
 which warp w is ordered after agent a: barriers raise it, and an access to something later is a race
 however the warps happened to be scheduled. A copy or a product in flight is of a time that nobody
 has seen, until it is waited for. `proxied` is the same for what the async proxy may read: fences
@@ -59,17 +59,17 @@ class Races:
         self.machine = machine
         self.granule = machine.program.granule["shared"]
         self.per_cta = machine.shared_bytes // self.granule
-        warps, groups = machine.warps_per_cta, -(-machine.warps_per_cta // 4)
-        self.first_group, self.first_slot = warps, warps + groups
-        agents = warps + groups + self.SLOTS
+        warps = machine.warps_per_cta
+        self.first_product, self.first_slot = warps, 2 * warps
+        agents = 2 * warps + self.SLOTS
         granules = machine.ctas * self.per_cta
         self.writes = np.zeros(granules, "i8")  # time, instruction, agent, lane
         self.last_read = np.zeros(granules, "i8")  # time, instruction
-        self.reads = np.zeros((warps + groups) * granules, "i8")
+        self.reads = np.zeros(2 * warps * granules, "i8")
         self.granules = granules
         self.now = 1
         self.seen = np.zeros((machine.warps, agents), "i8")
-        self.seen[:, self.first_group :] = NEVER
+        self.seen[:, self.first_product :] = NEVER
         self.proxied = self.seen.copy()
         self.used = np.zeros(agents, bool)
         self.own = np.arange(machine.warps) % warps
@@ -235,10 +235,10 @@ class Races:
             self._report(i, kind, int(warp[row]), int(lanes[n[row]]), cell[row], other)
 
     def _agent(self, agent: int, lane: int) -> str:
-        if agent < self.first_group:
+        if agent < self.first_product:
             return f"warp {agent}" + ("" if lane == ALL_LANES else f", lane {lane}")
         if agent < self.first_slot:
-            return f"warp group {agent - self.first_group}'s products"
+            return f"the products of warp {agent - self.first_product}'s group"
         return "the copies of an mbarrier"
 
     def _report(self, i, kind: str, warp: int, lane: int, cell: int, other: str) -> None:
@@ -266,7 +266,7 @@ class Races:
         if bad.any():
             lanes = np.full(len(warps), ALL_LANES)
             self._check_writes(i, "read", bad, last, cells, warps, lanes, self.proxied)
-        agents = self.first_group + self.own[warps] // 4
+        agents = self.first_product + self.own[warps]
         for agent in np.unique(agents):
             self.use(int(agent))
         stamp = IN_FLIGHT << 16 | i.index
@@ -274,7 +274,7 @@ class Races:
         self.last_read[cells] = stamp
 
     def async_read_done(self, cells, warps) -> None:
-        agents = self.first_group + self.own[warps] // 4
+        agents = self.first_product + self.own[warps]
         at = cells + (agents * self.granules)[:, None]
         stamps = self.reads[at]
         done = self.now << 16 | stamps & 0xFFFF

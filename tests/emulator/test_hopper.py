@@ -153,7 +153,7 @@ def test_a_write_into_what_a_product_reads():
     def edit(text):
         return text.replace("wgmma.commit_group", "st.shared.b32 [%s0], 0; wgmma.commit_group")
 
-    with pytest.raises(EmulationError, match="race: write after read in flight.*st.shared.*warp group 0's products"):
+    with pytest.raises(EmulationError, match="race: write after read in flight.*st.shared.*the products of warp 0's group"):
         product(a, b, 128, edit=edit)
 
 

@@ -101,12 +101,13 @@ def _product(c, i) -> None:
 
 
 class Products:
-    """Reads of shared memory by products in flight, by warp group."""
+    """Reads of shared memory by products in flight, each under the first of the warps that issued
+    it together.
+    """
 
     def __init__(self, machine):
-        groups = machine.ctas * -(-machine.warps_per_cta // 4)
-        self.committed = np.zeros(groups, int)
-        self.under_way: list = []  # (instruction, groups, leaders, group numbers, cells)
+        self.committed = np.zeros(machine.warps, int)
+        self.under_way: list = []  # (instruction, leaders, their group numbers, cells)
 
 
 def products_of(M) -> Products:  # noqa: N803
@@ -163,8 +164,7 @@ def _note_read(M, i, at, leaders, size: int) -> None:  # noqa: N803
         cells = (cells[..., None] + np.arange(count)).reshape(len(leaders), -1)
     races.async_read(i, cells, leaders)
     products = products_of(M)
-    groups = groups_of(M, leaders)
-    products.under_way.append((i, groups, leaders, products.committed[groups], cells))
+    products.under_way.append((i, leaders, products.committed[leaders], cells))
 
 
 def product(M, i, kind, n, k, first, second, acc, scale, signs, transposes, s, m):  # noqa: N803
@@ -203,36 +203,32 @@ def _whole_groups(M, i, warps) -> None:  # noqa: N803
 
 
 def commit(M, s) -> None:  # noqa: N803
-    warps = M.all_warps if s is None else s
-    leaders = warps[warps % M.warps_per_cta % 4 == 0]
-    products_of(M).committed[groups_of(M, leaders)] += 1
+    products_of(M).committed[M.all_warps if s is None else s] += 1
 
 
 def wait(M, keep: int, s) -> None:  # noqa: N803
     """All but the newest `keep` groups of products are done."""
     warps = M.all_warps if s is None else s
-    leaders = warps[warps % M.warps_per_cta % 4 == 0]
     products, races = products_of(M), M.races
     races.tick()
-    least = np.full(len(products.committed), -1)
-    groups = groups_of(M, leaders)
-    least[groups] = products.committed[groups] - keep
+    least = np.full(M.warps, -1)
+    least[warps] = products.committed[warps] - keep
     rest = []
-    for i, owners, lead, numbers, cells in products.under_way:
-        over = numbers < least[owners]
+    for i, leaders, numbers, cells in products.under_way:
+        over = numbers < least[leaders]
         if over.any():
-            races.async_read_done(cells[over], lead[over])
+            races.async_read_done(cells[over], leaders[over])
         left = ~over
         if left.any():
-            rest.append((i, owners[left], lead[left], numbers[left], cells[left]))
+            rest.append((i, leaders[left], numbers[left], cells[left]))
     products.under_way = rest
-    # agent of each warp's own group
-    agents = races.first_group + races.own[warps] // 4
-    for agent in np.unique(agents):
-        if races.used[agent]:
-            mine = warps[agents == agent]
-            races.seen[mine, agent] = races.now if keep == 0 else races.seen[mine, agent]
-            if keep:
-                races.seen[mine, agent] = races.now
+    # the warps of a group that wait together have seen each other's products
+    first = warps - warps % M.warps_per_cta % 4
+    for n in range(4):
+        theirs = np.minimum(first + n, M.warps - 1)
+        mine = warps[least[theirs] >= 0]
+        agents = races.first_product + races.own[theirs[least[theirs] >= 0]]
+        used = races.used[agents]
+        races.seen[mine[used], agents[used]] = races.now
     races.tick()
     races.update(warps)
