@@ -140,14 +140,16 @@ def test_a_store_out_of_bounds():
 
 
 SHIFTED = {
-    "shuffle": (80, r"(shfl\.sync\.bfly\.b32\s+\S+ \S+) 1,", lambda m: f"{m[1]} 2,", "shfl"),
+    "shuffle": (80, r"(shfl\.sync\.bfly\.b32\s+\S+ \S+) 1,", lambda m: f"{m[1]} 2,", "two lanes store"),
     "descriptor": (90, "4611686293305294850", "4611686293305294852", "wgmma"),
 }
 
 
 @pytest.mark.parametrize("name", SHIFTED)
 def test_a_wrong_lane_or_place_gives_a_wrong_result(name):
-    """A shuffle one step off; a descriptor 32 bytes off, which may also read what nobody wrote."""
+    """A shuffle one step off, where lanes that hold one value store several; a descriptor 32 bytes
+    off, which may also read what nobody wrote.
+    """
     arch, pattern, new, culprit = SHIFTED[name]
     right, _ = run(arch)
     wrong = []

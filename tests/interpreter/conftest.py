@@ -25,6 +25,7 @@ if INTERPRETED:
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu (the interpreter), emulated or cuda")
+    parser.addoption("--every", type=int, default=1, help="run one in so many of the tests")
     parser.addoption("--arch", default="90", choices=("80", "90"), help="of --device emulated")
 
 
@@ -36,6 +37,12 @@ def pytest_configure(config):
         )
     if device == "emulated":
         os.environ["FLASHMARK_EMULATED"] = config.getoption("--arch")
+
+
+def pytest_collection_modifyitems(config, items):
+    step = config.getoption("--every")
+    config.hook.pytest_deselected(items=[x for n, x in enumerate(items) if n % step])
+    items[:] = items[::step]
 
 
 @pytest.fixture(scope="session")
