@@ -52,7 +52,7 @@ host-time: $(PACKAGE)  ## microseconds of a call on the host, through Triton's l
 	$(BIN)/python -m tests.compile.driver.host_time
 
 # One in $(EVERY) of the interpreter's tests for each architecture; Triton's cache is that of test-compile.
-EVERY ?= 6
+EVERY ?= 7
 EMULATED = $(PYTEST) -n $(WORKERS) tests/interpreter --device emulated
 TRITON36 := build/triton-3.6.0
 

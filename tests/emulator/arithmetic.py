@@ -401,7 +401,9 @@ def emit_bfind(c, i):
     value = c.read(i.operands[1], i.type)
     most = 8 * SIZES[i.type] - 1
     zeros = c.call(leading_zeros, value)
-    c.write(i.operands[0], "u32", f"np.where({value} == 0, 0xFFFFFFFF, {most} - {zeros}).astype('u4')")
+    c.write(
+        i.operands[0], "u32", f"np.where({value} == 0, 0xFFFFFFFF, {most} - {zeros}).astype('u4')"
+    )
 
 
 @opcode("brev")

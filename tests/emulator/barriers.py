@@ -269,7 +269,9 @@ class Barriers:
     def invalidate(self, i, address: int, warp: int, lane: int) -> None:
         self.live[self.machine.cta_of[warp], self.slot(i, address, warp, lane)] = False
 
-    def arrive(self, i, address: int, warp: int, lane: int, count: int = 1, expect: int = 0) -> None:
+    def arrive(
+        self, i, address: int, warp: int, lane: int, count: int = 1, expect: int = 0
+    ) -> None:
         machine = self.machine
         slot, cta = self.slot(i, address, warp, lane), machine.cta_of[warp]
         races = machine.races
@@ -327,7 +329,9 @@ def emit_mbarrier(c, i):
         if not i.has("parity") or i.guard:
             raise unknown(i)
         to, address, parity = i.operands[:3]
-        call = c.call(try_wait, "M", c.thing(i), c.address(address), c.read(parity, "u32"), "s", "m")
+        call = c.call(
+            try_wait, "M", c.thing(i), c.address(address), c.read(parity, "u32"), "s", "m"
+        )
         name = c.let(call)
         c.write(to, "pred", name)
         c.result = name
@@ -337,7 +341,9 @@ def emit_mbarrier(c, i):
 
 def _each(c, i, address, what: str, *value: str) -> str:
     values = value[0] if value else "None"
-    return c.call(each_lane, "M", c.thing(i), repr(what), c.address(address), values, "s", c.mask(i))
+    return c.call(
+        each_lane, "M", c.thing(i), repr(what), c.address(address), values, "s", c.mask(i)
+    )
 
 
 def each_lane(M, i, what: str, address, values, s, m) -> None:  # noqa: N803
@@ -377,7 +383,11 @@ def try_wait(M, i, address, parity, s, m) -> np.ndarray:  # noqa: N803
     width = max(address.shape[1], parity.shape[1])
     shape = (len(warps), width)
     address = np.broadcast_to(address, shape)
-    some = np.ones(shape, bool) if m is None else np.broadcast_to(m, (len(warps), max(width, m.shape[1])))
+    some = (
+        np.ones(shape, bool)
+        if m is None
+        else np.broadcast_to(m, (len(warps), max(width, m.shape[1])))
+    )
     if M.barriers is None:
         M.barriers = Barriers(M)
     barriers = M.barriers
@@ -388,7 +398,9 @@ def try_wait(M, i, address, parity, s, m) -> np.ndarray:  # noqa: N803
         if len(row):
             slots[where] = barriers.slot(i, int(at), int(warps[row[0][0]]), int(row[0][1]))
     done = (barriers.phase[M.cta_of[warps][:, None], slots] & 1) != np.broadcast_to(parity, shape)
-    rows, lanes = np.nonzero(done & some if done.shape == some.shape else done & some.any(1, keepdims=True))
+    rows, lanes = np.nonzero(
+        done & some if done.shape == some.shape else done & some.any(1, keepdims=True)
+    )
     if len(rows):
         barriers.acquire(warps[rows], slots[rows, lanes if width > 1 else 0])
     return done

@@ -18,7 +18,9 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
 def f32_to_bf16(x: np.ndarray, rounding: str = "rn") -> np.ndarray:
     bits = np.ascontiguousarray(x).view("u4")
     if rounding == "rn":
-        rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+        rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(
+            16
+        )
     elif rounding == "rz":
         rounded = bits >> np.uint32(16)
     else:
@@ -115,7 +117,8 @@ def emit_cvt(c, i):
     register = c.program.sizes[c.program.numbers[i.operands[0].name]]
     if SIZES[to] < int(register[1]):  # the register's other bits: sign or zeros
         signed = "i" if to[0] == "s" else "u"
-        result = f"{result}.view('{signed}{SIZES[to]}').astype('{signed}{register[1]}').view('{register}')"
+        narrow, wide = f"{signed}{SIZES[to]}", f"{signed}{register[1]}"
+        result = f"{result}.view('{narrow}').astype('{wide}').view('{register}')"
         return c.write(i.operands[0], f"b{8 * int(register[1])}", result, i.guard)
     c.write(i.operands[0], to, f"{result}.view('{_numpy(to)}')", i.guard)
 

@@ -67,7 +67,9 @@ class Copies:
                     self.land(copy, over)
                 if self.machine.options.check_races:
                     races = self.machine.races
-                    races.land(copy.instruction, copy.cells[over], copy.warps[over], copy.lanes[over])
+                    races.land(
+                        copy.instruction, copy.cells[over], copy.warps[over], copy.lanes[over]
+                    )
                 copy = _without(copy, over)
             if len(copy.warps):
                 rest.append(copy)
@@ -155,7 +157,8 @@ def wait(M, i, keep: int | None, s, m) -> None:  # noqa: N803
 # 128 bytes of our own: the ISA leaves a tensor map's form open
 MAP = np.dtype([
     ("address", "u8"), ("rank", "u4"), ("element", "u4"), ("swizzle", "u4"), ("fill", "u4"),
-    ("dims", "u4", 5), ("strides", "u8", 4), ("box", "u4", 5), ("steps", "u4", 5), ("rest", "u1", 12),
+    ("dims", "u4", 5), ("strides", "u8", 4), ("box", "u4", 5), ("steps", "u4", 5),
+    ("rest", "u1", 12),
 ])  # fmt: skip
 assert MAP.itemsize == 128
 ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 4, 10: 2}  # ISA's codes
@@ -279,7 +282,9 @@ class BulkCopy:
 def _bulk(c, i) -> None:
     if i.has("commit_group") or i.has("wait_group"):
         return  # of copies out of shared memory, which only tensor maps use here, at once
-    if not (i.has("tensor") and i.has("mbarrier::complete_tx::bytes")) or i.has("multicast::cluster"):
+    if not (i.has("tensor") and i.has("mbarrier::complete_tx::bytes")) or i.has(
+        "multicast::cluster"
+    ):
         raise unknown(i)
     target, source, barrier = i.operands[:3]
     coordinates = ", ".join(c.read(x, "s32") for x in source.coordinates)

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .device import extent
@@ -35,16 +34,22 @@ def ptx(source: str) -> str:
         return Path(result.name).read_text()
 
 
+@functools.cache
+def programs(text: str) -> dict[str, Program]:
+    """Kernels by their own names, `tied_kernel<df>` for templates."""
+    found = {}
+    for mangled, kernel in parse(text).items():
+        name = re.search(r"\d([a-z_]+_kernel)(?:I([a-z]*)E)?E", mangled)
+        found[name[1] + (f"<{name[2]}>" if name[2] else "")] = Program(kernel)
+    return found
+
+
 class Source:
-    """The kernels of a source file by their own names, `tied_kernel<df>` for templates."""
+    """The kernels of a source file."""
 
     def __init__(self, source: str, options: Options | None = None, edit=lambda text: text):
         self.options = options
-        self.kernels = {}
-        for mangled, kernel in parse(edit(ptx(source))).items():
-            name = re.search(r"\d([a-z_]+_kernel)(?:I([a-z]*)E)?E", mangled)
-            types = f"<{name[2]}>" if name[2] else ""
-            self.kernels[name[1] + types] = Program(kernel)
+        self.kernels = programs(edit(ptx(source)))
 
     def launch(self, name: str, grid, *arguments, shared: int = 0) -> Launch:
         """Arguments: tensors, bytes of a struct, or numbers. Structs hold addresses, so their
@@ -62,7 +67,9 @@ class Source:
             elif value is None:
                 value = bytes(8)
             elif not isinstance(value, bytes):
-                form = {"f64": "d", "f32": "f"}.get(param.type) or {1: "b", 4: "i", 8: "q"}[param.size]
+                form = {"f64": "d", "f32": "f"}.get(param.type) or {1: "b", 4: "i", 8: "q"}[
+                    param.size
+                ]
                 value = struct.pack(f"<{form}", value)
             start = program.param_offsets[param.name]
             assert len(value) == param.size, (param, len(value))
@@ -161,7 +168,11 @@ class Core:
     def _launch(self, name: str, heads: int, m: int, *arguments) -> None:
         size = torch.finfo(self.inner).bits // 8
         vectors, elements = 6 * 256 * size, 3 * m * m
-        space = None if self.in_shared else torch.full((heads * elements,), float("nan"), dtype=self.inner)
+        space = (
+            None
+            if self.in_shared
+            else torch.full((heads * elements,), float("nan"), dtype=self.inner)
+        )
         shared = vectors + (elements * size if self.in_shared else 0)
         self.source.launch(f"{name}_kernel<{self.types}>", heads, *arguments, space, shared=shared)
 
@@ -184,7 +195,3 @@ class Core:
         result = torch.full_like(matrix, float("nan"))
         self._launch("tikhonov_backward", heads, m, matrix, inverse, dcore, m, flag, result)
         return result
-
-
-def _unused() -> type:
-    return np.ndarray

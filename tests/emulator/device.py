@@ -73,7 +73,10 @@ class Emulated(_Absent):
         return _NUMBERS.setdefault(self.target, 1000 + len(_NUMBERS))
 
     def get_device_properties(self, device: int) -> dict:
-        return {"max_shared_mem": SHARED_MEMORY[self.target.arch], "multiprocessor_count": PROCESSORS}
+        return {
+            "max_shared_mem": SHARED_MEMORY[self.target.arch],
+            "multiprocessor_count": PROCESSORS,
+        }
 
     def load_binary(self, name: str, binary, shared: int, device: int):
         """(module, function, registers, spills, most threads): the name stands for the function."""
@@ -164,8 +167,8 @@ def tensor_map(descriptor, meta: dict) -> bytes:
     return entry.tobytes()
 
 
-_FORMS = {"i1": "B", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q",
-          "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
+_FORMS = {"i1": "B", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I",
+          "i64": "q",          "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
 
 
 def pack(program: Program, values: list[tuple[str, object]]) -> bytes:

@@ -17,7 +17,7 @@ HEADER = """
 
 
 def run(body: str, *inputs: np.ndarray, outputs: list[str], shared: int = 0,
-        arrays: tuple[np.ndarray, ...] = (), options: Options | None = None) -> list[np.ndarray]:  # fmt: skip
+        arrays: tuple[np.ndarray, ...] = (), options: Options | None = None) -> list:  # fmt: skip
     """Outputs %y0, %y1, ... (NumPy types) of a body that finds its inputs in %x0, %x1, ...
 
     An element of an input is a thread's. %t is the thread; %s, %w, %d, %h and %p are free

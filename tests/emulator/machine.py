@@ -13,7 +13,6 @@ import dataclasses
 
 import numpy as np
 
-from .arithmetic import PARAM_WINDOW, SHARED_WINDOW
 from .program import Program
 from .races import EmulationError, Races, Report
 
@@ -111,13 +110,13 @@ class Machine:
         self.races = Races(self)
         self.reports: list[Report] = []
         self.draw = np.random.default_rng(options.seed)
-        self.copies = None  # set by copies.py
+        self.copies = None  # made by copies.py
         self.last_region: dict[int, Region] = {}
         self.progress = False
         self.dynamic_shared = dynamic_shared
-        self.barrier_slots: dict[int, int] = {}
-        self.barriers = None
-        self.products = None
+        self.barriers = None  # made by barriers.py
+        self.products = None  # made by warpgroup.py
+        self.issued = np.zeros(self.warps, int)  # products of warp groups
 
     # faults
 

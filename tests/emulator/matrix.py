@@ -107,7 +107,11 @@ def emit_mma(c, i):
     shape, kind = i.parts[3], i.parts[7]
     if i.parts[:3] != ("mma", "sync", "aligned") or shape not in SHAPES or i.guard:
         raise unknown(i)
-    if i.parts[4:7] != ("row", "col", "f32") or i.parts[8:] != (kind, "f32") or kind not in ELEMENT_BITS:
+    if (
+        i.parts[4:7] != ("row", "col", "f32")
+        or i.parts[8:] != (kind, "f32")
+        or kind not in ELEMENT_BITS
+    ):
         raise unknown(i)
     d, a, b, acc = (o.items for o in i.operands)
     a = ", ".join(c.read(r, "b32") for r in a)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from .arithmetic import PARAM_WINDOW, SHARED_WINDOW
-from .parser import SIZES, Address, Name, Register, Vector
+from .parser import SIZES, Name, Vector
 from .registry import opcode, unknown
 
 ATOMIC = -1
 TWO_VALUES = "two lanes store different values to one address"
 _IGNORED = {
-    "ld", "st", "global", "shared", "shared__cta", "param", "nc", "ca", "cg", "cs", "cv", "wb", "wt",
-    "volatile", "relaxed", "acquire", "release", "weak", "gpu", "sys", "cta", "v2", "v4", "v8", "L1__evict_last",
-    "L1__evict_first", "L1__no_allocate", "L1__evict_normal", "L1__evict_unchanged", "L2__64B", "L2__128B", "L2__256B", "u64", "read",
-}  # fmt: skip # noqa: E501
+    "ld", "st", "global", "shared", "shared__cta", "param", "nc", "ca", "cg", "cs", "cv",
+    "wb", "wt", "volatile", "relaxed", "acquire", "release", "weak", "gpu", "sys",
+    "cta", "v2", "v4", "v8",
+    "L1__evict_last", "L1__evict_first", "L1__no_allocate", "L1__evict_normal",
+    "L1__evict_unchanged", "L2__64B", "L2__128B", "L2__256B",
+}  # fmt: skip
 
 
 def _space(i) -> str:
@@ -130,7 +132,9 @@ def store_shared(M, i, address, size: int, values: list, s, m) -> None:  # noqa:
     if M.options.check_races:
 
         def changes():
-            return _changes(M.words[size], at // size, values, m, len(M.all_warps if s is None else s))
+            return _changes(
+                M.words[size], at // size, values, m, len(M.all_warps if s is None else s)
+            )
 
         M.races.write(i, at, size * len(values), s, m, changes=changes)
     scatter(M, i, M.words[size], at // size, values, s, m, address)
@@ -283,7 +287,11 @@ def _compare(M, i, kind: str, other, cells, warps, region, owner, stamps) -> Non
     if fault.size:
         at = n[fault[0]]
         stamp, who = int(stamps[cells[at]]), int(owner[at])
-        by = "an atomic operation" if who == ATOMIC else f"CTA {(who - 1) // M.warps_per_cta}, warp {(who - 1) % M.warps_per_cta}"  # noqa: E501
+        by = (
+            "an atomic operation"
+            if who == ATOMIC
+            else f"CTA {(who - 1) // M.warps_per_cta}, warp {(who - 1) % M.warps_per_cta}"
+        )  # noqa: E501
         text = f"{by}, {M.program.instructions[stamp & 0xFFFF]}"
         address = region.start + int(cells[at]) * M.program.granule["global"]
         M.report(i, f"race in global memory: {kind}", int(warps[at]), 0, address, text)
@@ -306,8 +314,9 @@ def emit_atom(c, i):
     columns = [[c.read(x, kind) for x in _registers(o)] for o in operands]
     lists = ", ".join(f"[{', '.join(names)}]" for names in columns)
     shared = i.has("shared")
-    call = c.call(atomic, "M", c.thing(i), repr(name), repr(shared), c.address(address), f"[{lists}]",
-                  "s", c.mask(i))  # fmt: skip
+    at = c.address(address)
+    call = c.call(atomic, "M", c.thing(i), repr(name), repr(shared), at, f"[{lists}]", "s",
+                  c.mask(i))  # fmt: skip
     value = c.let(call)
     if has_result:
         for n, register in enumerate(_registers(i.operands[0])):

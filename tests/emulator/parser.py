@@ -265,8 +265,10 @@ def _declare(statement: str, registers: dict[str, str], local) -> None:
             registers[local(name)] = kind[1:]
 
 
-_TOKEN = re.compile(r"\{|\}|\[|\]|,|\||!|\+|-?0[fF][0-9a-fA-F]{8}|-?0[dD][0-9a-fA-F]{16}|-?0x[0-9a-fA-F]+U?|"
-                    r"-?\d+U?|[%$\w.]+")  # fmt: skip
+_TOKEN = re.compile(
+    r"\{|\}|\[|\]|,|\||!|\+|-?0[fF][0-9a-fA-F]{8}|-?0[dD][0-9a-fA-F]{16}|"
+    r"-?0x[0-9a-fA-F]+U?|-?\d+U?|[%$\w.]+"
+)
 
 
 def _instruction(statement: str, line: int, source: str, local) -> Instruction:

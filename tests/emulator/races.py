@@ -1,8 +1,8 @@
 """Which accesses to memory are ordered, and reports of those that are not.
 
 Time is a counter. Every granule of shared memory (the bytes of the kernel's smallest access) knows
-its last write and each agent's last read, with time and instruction. An agent is a warp, the
-matrix products that it leads, or the copies that complete on one mbarrier. `seen[w, a]` is the time up to
+its last write and each agent's last read, with time and instruction. An agent is a warp, the matrix
+products that it leads, or the copies that complete on one mbarrier. `seen[w, a]` is the time up to
 which warp w is ordered after agent a: barriers raise it, and an access to something later is a race
 however the warps happened to be scheduled. A copy or a product in flight is of a time that nobody
 has seen, until it is waited for. `proxied` is the same for what the async proxy may read: fences

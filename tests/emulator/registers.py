@@ -2,8 +2,8 @@
 
 Between a wgmma and the wait that covers it nobody may read or write its registers, but for products
 of the same shape that add to the same ones. What other instructions read or wrote, a product may
-use only after wgmma.fence. Blocks are followed for each warp by a small state, and what a block does to a
-state is worked out once.
+use only after wgmma.fence. Blocks are followed for each warp by a small state, and what a block
+does to a state is worked out once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class RegisterState:
 
     def __init__(self, machine):
         self.machine, program = machine, machine.program
-        self.products = [i for i in program.instructions if i.base == "wgmma" and i.has("mma_async")]
+        self.products = [
+            i for i in program.instructions if i.base == "wgmma" and i.has("mma_async")
+        ]
         if not self.products:
             return
         cached = program.__dict__.setdefault("register_states", None)

@@ -214,7 +214,9 @@ class Scheduler:
         if threads is None:
             self.barrier_threads[warps] = 0
         else:
-            self.barrier_threads[warps] = np.broadcast_to(threads, (len(warps), threads.shape[1]))[:, 0]
+            self.barrier_threads[warps] = np.broadcast_to(threads, (len(warps), threads.shape[1]))[
+                :, 0
+            ]
         state[live] = AT_BARRIER
 
     def _release(self) -> bool:
@@ -276,10 +278,9 @@ class Scheduler:
             warp = copy.cta * machine.warps_per_cta
             machine.report(copy.instruction, "a copy is under way when its CTA ends", warp, 0, 0)
         copies.finish(None, machine.all_warps, None)
-        issued = getattr(machine, "issued", None)
-        if issued is not None:
+        if machine.issued.any():
             shape = (machine.ctas, -1, 4)
-            each = issued.reshape(shape) if machine.warps_per_cta % 4 == 0 else None
+            each = machine.issued.reshape(shape) if machine.warps_per_cta % 4 == 0 else None
             if each is None or (each != each[..., :1]).any():
                 i = next(x for x in self.program.instructions if x.has("mma_async"))
                 machine.report(i, "diverged: not all warps of a group took part", 0, 0, 0)

@@ -80,7 +80,9 @@ def exact(case: Case) -> tuple[float, float]:
                 got[f"{name}, {deterministic}"] = tensor
     plain = call.reference(case.dtype)
     errors = [relative_error(x, wanted[n.split(",")[0]]) for n, x in got.items()]
-    return max(errors), max(relative_error(plain[n.split(",")[0]], wanted[n.split(",")[0]]) for n in got)
+    return max(errors), max(
+        relative_error(plain[n.split(",")[0]], wanted[n.split(",")[0]]) for n in got
+    )
 
 
 def form(name: str) -> tuple[float, float]:
@@ -103,13 +105,19 @@ def operator(function, case, dtype=torch.bfloat16) -> tuple[float, float]:
         return [out, *torch.autograd.grad(out.double().square().sum(), leaves)]
 
     def cast(arguments, target):
-        return {n: x.detach().to(target).requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point()
-                else x for n, x in arguments.items()}  # fmt: skip
+        def one(x):
+            if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+                return x
+            return x.detach().to(target).requires_grad_()
+
+        return {n: one(x) for n, x in arguments.items()}
 
     arguments = {n: x for n, x in case.arguments(dtype).items() if n != "state"}
     got = results(arguments, backend="triton")
     wanted = results(cast(arguments, torch.float64), backend="eager")
-    plain = results(cast(arguments, torch.float32 if dtype == torch.float32 else dtype), backend="eager")
+    plain = results(
+        cast(arguments, torch.float32 if dtype == torch.float32 else dtype), backend="eager"
+    )
     pairs = list(zip(got, plain, wanted, strict=True))
     return (max(relative_error(g, w) for g, _, w in pairs),
             max(relative_error(p, w) for _, p, w in pairs))  # fmt: skip

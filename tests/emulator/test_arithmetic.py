@@ -15,8 +15,10 @@ def same(got, wanted) -> None:
     np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize("op, function", [("add", np.add), ("sub", np.subtract), ("mul", np.multiply),
-                                          ("div.rn", np.divide)])  # fmt: skip
+@pytest.mark.parametrize(
+    "op, function",
+    [("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("div.rn", np.divide)],
+)
 @pytest.mark.parametrize("dtype, kind", [("f4", "f32"), ("f8", "f64")])
 def test_float_operations_round_to_nearest(op, function, dtype, kind):
     a, b = floats(seed=1, dtype=dtype), floats(seed=2, dtype=dtype)
@@ -38,7 +40,11 @@ def test_ftz_flushes_operands_and_results():
 def nearest32(x: Fraction) -> np.float32:
     """x to float32, once, ties to even."""
     guess = np.float32(float(x))
-    around = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    around = [
+        np.nextafter(guess, np.float32(-np.inf)),
+        guess,
+        np.nextafter(guess, np.float32(np.inf)),
+    ]
     return min(around, key=lambda v: (abs(Fraction(float(v)) - x), int(v.view("u4")) & 1))
 
 
@@ -101,7 +107,9 @@ def test_saturation_clamps_to_one():
     same(one("cvt.sat.f32.f32 %y0, %x0;", x, output="f4")[:4], np.array([0, 0.25, 1, 0], "f4"))
 
 
-@pytest.mark.parametrize("dtype, kind", [("i4", "s32"), ("u4", "u32"), ("i8", "s64"), ("u8", "u64")])
+@pytest.mark.parametrize(
+    "dtype, kind", [("i4", "s32"), ("u4", "u32"), ("i8", "s64"), ("u8", "u64")]
+)
 def test_integer_operations_wrap(dtype, kind):
     a, b = integers(dtype, seed=1), integers(dtype, seed=2)
     bits = 8 * a.itemsize
@@ -122,7 +130,9 @@ def test_integer_operations_wrap(dtype, kind):
         same(got, a.astype(wide) * b.astype(wide))
 
 
-@pytest.mark.parametrize("dtype, kind", [("i4", "s32"), ("u4", "u32"), ("i8", "s64"), ("u8", "u64")])
+@pytest.mark.parametrize(
+    "dtype, kind", [("i4", "s32"), ("u4", "u32"), ("i8", "s64"), ("u8", "u64")]
+)
 def test_division_rounds_towards_zero(dtype, kind):
     a, b = integers(dtype, seed=1), integers(dtype, seed=2)
     b[::2] %= 17
@@ -132,7 +142,10 @@ def test_division_rounds_towards_zero(dtype, kind):
     rest = [x - q * y for (x, y), q in zip(pairs, quotient, strict=True)]
     least = np.iinfo(dtype).min
     keep = (a != least) | (np.array([y for _, y in pairs], object) != -1)
-    same(one(f"div.{kind} %y0, %x0, %x1;", a, b, output=dtype)[keep], np.array(quotient, object)[keep])
+    same(
+        one(f"div.{kind} %y0, %x0, %x1;", a, b, output=dtype)[keep],
+        np.array(quotient, object)[keep],
+    )
     same(one(f"rem.{kind} %y0, %x0, %x1;", a, b, output=dtype)[keep], np.array(rest, object)[keep])
 
 
@@ -141,7 +154,9 @@ def test_shifts_clamp_their_distance(kind, dtype):
     a = integers(dtype, seed=1)
     by = np.arange(1024, dtype="u4") % 80
     bits = 8 * a.itemsize
-    left = [int(x) << int(n) & (1 << bits) - 1 if n < bits else 0 for x, n in zip(a, by, strict=True)]
+    left = [
+        int(x) << int(n) & (1 << bits) - 1 if n < bits else 0 for x, n in zip(a, by, strict=True)
+    ]
     right = [int(x) >> int(n) for x, n in zip(a, by, strict=True)]
     signed = a.view(f"i{a.itemsize}")
     signs = [int(x) >> min(int(n), bits - 1) for x, n in zip(signed, by, strict=True)]
@@ -160,7 +175,10 @@ def test_bit_fields():
     taken = np.minimum(length, 32 - start).astype(int)
     rows = list(zip(a, b, start, length, taken, strict=True))
     unsigned = [int(x) >> int(s) & (1 << n) - 1 for x, _, s, _, n in rows]
-    signed = [v - (1 << n) if n and v >> n - 1 & 1 else v for v, (*_, n) in zip(unsigned, rows, strict=True)]
+    signed = [
+        v - (1 << n) if n and v >> n - 1 & 1 else v
+        for v, (*_, n) in zip(unsigned, rows, strict=True)
+    ]
     same(one("bfe.u32 %y0, %x0, %x1, %x2;", a, start, length, output="u4"), unsigned)
     exact = [v if s + w <= 32 else None for v, (_, _, s, w, _) in zip(signed, rows, strict=True)]
     got = one("bfe.s32 %y0, %x0, %x1, %x2;", a, start, length, output="i4")

@@ -22,7 +22,9 @@ def test_bfloat16_is_pytorchs():
 def test_a_pair_has_its_first_operand_on_top():
     a, b = floats(seed=1, wide=False), floats(seed=2, wide=False)
     got = one("cvt.rn.bf16x2.f32 %y0, %x0, %x1;", a, b, output="u4")
-    high, low = (torch.tensor(x).to(torch.bfloat16).view(torch.int16).numpy().view("u2") for x in (a, b))
+    high, low = (
+        torch.tensor(x).to(torch.bfloat16).view(torch.int16).numpy().view("u2") for x in (a, b)
+    )
     np.testing.assert_array_equal(got >> 16, high)
     np.testing.assert_array_equal(got & 0xFFFF, low)
     got = one("cvt.rn.f16x2.f32 %y0, %x0, %x1;", a, b, output="u4")
@@ -34,7 +36,9 @@ def test_half_precision_and_nan():
     with np.errstate(over="ignore"):
         wanted = x.astype("f2")
     np.testing.assert_array_equal(one("cvt.rn.f16.f32 %y0, %x0;", x, output="f2"), wanted)
-    np.testing.assert_array_equal(one("cvt.f32.f16 %y0, %x0;", wanted, output="f4"), wanted.astype("f4"))
+    np.testing.assert_array_equal(
+        one("cvt.f32.f16 %y0, %x0;", wanted, output="f4"), wanted.astype("f4")
+    )
 
 
 def test_tf32_rounds_half_away():
@@ -68,8 +72,12 @@ def test_floats_to_integers_round_and_clamp(mode, function):
 def test_integers_to_floats():
     for kind, dtype in (("s32", "i4"), ("u32", "u4"), ("s64", "i8"), ("u64", "u8")):
         x = integers(dtype, seed=6)
-        np.testing.assert_array_equal(one(f"cvt.rn.f32.{kind} %y0, %x0;", x, output="f4"), x.astype("f4"))
-        np.testing.assert_array_equal(one(f"cvt.rn.f64.{kind} %y0, %x0;", x, output="f8"), x.astype("f8"))
+        np.testing.assert_array_equal(
+            one(f"cvt.rn.f32.{kind} %y0, %x0;", x, output="f4"), x.astype("f4")
+        )
+        np.testing.assert_array_equal(
+            one(f"cvt.rn.f64.{kind} %y0, %x0;", x, output="f8"), x.astype("f8")
+        )
     x = integers("i4", seed=6)
     up = one("cvt.rp.f32.s32 %y0, %x0;", x, output="f4").astype("f8")
     assert (up >= x).all() and (up - x <= 256).all()
@@ -78,11 +86,17 @@ def test_integers_to_floats():
 def test_widening_and_narrowing_integers():
     x = integers("i4", seed=7)
     np.testing.assert_array_equal(one("cvt.s64.s32 %y0, %x0;", x, output="i8"), x.astype("i8"))
-    np.testing.assert_array_equal(one("cvt.u64.u32 %y0, %x0;", x, output="u8"), x.view("u4").astype("u8"))
+    np.testing.assert_array_equal(
+        one("cvt.u64.u32 %y0, %x0;", x, output="u8"), x.view("u4").astype("u8")
+    )
     np.testing.assert_array_equal(one("cvt.u16.u32 %y0, %x0;", x, output="u2"), x.astype("u2"))
     # to eight bits, in a register of sixteen: the others are the sign's
-    np.testing.assert_array_equal(one("cvt.s8.s32 %y0, %x0;", x, output="i2"), x.astype("i1").astype("i2"))
-    np.testing.assert_array_equal(one("cvt.u8.u32 %y0, %x0;", x, output="u2"), x.astype("u1").astype("u2"))
+    np.testing.assert_array_equal(
+        one("cvt.s8.s32 %y0, %x0;", x, output="i2"), x.astype("i1").astype("i2")
+    )
+    np.testing.assert_array_equal(
+        one("cvt.u8.u32 %y0, %x0;", x, output="u2"), x.astype("u1").astype("u2")
+    )
 
 
 def test_doubles_round_once():

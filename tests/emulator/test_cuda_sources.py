@@ -24,11 +24,15 @@ def random_bits(*shape: int, density: float = 0.5, seed: int = 0) -> torch.Tenso
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: o.order)
-@pytest.mark.parametrize("shape, block", [((1, 2, 50, 70), (16, 32)), ((2, 1, 33, 45), (8, 20))], ids=str)
+@pytest.mark.parametrize(
+    "shape, block", [((1, 2, 50, 70), (16, 32)), ((2, 1, 33, 45), (8, 20))], ids=str
+)
 def test_packing(shape, block, options):
     visible = random_bits(*shape)
     visible[..., :16, :32] = True
-    for wanted, got in zip(native.pack_dense(visible, *block), cuda.pack_dense(visible, *block, options), strict=True):
+    for wanted, got in zip(
+        native.pack_dense(visible, *block), cuda.pack_dense(visible, *block, options), strict=True
+    ):
         assert torch.equal(got, wanted)
 
 
@@ -82,7 +86,9 @@ def test_a_removed_barrier_in_the_scan_is_found():
             while len(places) < n + 2:
                 places.append(text.index("bar.sync", places[-1] + 1))
             at = places[-1]
-            return text[:at] + text[at:].replace("bar.sync \t0;", "", 1).replace("bar.sync 0;", "", 0)
+            return text[:at] + text[at:].replace("bar.sync \t0;", "", 1).replace(
+                "bar.sync 0;", "", 0
+            )
 
         try:
             cuda.tile_lists(visible, classes, area, 810, edit=edit)

@@ -24,7 +24,9 @@ def test_a_swizzle_is_its_own_inverse_and_moves_16_bytes_at_a_time(width):
     np.testing.assert_array_equal(moved % 16, at % 16)
     # bits 4 to 6 take bits 7 to 9, as in the ISA's figures: line 1 of 128 bytes swaps neighbours
     if width == 128:
-        assert [int(x) for x in moved[128 : 128 + 128 : 16]] == [128 + 16 * (n ^ 1) for n in range(8)]
+        assert [int(x) for x in moved[128 : 128 + 128 : 16]] == [
+            128 + 16 * (n ^ 1) for n in range(8)
+        ]
 
 
 def descriptor(start: int, leading: int, stride: int, width: int) -> int:
@@ -112,7 +114,9 @@ def operands(n: int = 32):
 def test_wgmma(width, registers):
     a, b = operands()
     wanted = (a.double() @ b.double()).numpy()
-    np.testing.assert_allclose(product(a, b, width, registers=registers), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        product(a, b, width, registers=registers), wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("n, width", [(16, 32), (64, 32), (32, 64), (64, 64), (64, 128)])
@@ -143,7 +147,9 @@ def test_a_descriptor_32_bytes_off():
     unchecked = Options(check_races=False)
     wrong = product(a, b, 128, shift=32, options=unchecked)
     assert not np.abs(wrong - (a.double() @ b.double()).numpy()).max() < 0.1
-    with pytest.raises(EmulationError, match="uninitialised shared memory.*warp 0.*wgmma.mma_async"):
+    with pytest.raises(
+        EmulationError, match="uninitialised shared memory.*warp 0.*wgmma.mma_async"
+    ):
         product(a, b, 128, shift=32)
 
 
@@ -153,7 +159,10 @@ def test_a_write_into_what_a_product_reads():
     def edit(text):
         return text.replace("wgmma.commit_group", "st.shared.b32 [%s0], 0; wgmma.commit_group")
 
-    with pytest.raises(EmulationError, match="race: write after read in flight.*st.shared.*the products of warp 0's group"):
+    with pytest.raises(
+        EmulationError,
+        match="race: write after read in flight.*st.shared.*the products of warp 0's group",
+    ):
         product(a, b, 128, edit=edit)
 
 
@@ -176,8 +185,10 @@ COPY = """mov.u32 %s9, space; setp.eq.u32 %p0, %t, 0;
     @%p0 mbarrier.init.shared::cta.b64 [%s9+2048], 1; fence.proxy.async; bar.sync 0;
     ld.param.b64 %d0, [g_0];
     @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%s9+2048], BYTES;
-    @%p0 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%s9], [%d0, {COLUMN, ROW}], [%s9+2048];
-    { .reg .pred complete; waitLoop: mbarrier.try_wait.parity.shared::cta.b64 complete, [%s9+2048], PARITY;
+    @%p0 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+        [%s9], [%d0, {COLUMN, ROW}], [%s9+2048];
+    { .reg .pred complete;
+    waitLoop: mbarrier.try_wait.parity.shared::cta.b64 complete, [%s9+2048], PARITY;
       @!complete bra.uni waitLoop; }
     mad.lo.u32 %s0, %t, 4, %s9; ld.shared.b32 %y0, [%s0];"""
 
@@ -228,7 +239,9 @@ def test_an_mbarrier_is_initialised_before_it_is_used():
 
 def test_unordered_initialisation_is_a_race():
     def edit(text):
-        moved = text.replace("bar.sync 0;", "").replace("setp.eq.u32 %p0, %t, 0;", "setp.eq.u32 %p0, %t, 0; setp.eq.u32 %p1, %t, 32;")
+        moved = text.replace("bar.sync 0;", "").replace(
+            "setp.eq.u32 %p0, %t, 0;", "setp.eq.u32 %p0, %t, 0; setp.eq.u32 %p1, %t, 32;"
+        )
         return moved.replace("@%p0 mbarrier.arrive", "@%p1 mbarrier.arrive")
 
     with pytest.raises(EmulationError, match="race: read after write.*mbarrier"):
@@ -238,7 +251,8 @@ def test_unordered_initialisation_is_a_race():
 def test_sixteen_byte_copies_and_groups():
     """cp.async: the newest group may still be under way, and zeros fill what is not read."""
     x = integers("u4", 512)
-    body = """mov.u32 %s9, space; mad.lo.u32 %s0, %t, 16, %s9; ld.param.b64 %d0, [g_0]; mul.wide.u32 %d1, %t, 16;
+    body = """mov.u32 %s9, space; mad.lo.u32 %s0, %t, 16, %s9; ld.param.b64 %d0, [g_0];
+              mul.wide.u32 %d1, %t, 16;
         add.s64 %d0, %d0, %d1; and.b32 %s1, %t, 1; shl.b32 %s1, %s1, 4;
         cp.async.cg.shared.global [%s0], [%d0], 0x10, %s1; cp.async.commit_group;
         cp.async.cg.shared.global [%s0+2048], [%d0], 16; cp.async.commit_group;

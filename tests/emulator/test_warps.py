@@ -44,7 +44,9 @@ def test_a_shuffle_clamped_to_segments_of_eight():
 def test_a_shuffle_by_what_each_lane_asks_for():
     x, wanted = integers("u4", 64), (LANES * 7 + 3) % 32
     got = one("shfl.sync.idx.b32 %y0, %x0, %x1, 31, -1;", x, wanted, output="u4")
-    np.testing.assert_array_equal(by_warp(got), np.take_along_axis(by_warp(x), by_warp(wanted).astype(int), 1))
+    np.testing.assert_array_equal(
+        by_warp(got), np.take_along_axis(by_warp(x), by_warp(wanted).astype(int), 1)
+    )
 
 
 def test_votes_and_the_leader():
@@ -116,7 +118,9 @@ def test_ldmatrix(transposed):
     trans = ".trans" if transposed else ""
     body = f"""{STORE} st.shared.v4.b32 [%s0], {{%x0, %x1, %x2, %x3}}; bar.sync 0;
                ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%y0, %y1, %y2, %y3}}, [%s0];"""
-    got = run(body, *(np.ascontiguousarray(rows[:, n]) for n in range(4)), outputs=["u4"] * 4, shared=512)
+    got = run(
+        body, *(np.ascontiguousarray(rows[:, n]) for n in range(4)), outputs=["u4"] * 4, shared=512
+    )
     for matrix, register in zip(data, got, strict=True):
         shown = matrix.T if transposed else matrix
         np.testing.assert_array_equal(register.view("u2").reshape(8, 8), shown)
@@ -144,13 +148,24 @@ def mma_fragments(a: torch.Tensor, b: torch.Tensor, each: int):
         parts = [matrix[rows, columns + n] for n in range(each)]
         return words(torch.stack(parts, -1))
 
-    first = [registers(a, g + 8 * (r % 2), t * each + 4 * each * (r // 2)) for r in range(k // (4 * each) * 2)]
+    first = [
+        registers(a, g + 8 * (r % 2), t * each + 4 * each * (r // 2))
+        for r in range(k // (4 * each) * 2)
+    ]
     second = [registers(b.T, g, t * each + 4 * each * r) for r in range(k // (4 * each))]
     return first, second
 
 
-@pytest.mark.parametrize("kind, shape", [("bf16", "m16n8k16"), ("f16", "m16n8k16"), ("bf16", "m16n8k8"),
-                                         ("tf32", "m16n8k8"), ("tf32", "m16n8k4")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, shape",
+    [
+        ("bf16", "m16n8k16"),
+        ("f16", "m16n8k16"),
+        ("bf16", "m16n8k8"),
+        ("tf32", "m16n8k8"),
+        ("tf32", "m16n8k4"),
+    ],
+)
 def test_mma(kind, shape):
     k = int(shape.split("k")[1])
     a, b, c = halves(16, k, seed=1), halves(k, 8, seed=2), halves(16, 8, seed=3)
@@ -165,13 +180,19 @@ def test_mma(kind, shape):
     acc = [c[g + 8 * (r // 2), 2 * t + r % 2].numpy().view("u4") for r in range(4)]
     names = [f"%x{n}" for n in range(len(first) + len(second) + 4)]
     split = len(first), len(first) + len(second)
-    groups = [", ".join(names[: split[0]]), ", ".join(names[split[0] : split[1]]), ", ".join(names[split[1] :])]
+    groups = [
+        ", ".join(names[: split[0]]),
+        ", ".join(names[split[0] : split[1]]),
+        ", ".join(names[split[1] :]),
+    ]
     body = f"""mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32
                {{%y0, %y1, %y2, %y3}}, {{{groups[0]}}}, {{{groups[1]}}}, {{{groups[2]}}};"""
     got = run(body, *first, *second, *acc, outputs=["f4"] * 4)
     wanted = a.double() @ b.double() + c
     for r, register in enumerate(got):
-        np.testing.assert_allclose(register, wanted[g + 8 * (r // 2), 2 * t + r % 2], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            register, wanted[g + 8 * (r // 2), 2 * t + r % 2], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_matrix_instruction_needs_its_whole_warp():

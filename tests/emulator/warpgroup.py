@@ -172,7 +172,7 @@ def product(M, i, kind, n, k, first, second, acc, scale, signs, transposes, s, m
     _whole_warps(M, i, s, m)
     warps = M.all_warps if s is None else s
     size = 4 if kind == "tf32" else 2
-    _whole_groups(M, i, warps)
+    M.issued[warps] += 1  # that all four warps of a group do, is seen when the kernel ends
     b, number, at, leaders = _matrices(M, i, second, kind, n, k, transposes[1], warps)
     _note_read(M, i, at, leaders, size)
     if isinstance(first, list):
@@ -192,14 +192,6 @@ def product(M, i, kind, n, k, first, second, acc, scale, signs, transposes, s, m
         return result
     c = np.stack([full(x, len(warps)) for x in acc], 1)
     return np.where(scale[:, None], c + result, result) if not scale.all() else c + result
-
-
-def _whole_groups(M, i, warps) -> None:  # noqa: N803
-    """Each warp computes for itself; that all four of a group do is seen when the kernel ends."""
-    M.issued = getattr(M, "issued", None)
-    if M.issued is None:
-        M.issued = np.zeros(M.warps, int)
-    M.issued[warps] += 1
 
 
 def commit(M, s) -> None:  # noqa: N803

@@ -16,7 +16,6 @@ from flashmark.nystrom import nystrom_attention
 from tests.interpreter.running import DEVICE, INTERPRETED
 
 
-
 @functools.wraps(nystrom_attention)
 def op(*args, **kwargs):
     args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), (args, kwargs))

@@ -16,7 +16,6 @@ from tests.hybrid.cases import Case, detached, tokens
 from tests.interpreter.running import DEVICE
 
 
-
 @functools.wraps(hybrid_attention)
 def op(*args, **kwargs):
     args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), (args, kwargs))
