@@ -39,6 +39,7 @@ class Done:
     program: Program
     grid: tuple[int, int, int]
     counts: collections.Counter  # warps that ran each block
+    conflicts: collections.Counter  # of banks of shared memory, by instruction
 
     def instructions(self) -> collections.Counter:
         """Instructions executed by warps, by opcode."""
@@ -97,7 +98,9 @@ class Emulated(_Absent):
         done = launch(program, grid, program.kernel.threads, params, ranges, metadata.shared,
                       self.options)  # fmt: skip
         seconds = time.perf_counter() - start
-        self.launches.append(Done(program.kernel.name, seconds, program, grid, done.counts))
+        self.launches.append(
+            Done(program.kernel.name, seconds, program, grid, done.counts, done.conflicts)
+        )
 
     def program(self, metadata, name: str) -> Program:
         text = self.texts[metadata.hash]

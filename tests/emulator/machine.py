@@ -82,6 +82,7 @@ class Options:
     landing: str = "early"
     seed: int = 0
     check_races: bool = True
+    count_conflicts: bool = False  # of banks of shared memory
     most_reports: int = 1
 
 
@@ -90,8 +91,9 @@ class Machine:
 
     def __init__(self, program: Program, memory: Memory, params: bytes, grid, block: int,
                  dynamic_shared: int, first_cta: int, ctas: int, options: Options,
-                 counts: collections.Counter):  # fmt: skip
-        self.program, self.memory, self.options, self.counts = program, memory, options, counts
+                 done: Launch):  # fmt: skip
+        self.program, self.memory, self.options = program, memory, options
+        self.counts, self.conflicts = done.counts, done.conflicts
         self.grid, self.threads = grid, block
         self.first_cta, self.ctas = first_cta, ctas
         self.warps_per_cta = -(-block // 32)
@@ -169,8 +171,10 @@ class Machine:
 
     def check_global(self, i, address, size: int, chosen, mask) -> Region | None:
         """Bounds and alignment of the lanes that take part. Returns their region, if it is one."""
-        live = address if mask is None else address[np.broadcast_to(mask, _shape(address, mask))] \
-            if mask.shape == address.shape else np.broadcast_to(address, _shape(address, mask))[np.broadcast_to(mask, _shape(address, mask))]  # fmt: skip # noqa: E501
+        live = address
+        if mask is not None:
+            shape = _shape(address, mask)
+            live = np.broadcast_to(address, shape)[np.broadcast_to(mask, shape)]
         if not live.size:
             return None
         low, high = int(live.min()), int(live.max()) + size
@@ -215,8 +219,28 @@ class Machine:
                 kind = "misaligned access" if at + size <= self.shared_limit else "out of bounds"
                 self.report_lanes(i, f"{kind}: {size} bytes of shared memory", bad, address, chosen)
             address = np.where(mask, address, 0)
+        if self.options.count_conflicts:
+            self.conflicts[i.index] += bank_conflicts(address, size, mask)
         base = self.shared_base if chosen is None else self.shared_base[chosen]
         return address + base
+
+
+def bank_conflicts(address: np.ndarray, size: int, mask) -> int:
+    """Passes over shared memory beyond the first, of all warps. A pass serves 32 banks of 4 bytes,
+    one word each; accesses of 8 or 16 bytes take half or a quarter of a warp at a time.
+    """
+    if address.shape[1] == 1:
+        return 0
+    lanes = 32 * 4 // max(size, 4)
+    words = (address // 4)[..., None] + np.arange(max(size // 4, 1))
+    if mask is not None:
+        words = np.where(np.broadcast_to(mask, address.shape)[..., None], words, -1)
+    words = np.sort(words.reshape(-1, lanes * words.shape[2]), 1)
+    first = words >= 0
+    first[:, 1:] &= words[:, 1:] != words[:, :-1]
+    rows = np.arange(len(words))[:, None] * 32 + words % 32
+    counts = np.bincount(rows[first], minlength=32 * len(words)).reshape(-1, 32)
+    return int(np.maximum(counts.max(1) - 1, 0).sum())
 
 
 def _shape(address, mask):
@@ -228,7 +252,8 @@ class Launch:
     """What a launch was, and what it counted."""
 
     kernel: str
-    counts: collections.Counter
+    counts: collections.Counter  # warps that ran each block
+    conflicts: collections.Counter  # of banks, by instruction, where they are counted
     steps: int = 0
 
 
@@ -243,12 +268,12 @@ def launch(program: Program, grid, block: int, params: bytes, ranges, dynamic_sh
     bytes_each = program.static_shared + dynamic_shared + 1024
     warps = -(-block // 32)
     at_once = max(1, min(LANES_AT_ONCE // (32 * warps), BYTES_AT_ONCE // bytes_each, total))
-    done = Launch(program.kernel.name, collections.Counter())
+    done = Launch(program.kernel.name, collections.Counter(), collections.Counter())
     with np.errstate(all="ignore"):
         for first in range(0, total, at_once):
             ctas = min(at_once, total - first)
             machine = Machine(program, memory, params, grid, block, dynamic_shared, first, ctas,
-                              options, done.counts)  # fmt: skip
+                              options, done)  # fmt: skip
             scheduler = Scheduler(machine)
             scheduler.run()
             done.steps += scheduler.steps

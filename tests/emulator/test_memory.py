@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from .harness import integers, one, run
-from .machine import Options
+from .machine import Options, bank_conflicts
 from .races import EmulationError
 
 X = integers("u4", 64)
@@ -88,8 +88,8 @@ def test_lanes_off_a_guard_may_hold_any_address():
 
 RACES = {
     "read after write": "st.shared.b32 [%s0], %x0; ld.shared.b32 %y0, [%s1];",
-    "write after read": """st.shared.b32 [%s0], %x0; bar.sync 0; ld.shared.b32 %y0, [%s1];
-        st.shared.b32 [%s0], %t;""",
+    "write after read": "st.shared.b32 [%s0], %x0; bar.sync 0; ld.shared.b32 %y0, [%s1]; "
+    "st.shared.b32 [%s0], %t;",
     "write after write": "st.shared.b32 [%s0], %x0; st.shared.b32 [%s1], %t; mov.b32 %y0, %t;",
 }
 PLACES = """mov.u32 %s9, space; mad.lo.u32 %s0, %t, 4, %s9; add.u32 %s1, %t, 32;
@@ -153,3 +153,15 @@ def test_named_barriers_join_some_warps():
     for order in ("together", "ahead", "around"):
         got = one(body, x, output="u4", shared=512, options=Options(order=order))
         np.testing.assert_array_equal(got, np.where(t < 64, x[t ^ 32], 0))
+
+
+def test_bank_conflicts():
+    """Extra passes of a warp: none for consecutive words or one word for all, 31 for a column."""
+    lane = np.arange(32)[None, :]
+    assert bank_conflicts(lane * 4, 4, None) == 0
+    assert bank_conflicts(lane * 0, 4, None) == 0
+    assert bank_conflicts(lane * 128, 4, None) == 31
+    assert bank_conflicts(lane * 8, 4, None) == 1
+    assert bank_conflicts(lane * 16, 16, None) == 0
+    assert bank_conflicts(lane * 128, 16, None) == 4 * 7
+    assert bank_conflicts(lane * 128, 4, lane < 2) == 1
