@@ -40,6 +40,7 @@ class Done:
     grid: tuple[int, int, int]
     counts: collections.Counter  # warps that ran each block
     conflicts: collections.Counter  # of banks of shared memory, by instruction
+    noted: collections.Counter  # faults that are only noted
 
     def instructions(self) -> collections.Counter:
         """Instructions executed by warps, by opcode."""
@@ -98,9 +99,8 @@ class Emulated(_Absent):
         done = launch(program, grid, program.kernel.threads, params, ranges, metadata.shared,
                       self.options)  # fmt: skip
         seconds = time.perf_counter() - start
-        self.launches.append(
-            Done(program.kernel.name, seconds, program, grid, done.counts, done.conflicts)
-        )
+        counted = done.counts, done.conflicts, done.noted
+        self.launches.append(Done(program.kernel.name, seconds, program, grid, *counted))
 
     def program(self, metadata, name: str) -> Program:
         text = self.texts[metadata.hash]

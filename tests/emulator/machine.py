@@ -84,6 +84,7 @@ class Options:
     check_races: bool = True
     count_conflicts: bool = False  # of banks of shared memory
     most_reports: int = 1
+    only_noted: tuple[str, ...] = ()  # kinds of faults, by their beginnings, that end no launch
 
 
 class Machine:
@@ -93,7 +94,7 @@ class Machine:
                  dynamic_shared: int, first_cta: int, ctas: int, options: Options,
                  done: Launch):  # fmt: skip
         self.program, self.memory, self.options = program, memory, options
-        self.counts, self.conflicts = done.counts, done.conflicts
+        self.counts, self.conflicts, self.noted = done.counts, done.conflicts, done.noted
         self.grid, self.threads = grid, block
         self.first_cta, self.ctas = first_cta, ctas
         self.warps_per_cta = -(-block // 32)
@@ -124,6 +125,9 @@ class Machine:
 
     def report(self, i, kind: str, warp: int, lane: int, address: int, other: str = "") -> None:
         """Note a fault; the launch ends when there are enough of them."""
+        if kind.startswith(self.options.only_noted or ("\0",)):
+            self.noted[kind] += 1
+            return
         cta = self.first_cta + int(self.cta_of[warp])
         self.reports.append(
             Report(kind, self.program.kernel.name, str(i), cta, warp % self.warps_per_cta, lane,
@@ -254,6 +258,7 @@ class Launch:
     kernel: str
     counts: collections.Counter  # warps that ran each block
     conflicts: collections.Counter  # of banks, by instruction, where they are counted
+    noted: collections.Counter  # faults that are only noted
     steps: int = 0
 
 
@@ -268,7 +273,7 @@ def launch(program: Program, grid, block: int, params: bytes, ranges, dynamic_sh
     bytes_each = program.static_shared + dynamic_shared + 1024
     warps = -(-block // 32)
     at_once = max(1, min(LANES_AT_ONCE // (32 * warps), BYTES_AT_ONCE // bytes_each, total))
-    done = Launch(program.kernel.name, collections.Counter(), collections.Counter())
+    done = Launch(program.kernel.name, *(collections.Counter() for _ in range(3)))
     with np.errstate(all="ignore"):
         for first in range(0, total, at_once):
             ctas = min(at_once, total - first)
