@@ -134,7 +134,7 @@ def calls(arch: int) -> dict[str, Callable[[], tuple[float, float]]]:
 
     found = {f"exact {n}": lambda c=c: exact(c) for n, c in EXACT.items()}
     if arch == 90:
-        found |= {f"exact {n}": lambda n=n: form(n) for n in ("gluon", "descriptors")}
+        found |= {f"exact {n}": lambda n=n: form(n) for n in ("gluon",)}
     found |= {n: lambda c=c: operator(nystrom_attention, c) for n, c in NYSTROM.items()}
     return found | {n: lambda c=c: operator(hybrid_attention, c) for n, c in HYBRID.items()}
 

@@ -100,8 +100,8 @@ REMOVED = {
     "fence.proxy.async": (
         90, "pointers", FENCE, "", "no proxy fence: async read after write.*wgmma.*by warp", 1,
     ),
-    "fence.proxy.async-descriptors": (
-        90, "descriptors", FENCE, "", "no proxy fence: async write after write.*cp.async.bulk", 1,
+    "fence.proxy.async-gluon": (
+        90, "gluon", FENCE, "", "no proxy fence: async write after write.*cp.async.bulk", 1,
     ),
 }  # fmt: skip
 
