@@ -68,6 +68,11 @@ class _Moves:
         self.relevant = set()
         for i in products:
             self.relevant |= set(_names(i.operands[0])) | set(_names(i.operands[1]))
+        # a register copied into one of them is the same one to an assembler
+        self.tracked, before = set(self.relevant), 0
+        while len(self.tracked) > before:
+            before = len(self.tracked)
+            self.tracked |= {b for a, b in map(_copy, program.instructions) if a in self.tracked}
 
     def number(self, state: State) -> int:
         if state not in self.numbers:
@@ -109,8 +114,13 @@ class _Moves:
                         if register in touched and not (role == "a" and register not in writes):
                             faults.append(("register of a product in flight", i, register,
                                            self.program.instructions[owner]))  # fmt: skip
-                for register in touched:
-                    dirty[register] = i.index
+            to, source = _copy(i)
+            if to in self.tracked:
+                dirty.pop(to, None)
+                if source in dirty:
+                    dirty[to] = dirty[source]
+            else:
+                dirty |= dict.fromkeys((reads | writes) & self.tracked, i.index)
         while len(flight) > 1 and not flight[0]:
             flight.pop(0)
         return State(tuple(flight), frozenset(dirty.items()), fenced), faults
@@ -130,6 +140,13 @@ class _Moves:
                                    self.program.instructions[owner]))  # fmt: skip
         entries = {(r, i.index, "d") for r in results} | {(r, i.index, "a") for r in sources}
         flight[-1] = flight[-1] | entries
+
+
+def _copy(i) -> tuple[str | None, str | None]:
+    """(to, from) of a plain move between registers."""
+    if i.base == "mov" and not i.guard and all(isinstance(x, Register) for x in i.operands):
+        return i.operands[0].name, i.operands[1].name
+    return None, None
 
 
 def _names(operand) -> list[str]:

@@ -86,17 +86,17 @@ def one_more(match: re.Match) -> str:
 
 REMOVED = {
     # architecture, form, pattern, new text, what the report says, how many places it must find
-    "bar.sync-sm80": (80, "pointers", CTA_BARRIER, "", ANY_RACE, 5),
-    "bar.sync-sm90": (90, "pointers", CTA_BARRIER, "", ANY_RACE, 5),
-    "cp.async.wait_group": (80, "pointers", r"cp\.async\.wait_group[^\n;]*;", "", COPY, 2),
+    "bar.sync-sm80": (80, "pointers", CTA_BARRIER, "", ANY_RACE, 3),
+    "bar.sync-sm90": (90, "pointers", CTA_BARRIER, "", ANY_RACE, 3),
+    "cp.async.wait_group": (80, "pointers", r"cp\.async\.wait_group[^\n;]*;", "", COPY, 1),
     "cp.async.wait_group-weakened": (
-        80, "pointers", r"cp\.async\.wait_group\s+(\d+)", one_more, COPY, 2,
+        80, "pointers", r"cp\.async\.wait_group\s+(\d+)", one_more, COPY, 1,
     ),
     "wgmma.wait_group": (
         90, "pointers", r"wgmma\.wait_group\.sync\.aligned \d+;", "",
-        r"register of a product in flight: %r\d+.*wgmma", 2,
+        r"register of a product in flight: %r\d+.*wgmma", 1,
     ),
-    "wgmma.fence": (90, "pointers", r"wgmma\.fence\.sync\.aligned;", "", "no wgmma.fence", 2),
+    "wgmma.fence": (90, "pointers", r"wgmma\.fence\.sync\.aligned;", "", "no wgmma.fence", 1),
     "fence.proxy.async": (
         90, "pointers", FENCE, "", "no proxy fence: async read after write.*wgmma.*by warp", 1,
     ),
