@@ -199,7 +199,7 @@ def emulating(arch: int, options: Options | None = None, edit=None):
 
     stand_in = Emulated(GPUTarget("cuda", arch, 32), options or Options(), edit)
     active, initialise = driver._active, CompiledKernel._init_handles
-    saved = configs.device_arch, configs.processors, dispatch.interpreting
+    saved = configs.device_arch, configs.processors, dispatch.interpreting, dispatch.INTERPRETED
 
     def note_text(self):
         Emulated.texts[self.hash] = self.asm["ptx"]
@@ -219,9 +219,11 @@ def emulating(arch: int, options: Options | None = None, edit=None):
     configs.device_arch = lambda device: arch
     configs.processors = lambda device: PROCESSORS
     dispatch.interpreting = lambda: True
+    dispatch.INTERPRETED = set(dispatch.HALF_OR_SINGLE)
     try:
         yield stand_in
     finally:
         driver._active = active
         CompiledKernel.run = plain_run
-        configs.device_arch, configs.processors, dispatch.interpreting = saved
+        configs.device_arch, configs.processors = saved[:2]
+        dispatch.interpreting, dispatch.INTERPRETED = saved[2:]
