@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 HAS_TRITON = $(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all compile-ptxas host-time bench docs lint format sanitize clean
+.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all test-emulated emulate-all compile-ptxas host-time bench docs lint format sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,23 @@ compile-ptxas: $(PACKAGE)  ## the block-sparse kernels through the ptxas of nvid
 
 host-time: $(PACKAGE)  ## microseconds of a call on the host, through Triton's launcher and a driver without a GPU
 	$(BIN)/python -m tests.compile.driver.host_time
+
+# One in $(EVERY) of the interpreter's tests for each architecture; Triton's cache is that of test-compile.
+EVERY ?= 7
+EMULATED = $(PYTEST) -n $(WORKERS) tests/interpreter --device emulated
+TRITON36 := build/triton-3.6.0
+
+test-emulated: $(PACKAGE)  ## compiled kernels run without a GPU, race-checked: the emulator's tests and some of the kernels'
+	@if ! $(HAS_TRITON); then echo "no Triton: nothing to emulate"; \
+	else $(PYTEST) -n $(WORKERS) tests/emulator && \
+	  for arch in 80 90; do $(EMULATED) --arch $$arch --every $(EVERY) || exit 1; done; fi
+
+emulate-all: $(PACKAGE)  ## all of the kernels' tests for sm_80 and sm_90, and the table under Triton 3.7.1 and 3.6.0 (hours)
+	$(PYTEST) -n $(WORKERS) tests/emulator
+	for arch in 80 90; do $(EMULATED) --arch $$arch || exit 1; done
+	$(BIN)/python -m tests.emulator.table
+	test -d $(TRITON36) || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) triton==3.6.0
+	PYTHONPATH=$(TRITON36) $(BIN)/python -m tests.emulator.table
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
 	$(BIN)/python -m bench $(BENCH)

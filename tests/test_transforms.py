@@ -205,8 +205,10 @@ def test_activation_checkpointing(attend, how):
         options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
     out = checkpoint(lambda q, k, v: attend(q * 1.0, k, v), *leaves, **options)
     out.square().sum().backward()
+    # a reentrant checkpoint runs first without gradients: there a hybrid call is one of C++
+    rounding = 1e-6 if attend is ATTEND["hybrid"] and how == "reentrant" else 0.0
     for leaf, grad in zip(leaves, wanted, strict=True):
-        assert torch.equal(leaf.grad, grad)
+        helpers.assert_close(leaf.grad, grad, rounding)
     assert how != "selective" or calls
 
 

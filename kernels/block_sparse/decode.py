@@ -137,6 +137,7 @@ def decode_kernel(
     k_ptr, v_ptr, kv_strides = keys_of(inputs, b, hk, F)
     base = modifiers.bias
     if F.BIAS != "none":
+        h64 = tl.where(inside, h64, 0)  # rows that pad the tile have no head, so no bias either
         base += (h64 * modifiers.bias_strides[1] + b64 * modifiers.bias_strides[0])[:, None]
     # [BLOCK_M, 1]
     r2, pair2 = r[:, None], (b * q_heads + h)[:, None]

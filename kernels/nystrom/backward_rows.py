@@ -274,6 +274,7 @@ def put_share(ptrs, x, F: tl.constexpr):
     """A share of a sum, to its place; that of the pieces comes on top of it."""
     if F.PIECES:
         x += tl.load(ptrs)
+        tl.debug_barrier()  # several threads read an element that one of them overwrites
     tl.store(ptrs, x)
 
 

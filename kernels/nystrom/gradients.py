@@ -63,11 +63,13 @@ def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, heads, parts, groups, s
         line = line0 + first + count - 1 - n
         G_ptrs = state_ptrs(own.G, line, v0, F)
         own_G, ratio = tl.load(G_ptrs), tl.load(vector_ptrs(own.ratio, line, F))
+        tl.debug_barrier()  # several threads read an element that one of them overwrites
         tl.store(G_ptrs, G)
         G = G * ratio[:, None] + own_G
         if part == 0:  # the other parts would race for it
             pull_ptrs = vector_ptrs(own.pull, line, F)
             own_pull = tl.load(pull_ptrs)
+            tl.debug_barrier()
             tl.store(pull_ptrs, pull)
             pull = pull * ratio + own_pull
     tl.store(end_G_ptrs, G)

@@ -54,7 +54,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int,
     check_tensor("query", query, 4)
     dtype, device, shapes = query.dtype, query.device, []
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor) or x.dim() != 4:
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() != 4:
             check_tensor(name, x, 4)
         shape, own = x.shape, x.dtype
         if own not in DTYPES:

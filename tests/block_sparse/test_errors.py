@@ -134,7 +134,7 @@ BAD = {
         "query_offset.*5",
     ),
     "mask-string": ({"mask": "causal"}, TypeError, "mask.*str"),
-    "mask-tensor": ({"mask": torch.ones(8, 8, dtype=torch.bool)}, TypeError, "mask.*Tensor"),
+    "mask-tensor": ({"mask": torch.ones(8, 8, dtype=torch.bool)}, TypeError, "tensor.*masks.dense"),
     "mask-function": ({"mask": masks.causal}, TypeError, "mask.*function"),
     "mask-q-len": ({"mask": compiled(q_len=9)}, ValueError, "mask.*8.*9"),
     "mask-kv-len": ({"mask": compiled(kv_len=9)}, ValueError, "mask.*8.*9"),

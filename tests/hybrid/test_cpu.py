@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmark
-from flashmark import HybridState, cpu, hybrid_attention, reference
+from flashmark import HybridState, cpu, hybrid_attention, init_landmarks, reference
 from tests import helpers
 from tests.hybrid.cases import LENGTHS, MERGES, PACKED, Case, detached, tokens
 
@@ -275,3 +275,23 @@ def test_compiled_decoding_in_place():
             out = compiled(*now, arguments["landmarks"], state)
             helpers.assert_close(out, wanted[:, :, t : t + 1], 1e-6)
     assert state.position.tolist() == [9]
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_many_rows_of_a_chunk_change_no_bit_with_what_follows(merge):
+    """More rows than are taken one by one: later rows of a tile must not move earlier ones."""
+    query, key, value = (helpers.randn(2, h, 37, 8, seed=h) for h in (4, 2, 2))
+    marks = init_landmarks(2, 4, 8)
+    gate = torch.full((1, 4, 1, 1), 0.5) if merge == "gate" else None
+    for position in range(0, 36, 5):
+        outputs = []
+        for later in (None, 1e4, -1e4):
+            tokens = [x.clone() for x in (query, key, value)]
+            if later is not None:
+                for x in tokens:
+                    x[:, :, position + 1 :] = later
+            outputs.append(
+                hybrid_attention(*tokens, marks, window=5, merge=merge, gate=gate, backend="cpu")
+            )
+        for x in outputs[1:]:
+            helpers.assert_identical(x[:, :, : position + 1], outputs[0][:, :, : position + 1])

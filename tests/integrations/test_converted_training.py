@@ -10,6 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from flashmark import landmark_parameter_groups  # noqa: E402
+from tests import helpers  # noqa: E402
 from tests.integrations.test_converted import (  # noqa: E402
     KINDS,
     WINDOW,
@@ -53,7 +54,10 @@ def test_gradient_checkpointing(use_reentrant, kind):
     for each in (plain, model):
         each.train()(ids, use_cache=False).logits.square().sum().backward()
     found = dict(model.named_parameters())
-    assert all(torch.equal(found[name].grad, p.grad) for name, p in plain.named_parameters())
+    # a reentrant checkpoint runs first without gradients: there a hybrid call is one of C++
+    rounding = 1e-4 if kind == "hybrid" and use_reentrant else 0.0
+    for name, p in plain.named_parameters():
+        helpers.assert_close(found[name].grad, p.grad, rounding, name)
 
 
 def arguments(folder, **options):

@@ -1,12 +1,14 @@
 """The Triton kernels on CPU tensors, in Triton's interpreter: `TRITON_INTERPRET=1 pytest
 tests/interpreter`.
 
-The same files run on a GPU: `pytest tests/interpreter --device cuda`.
+The same files run on a GPU, `pytest tests/interpreter --device cuda`, and compiled for one in the
+emulator of tests/emulator, `--device emulated`, with `--arch 80` or 90.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,19 +24,43 @@ if INTERPRETED:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="cpu (the interpreter) or cuda")
+    parser.addoption("--device", default="cpu", help="cpu (the interpreter), emulated or cuda")
+    parser.addoption("--every", type=int, default=1, help="run one in so many of the tests")
+    parser.addoption("--arch", default="90", choices=("80", "90"), help="of --device emulated")
 
 
 def pytest_configure(config):
-    if (config.getoption("--device") == "cpu") != INTERPRETED:
+    device = config.getoption("--device")
+    if (device == "cpu") != INTERPRETED:
         raise pytest.UsageError(
-            "--device cpu needs TRITON_INTERPRET=1, and --device cuda needs it unset"
+            "--device cpu needs TRITON_INTERPRET=1, and any other needs it unset"
         )
+    if device == "emulated":
+        os.environ["FLASHMARK_EMULATED"] = config.getoption("--arch")
+
+
+def pytest_collection_modifyitems(config, items):
+    step = config.getoption("--every")
+    config.hook.pytest_deselected(items=[x for n, x in enumerate(items) if n % step])
+    items[:] = items[::step]
 
 
 @pytest.fixture(scope="session")
-def device(request) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+def device() -> Iterator[torch.device]:
+    from tests.interpreter import running
+
+    if running.EMULATED is None:
+        yield running.DEVICE
+        return
+    from tests.emulator.device import emulating
+
+    with emulating(running.EMULATED):
+        yield running.DEVICE
+
+
+@pytest.fixture(autouse=True)
+def on_device(device):
+    """Also tests that do not ask for the device run on it."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,21 +1,19 @@
-"""The operator on the Triton backend, in the interpreter or, with TRITON_INTERPRET unset, on a GPU.
+"""The operator on the Triton backend: in the interpreter, in the emulator or on a GPU.
 
-Inputs and results are CPU tensors in both cases, so that one test serves both.
+Inputs and results are CPU tensors in all cases, so that one test serves all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from flashmark.kernels.nystrom import configs
 from flashmark.nystrom import nystrom_attention
-
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+from tests.interpreter.running import DEVICE, INTERPRETED
 
 
 @functools.wraps(nystrom_attention)
@@ -34,14 +32,14 @@ def shorten(monkeypatch, span: int) -> None:
 
     def chosen(arch, pass_, dtype, width, head_dim, v_dim, tokens):
         config = choose(arch, pass_, dtype, width, head_dim, v_dim, tokens)
-        if dtype != torch.float32 or DEVICE.type != "cpu":
+        if dtype != torch.float32 or not INTERPRETED:
             return config
         chunk = 32 if pass_ in ("states", "pieces", "read") else config.chunk
         columns = {"block_d": min(head_dim, 128), "block_v": min(v_dim, 128)}
         return dataclasses.replace(config, chunk=chunk, shares=1, **columns)
 
     monkeypatch.setattr(configs, "choose", chosen)
-    if DEVICE.type == "cpu":
+    if INTERPRETED:
         monkeypatch.setattr(configs, "FEW_MARKS_AT_ONCE", configs.MARKS_AT_ONCE)
     for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
         monkeypatch.setattr(configs, name, span)

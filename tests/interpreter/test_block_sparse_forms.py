@@ -15,13 +15,14 @@ from flashmark.kernels.block_sparse.arguments import describe
 from tests.helpers import assert_close, relative_error
 from tests.interpreter import gluon_emulation
 from tests.interpreter.attention_cases import Call, Case
+from tests.interpreter.running import INTERPRETED
 
 HALF = torch.float16
 
 
 @pytest.fixture(params=["gluon"])
 def form(request, device):
-    if device.type == "cpu":
+    if INTERPRETED:
         with gluon_emulation.emulated():
             yield request.param
     elif configs.device_arch(device) == 90:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from flashmark import hybrid_attention
 from flashmark.kernels.hybrid import configs
 from tests import helpers
 from tests.hybrid.cases import Case, detached, tokens
-
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+from tests.interpreter.running import DEVICE
 
 
 @functools.wraps(hybrid_attention)

@@ -80,9 +80,10 @@ def test_padding_is_as_if_it_were_not_there(name, mask):
     for row in range(3):
         kept = tokens[row, mask[row]][None]
         expected = decoder(torch.cat([kept, after[row : row + 1]], 1))[0]
-        helpers.assert_close(actual[row, mask[row]], expected[:-4], 1e-5)
-        helpers.assert_close(read[row, mask[row]], expected[:-4], 1e-5)
-        helpers.assert_close(next_logits[row], expected[-4:], 1e-5)
+        # two float32 results, each within 1e-5 of the definition
+        helpers.assert_close(actual[row, mask[row]], expected[:-4], 2e-5)
+        helpers.assert_close(read[row, mask[row]], expected[:-4], 2e-5)
+        helpers.assert_close(next_logits[row], expected[-4:], 2e-5)
 
 
 @pytest.mark.parametrize("kind", [*ATTENTIONS])

@@ -135,7 +135,8 @@ class RowTiles {
       float *m = tops + t * WIDTH + c, *l = sums + t * WIDTH + c;
       const Vec old = Vec::loadu(m), next = max_vec(old, top * factor);
       const Vec shift = Vec::blendv(next, Vec(0.f), next == Vec(NEG_INF));
-      const Vec shrink = exp2_vec(old - shift);
+      // Exactly 1 where the maximum stays: whether others move must change no bit of this row.
+      const Vec shrink = Vec::blendv(exp2_vec(old - shift), Vec(1.f), next == old);
       Vec sum = Vec::loadu(l) * shrink;
       for (int64_t j = 0; j < n; j++) {
         float* at = scores + j * W + c;

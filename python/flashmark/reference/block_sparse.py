@@ -70,7 +70,8 @@ def block_sparse_attention(
         logits = torch.cat([scores, column], dim=-1)
     empty = (logits == NEG_INF).all(-1, keepdim=True)  # no key and no sink: output 0, lse -inf
     # not by exp(scores - lse): beside a bias of -1e9 the logarithm of the sum is lost in lse
-    top = logits.detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)
+    none = logits.new_full((*logits.shape[:3], 1), NEG_INF)  # so that there is one, without a key
+    top = torch.cat([logits.detach(), none], -1).amax(-1, keepdim=True).masked_fill(empty, 0.0)
     shares = torch.exp(logits - top)
     total = shares.sum(-1, keepdim=True)
     weights = shares[..., :kv_len] / total.masked_fill(empty, 1.0)

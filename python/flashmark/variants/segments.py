@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from flashmark.masks import Mask, causal
-from flashmark.masks.expression import classify
-from flashmark.tracing import constant_when_traced
+from flashmark.masks.expression import Not, classify
 
 
 def segment_means(
@@ -54,6 +53,7 @@ class _Lagged(Mask):
 
     def __init__(self, q_step: int, kv_step: int, lag: int):
         self.steps = q_step, kv_step, lag
+        self.formula = (_Lagged, *self.steps)
 
     def tiles(self, grid, b, h, q_block, kv_block):
         q_step, kv_step, lag = self.steps
@@ -88,21 +88,10 @@ class SegmentMasks(NamedTuple):
 
 
 def segment_masks(size: int) -> SegmentMasks:
-    """Always the same objects, because masks keep what they were compiled to."""
+    """The masks of segments of `size` tokens, compiled once for their sizes as formulas are."""
     size = operator.index(size)  # a symbol under torch.compile
-    _build_masks(size)
-    return _masks[size]
-
-
-_masks: dict[int, SegmentMasks] = {}
-
-
-@constant_when_traced
-def _build_masks(size: int) -> None:
-    """While torch.compile traces: it then finds the masks in a global, where it accepts them."""
-    if size not in _masks:
-        _masks[size] = SegmentMasks(
-            own=causal() & ~_Lagged(size, size, 1),
-            finished=_Lagged(size, 1, 1),
-            so_far=_Lagged(1, size, 0),
-        )
+    return SegmentMasks(
+        own=causal() & Not(_Lagged(size, size, 1)),  # torch.compile knows no ~ of ours
+        finished=_Lagged(size, 1, 1),
+        so_far=_Lagged(1, size, 0),
+    )

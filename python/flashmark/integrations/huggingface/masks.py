@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 
 from flashmark import masks
 from flashmark.masks import Mask
@@ -58,7 +59,8 @@ class LazyMask(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in (_aten.detach.default, _aten.alias.default):
             return args[0].copy()
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        with enable_reentrant_dispatch():  # functions of users run under vmap
+            args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]
