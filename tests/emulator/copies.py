@@ -29,7 +29,7 @@ class Copy:
 
 
 class Copies:
-    """What is under way, and how many groups each warp has committed."""
+    """Copies in flight, and the number of groups that each warp has committed."""
 
     def __init__(self, machine):
         self.machine = machine

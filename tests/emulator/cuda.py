@@ -112,12 +112,12 @@ def distinct_tiles(bits, counts, area: int, max_tiles: int, options=None):
     hashes = torch.full((n,), -7, dtype=torch.int64)
     table = torch.full((slots,), -1, dtype=torch.int32)
     lowest = torch.full((slots,), 0x7F7F7F7F, dtype=torch.int32)
-    slot_of, rank_of = (torch.full((n,), -7, dtype=torch.int32) for _ in range(2))
+    bucket_of, rank_of = (torch.full((n,), -7, dtype=torch.int32) for _ in range(2))
     classes = torch.full((n,), -7, dtype=torch.int32)
     tile_bits = torch.zeros(max_tiles, *bits.shape[1:], dtype=torch.int32)
     visible, found = torch.zeros(max_tiles, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     tiles = struct_of("PP5qPPPPP", bits, counts, n, words, area, slots, max_tiles, hashes, table,
-                      lowest, slot_of, rank_of)  # fmt: skip
+                      lowest, bucket_of, rank_of)  # fmt: skip
     source, warps = Source("tiles/distinct_cuda.cu", options), ceil_div(n, WARPS)
     source.launch("hash_kernel", warps, tiles)
     source.launch("insert_kernel", warps, tiles)

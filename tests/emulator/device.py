@@ -154,7 +154,7 @@ def flatten(source, metadata, arguments) -> tuple[list[tuple[str, object]], list
 
 
 def tensor_map(descriptor, meta: dict) -> bytes:
-    """What the host encodes, in the emulator's form."""
+    """Tensor map as the host encodes it, in the emulator's form."""
     entry = np.zeros(1, copies.MAP)
     one = entry[0]
     rank = len(descriptor.shape)

@@ -57,7 +57,7 @@ class Memory:
         self.starts = [r.start for r in self.regions]
 
     def nearest(self, address: int) -> str:
-        """How far an address is from the nearest range, in words."""
+        """Description of an address's distance to the nearest range."""
         if not self.regions:
             return "no tensor"
         region = min(self.regions, key=lambda r: max(r.start - address, address - r.end + 1))
@@ -74,7 +74,7 @@ class Memory:
 
 @dataclasses.dataclass
 class Options:
-    """How a launch is run. `order`: "together", "ahead" (one warp far ahead) or "around" (round
+    """Options of a launch. `order`: "together", "ahead" (one warp far ahead) or "around" (round
     robin, a block each). `landing`: when copies land: "early", "late" or "drawn".
     """
 
@@ -253,7 +253,7 @@ def _shape(address, mask):
 
 @dataclasses.dataclass
 class Launch:
-    """What a launch was, and what it counted."""
+    """Record of a launch, with its counts."""
 
     kernel: str
     counts: collections.Counter  # warps that ran each block

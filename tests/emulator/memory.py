@@ -159,7 +159,7 @@ def differ(a, b) -> np.ndarray:
 
 
 def _changes(words, index, values: list, m, warps: int) -> np.ndarray:
-    """Which lanes, as the race checker lists them, would store something new."""
+    """Lanes, in the race checker's order, whose stores would change memory."""
     different = np.zeros(index.shape, bool)
     for n, value in enumerate(values):
         different = different | differ(words[index + n], value)

@@ -1,11 +1,11 @@
-"""Which accesses to memory are ordered, and reports of those that are not.
+"""Order of accesses to memory, and reports of races.
 
 Time is a counter. Every granule of shared memory (the bytes of the kernel's smallest access) knows
 its last write and each agent's last read, with time and instruction. An agent is a warp, the matrix
 products that it leads, or the copies that complete on one mbarrier. `seen[w, a]` is the time up to
 which warp w is ordered after agent a: barriers raise it, and an access to something later is a race
-however the warps happened to be scheduled. A copy or a product in flight is of a time that nobody
-has seen, until it is waited for. `proxied` is the same for what the async proxy may read: fences
+however the warps happened to be scheduled. A copy or a product in flight has a time that no
+warp has seen, until it is waited for. `proxied` is the same for what the async proxy may read: fences
 raise it.
 """
 
@@ -40,7 +40,7 @@ class Report:
 
 
 class EmulationError(RuntimeError):
-    """What a GPU would do wrong with a kernel; `reports` says it one by one."""
+    """Faults that a kernel would have on a GPU; `reports` lists them."""
 
     def __init__(self, reports: list[Report]):
         self.reports = reports
@@ -80,7 +80,7 @@ class Races:
     # time
 
     def update(self, warps) -> None:
-        """What the warps have seen has changed."""
+        """Update after a change of what the warps have seen."""
         self.limit[warps] = (self.seen[warps].min(1) + 1) << 32
         self.proxy_limit[warps] = (self.proxied[warps].min(1) + 1) << 32
 
@@ -114,7 +114,7 @@ class Races:
         self.update(warps)
 
     def proxy_fence(self, warps: np.ndarray) -> None:
-        """What the warps have done and seen, the async proxy sees from now on."""
+        """Let the async proxy see all that the warps have done and seen."""
         self.proxied[warps] = np.maximum(self.proxied[warps], self.seen[warps])
         self.proxied[warps, self.own[warps]] = self.now
         self.tick()

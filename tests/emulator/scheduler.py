@@ -1,4 +1,4 @@
-"""Which warps run next. Lanes of a warp that part are run by the lowest block first, so that they
+"""Scheduler of warps. Lanes of a warp that part are run by the lowest block first, so that they
 meet again where their branches end.
 """
 

@@ -102,7 +102,7 @@ def form(name: str) -> tuple[float, float]:
 
 
 def operator(function, case, dtype=torch.bfloat16) -> tuple[float, float]:
-    """The same of an operator with arguments of its own, by autograd."""
+    """Errors of an operator with arguments of its own, by autograd."""
 
     def results(arguments, **rest):
         given = {n: x for n, x in arguments.items()}

@@ -38,7 +38,7 @@ def test_packing(shape, block, options):
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: o.order)
 def test_distinct_tiles(options):
-    """The same classes up to the order of the rows, which is that of first appearance here."""
+    """Classes are equal up to the order of rows, here that of first appearance."""
     kinds = random_bits(7, 16, 32, seed=1)
     kinds[0], kinds[1] = False, True
     elements = kinds[torch.randint(7, (40,), generator=torch.Generator().manual_seed(2))]

@@ -210,7 +210,7 @@ def copied(row: int, column: int, *, width: int = 64, parity: int = 0, nbytes: i
 @pytest.mark.parametrize("landing", ["early", "late", "drawn"])
 @pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (15, 20), (-2, -4)])
 def test_a_box_of_a_tensor(row, column, landing):
-    """What lies outside is zeros, and still counts as bytes that came."""
+    """Elements outside are zeros, and still count as bytes that arrived."""
     got, tensor = copied(row, column, options=Options(landing=landing))
     wide = np.zeros((60, 70), "u4")
     wide[10:30, 10:34] = tensor

@@ -1,4 +1,4 @@
-"""What lanes of a warp exchange: shuffles, votes, reductions, and fragments of matrix products."""
+"""Exchanges between lanes of a warp: shuffles, votes, reductions, and fragments of matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs the kernels under test: Triton's interpreter, the emulator, or a GPU."""
+"""Runner of the kernels under test: Triton's interpreter, the emulator, or a GPU."""
 
 from __future__ import annotations
 
