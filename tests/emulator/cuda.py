@@ -106,17 +106,17 @@ def pack_dense(visible, block_q: int, block_kv: int, options=None):
 def distinct_tiles(bits, counts, area: int, max_tiles: int, options=None):
     """`distinct_tiles_cuda`"""
     n, words = bits.shape[0], bits.shape[1] * bits.shape[2]
-    slots = 1
-    while slots < 2 * n + 1:
-        slots *= 2
+    buckets = 1
+    while buckets < 2 * n + 1:
+        buckets *= 2
     hashes = torch.full((n,), -7, dtype=torch.int64)
-    table = torch.full((slots,), -1, dtype=torch.int32)
-    lowest = torch.full((slots,), 0x7F7F7F7F, dtype=torch.int32)
+    table = torch.full((buckets,), -1, dtype=torch.int32)
+    lowest = torch.full((buckets,), 0x7F7F7F7F, dtype=torch.int32)
     bucket_of, rank_of = (torch.full((n,), -7, dtype=torch.int32) for _ in range(2))
     classes = torch.full((n,), -7, dtype=torch.int32)
     tile_bits = torch.zeros(max_tiles, *bits.shape[1:], dtype=torch.int32)
     visible, found = torch.zeros(max_tiles, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    tiles = struct_of("PP5qPPPPP", bits, counts, n, words, area, slots, max_tiles, hashes, table,
+    tiles = struct_of("PP5qPPPPP", bits, counts, n, words, area, buckets, max_tiles, hashes, table,
                       lowest, bucket_of, rank_of)  # fmt: skip
     source, warps = Source("tiles/distinct_cuda.cu", options), ceil_div(n, WARPS)
     source.launch("hash_kernel", warps, tiles)

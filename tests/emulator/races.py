@@ -5,7 +5,7 @@ its last write and each agent's last read, with time and instruction. An agent i
 products that it leads, or the copies that complete on one mbarrier. `seen[w, a]` is the time up to
 which warp w is ordered after agent a: barriers raise it, and an access to something later is a race
 however the warps happened to be scheduled. A copy or a product in flight has a time that no
-warp has seen, until it is waited for. `proxied` is the same for what the async proxy may read: fences
+warp has seen, until it is waited for. `proxied` is the same for reads by the async proxy: fences
 raise it.
 """
 

@@ -1,4 +1,4 @@
-"""Exchanges between lanes of a warp: shuffles, votes, reductions, and fragments of matrix products."""
+"""Exchanges between lanes of a warp: shuffles, votes, reductions, matrix fragments."""
 
 from __future__ import annotations
 
