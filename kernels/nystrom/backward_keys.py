@@ -36,14 +36,12 @@ from .primitives import (
     zeros,
 )
 from .reading import (
-    focus_of,
-    given_masses,
     landmark_queries,
     load_decay,
     own_columns,
     own_tokens,
     split_keys,
-    turned_reading,
+    turned_weights,
 )
 
 
@@ -58,8 +56,8 @@ def later_sums(x, F: tl.constexpr):
 
 
 @triton.jit
-def chunk_keys(queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t0, until, ref, tot,
-               R0, reverse, sums, lq, lk, focus, decay2, part, line, marks, problem,
+def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, ref, tot,
+               R0, reverse, sums, lq, lk, decay2, part, marks, problem,
                F: tl.constexpr):  # fmt: skip
     """(reverse state, sums) before the tokens [t0, until), whose dK and dV are stored.
 
@@ -89,15 +87,13 @@ def chunk_keys(queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t
     offs = tl.arange(0, F.CHUNK)
     there = t0 + offs < until
     for g in range(F.GROUP):
-        given = given_masses(masses, (line + g) * problem.tokens, t0, there, F)
-        features, W, factor, q = turned_reading(head_of(queries, g), t0, there, lk, focus, norm,
-                                                given, marks, F)  # fmt: skip
+        features, W, factor, q = turned_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
         dhead = head_of(douts, g)
         dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
         if F.TAKES_KEYS:
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, given, t0, F)
+            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
             pulls = wt * centre
             pull += tl.sum(pulls, 1)
             ds += P * (mm(wt, tl.trans(pairs), F) - later_sums(pulls, F))
@@ -182,7 +178,6 @@ def keys_kernel(
     dout_ptr,
     dk_ptr,
     dv_ptr,
-    masses,
     q_strides,
     k_strides,
     v_strides,
@@ -202,10 +197,9 @@ def keys_kernel(
     units,
     span,
     tokens,
-    m0,
     F: tl.constexpr,
 ):
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, slots, units, span, tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -218,8 +212,6 @@ def keys_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     lq = landmark_queries(marks, b, h, dtype, F)
     lk = split_keys(marks, b, h, dtype, F)
-    focus = focus_of(lk, problem.m0, dtype, F)
-    head_line = tl.cast(pair, tl.int64) * F.GROUP
     decay2 = load_decay(marks, h, F)
     scratch_line = tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(problem.span, F.CHUNK)
 
@@ -244,8 +236,8 @@ def keys_kernel(
                     )  # fmt: skip
                     R0 = operand(acc, F)
                     back, sums = chunk_keys(
-                        queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t0, until,
-                        ref, tot, R0, back, sums, lq, lk, focus, decay2, part, head_line, marks,
+                        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until,
+                        ref, tot, R0, back, sums, lq, lk, decay2, part, marks,
                         problem, F,
                     )  # fmt: skip
                     until = t0
@@ -266,9 +258,9 @@ def keys_kernel(
                 if F.TAKES_KEYS:
                     R0 = tl.load(state_ptrs(scratch.acc, scratch_line + c, 0, F))
                 back, sums = chunk_keys(
-                    queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t0,
-                    tl.minimum(stop, t0 + F.CHUNK), ref, tot, R0, back, sums, lq, lk, focus, decay2,
-                    part, head_line, marks, problem, F,
+                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0,
+                    tl.minimum(stop, t0 + F.CHUNK), ref, tot, R0, back, sums, lq, lk, decay2,
+                    part, marks, problem, F,
                 )  # fmt: skip
     if F.PIECES:
         if risen:

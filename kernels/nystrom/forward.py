@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
@@ -30,7 +31,7 @@ from .states import start_states
 
 
 @triton.jit
-def output_chunk(queries, keys, values, keep_ptr, out_ptr, masses, line, t0, since, stop, state, lq,
+def output_chunk(queries, keys, values, keep_ptr, out_ptr, t0, since, stop, state, lq,
                  lk, decay2, v0, marks, problem, F: tl.constexpr):  # fmt: skip
     """(state, end) of the chunk or piece at t0, whose rows at or after `since` are stored."""
     keep, v, P, first, ref, tot, acc, _ = enter_chunk(keys, values, keep_ptr, t0, stop, state, lq,
@@ -54,23 +55,13 @@ def output_chunk(queries, keys, values, keep_ptr, out_ptr, masses, line, t0, sin
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM_V
     # out = (W e^{L0-L}) R0 + [(W e^{ref-L}) (e^{s-ref})^T, selected where j <= i] V
     for g in range(F.GROUP):
-        W, top, mass = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+        W = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
         wt = operand(W * inverse, F)
         between = tl.where(lower(t0, F), mm(wt, P, F), 0.0)
         out = mm_acc(between, v, mm(wt, R0, F), F)
         store_rows(out_ptr + g * head_size, t0, F.DIM_V, rows, F.DIM_V - v0, out, F.CHUNK,
                    F.BLOCK_V, F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-        store_masses(masses, (line + g) * problem.tokens + t0, rows, top, mass, F)
     return (ref, tot, acc), t0 + length
-
-
-@triton.jit
-def store_masses(masses, first, rows, top, mass, F: tl.constexpr):
-    """What the rows of a block of landmarks have still to be divided by."""
-    if F.MASS and F.TILES > 1:
-        offs = first + tl.arange(0, F.CHUNK)
-        tl.store(masses.top + offs, top, mask=rows)
-        tl.store(masses.mass + offs, mass, mask=rows)
 
 
 @triton.jit
@@ -89,7 +80,6 @@ def output_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    masses,
     q_strides,
     k_strides,
     v_strides,
@@ -106,7 +96,6 @@ def output_kernel(
     units,
     span,
     tokens,
-    m0,
     F: tl.constexpr,
 ):
     """Chunks, right up to the first rise of a slot; or pieces, from a slot's first rise on.
@@ -114,15 +103,14 @@ def output_kernel(
     `rises` is what the one leaves to the other: a token for each slot, its end if nothing rises.
     Without it, a launch of pieces stores all rows.
     """
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, slots, units, span, tokens)
     part, slot, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     start, stop, row = span_of(slot, b, problem, table, F)
     v0 = part * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
     keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
-    head_line = tl.cast(pair, tl.int64) * F.GROUP
-    out_ptr += head_line * problem.tokens * F.DIM_V + v0
+    out_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM_V + v0
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     line = tl.cast(row, tl.int64) * problem.heads + h
@@ -140,13 +128,13 @@ def output_kernel(
         t0 = start
         while t0 < stop:
             state, t0 = output_chunk(
-                queries, keys, values, keep_ptr, out_ptr, masses, head_line, t0, since, stop, state,
+                queries, keys, values, keep_ptr, out_ptr, t0, since, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,
             )  # fmt: skip
     else:
         for t0 in range(start, stop, F.CHUNK):
             state, end = output_chunk(
-                queries, keys, values, keep_ptr, out_ptr, masses, head_line, t0, start, stop, state,
+                queries, keys, values, keep_ptr, out_ptr, t0, start, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,
             )  # fmt: skip
             if end < tl.minimum(t0 + F.CHUNK, stop):
@@ -156,10 +144,10 @@ def output_kernel(
         store_end_state(ends.L, ends.R, line, v0, state[0], state[1], state[2], F)
 
 
-def causal_forward(call: args.Inputs) -> args.Outputs:
-    """Outputs of a call whose landmarks are one block, or what one block adds to them."""
+def causal_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
+    """The output, and the states after the last token."""
     query, tokens = call.query, call.query.shape[2]
-    out, masses = args.new_outputs(call)
+    out = args.new_output(call)
     pairs = call.key.shape[0] * call.key.shape[1]
     one_pass = call.cu_seqlens is None and configs.fills_device(query.device, pairs, tokens)
     if one_pass:
@@ -178,8 +166,8 @@ def causal_forward(call: args.Inputs) -> args.Outputs:
         problem = args.problem_of(call, slots, triton.cdiv(F.DIM_V, F.BLOCK_V))
         with on_device(query):
             output_kernel[(pairs * problem.groups * problem.parts,)](
-                query, call.key, call.value, out, masses, strides(query), strides(call.key),
+                query, call.key, call.value, out, strides(query), strides(call.key),
                 strides(call.value), call.marks, call.keep, saved, ends, rises, slots.table,
                 *problem, F, **config.options,
             )  # fmt: skip
-    return args.Outputs(out, ends, masses)
+    return out, ends

@@ -39,10 +39,10 @@ class KeyPartials(NamedTuple):
 
 @triton.jit(do_not_specialize=Problem._fields)
 def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, heads, parts, groups, slots, units, span,
-                        tokens, m0, F: tl.constexpr):  # fmt: skip
+                        tokens, F: tl.constexpr):  # fmt: skip
     """Replace what each slot adds by the reverse state at its end; (pull_ptr, G_ptr) goes from
     the reverse state after the last token to that before the first."""
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, slots, units, span, tokens)
     part, row, h = locate(problem)
     b = row
     first, count = 0, problem.slots
@@ -118,22 +118,19 @@ def new_key_partials(like: Tensor, pairs: int, groups: int, F: args.Features) ->
 
 
 def parameter_gradients(
-    call: args.Inputs, rows: list[RowPartials], keys: KeyPartials, F: args.Features
+    call: args.Inputs, rows: RowPartials, keys: KeyPartials, F: args.Features
 ) -> dict[str, Tensor]:
-    """Shares added up in a fixed order: every run gives the same bits. `rows`, a tile an entry."""
+    """Shares added up in a fixed order: every run gives the same bits."""
     batch, heads = call.key.shape[:2]
 
     def total(x: Tensor) -> Tensor:
         return x.sum(1).view(batch, heads, *x.shape[2:])
 
     marks, dim = slice(F.MARKS), slice(F.DIM)
-    read = [T.MARKS for T in F.READING or (F,)]
-    tiles = [[total(x)[:, :, :n] for x in tile] for tile, n in zip(rows, read, strict=True)]
-    core, dlk, half, _ = (torch.cat(x, 2) for x in zip(*tiles, strict=True))
     grads = {
         "lq": total(keys.dlq)[..., marks, dim] * call.marks.scale,
-        "lk": dlk[..., dim] * call.marks.scale,
-        "core": core[..., marks],
-        "decay": (total(rows[call.block].ddecay) + total(keys.ddecay))[..., marks].sum(0),
+        "lk": total(rows.dlk)[..., marks, dim] * call.marks.scale,
+        "core": total(rows.dcore)[..., marks, marks],
+        "decay": (total(rows.ddecay) + total(keys.ddecay))[..., marks].sum(0),
     }
-    return grads | ({"half": half} if call.mass else {})
+    return grads | ({"half": total(rows.dhalf)[..., marks]} if call.mass else {})

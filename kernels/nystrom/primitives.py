@@ -141,10 +141,10 @@ def load_vector(ptr, F: tl.constexpr):
 
 
 @triton.jit
-def load_core(base, stride, T: tl.constexpr, F: tl.constexpr):
-    """Rows of the landmarks of T, which are read, and columns of those of F."""
+def load_core(base, stride, F: tl.constexpr):
+    """The core, [PAD_M, PAD_M] float32, 0 for the padding."""
     offs_m = tl.arange(0, F.PAD_M)
-    inside = (offs_m < T.MARKS)[:, None] & (offs_m < F.MARKS)[None, :]
+    inside = (offs_m < F.MARKS)[:, None] & (offs_m < F.MARKS)[None, :]
     ptrs = base + offs_m[:, None] * stride + offs_m[None, :]
     return tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
 

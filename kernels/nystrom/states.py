@@ -43,11 +43,10 @@ def states_kernel(
     units,
     span,
     tokens,
-    m0,
     F: tl.constexpr,
 ):
     """What each slot holds by itself, at its last token: an online softmax over its keys."""
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, slots, units, span, tokens)
     part, slot, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     start, stop, _ = span_of(slot, b, problem, table, F)
@@ -87,12 +86,12 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=Problem._fields)
 def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups, slots, units, span,
-                tokens, m0, F: tl.constexpr):  # fmt: skip
+                tokens, F: tl.constexpr):  # fmt: skip
     """From what each slot holds by itself to the state at its start, and the states at the end.
 
     `own` and `saved` share acc, whose columns belong to one program; ref and tot belong to all.
     """
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, slots, units, span, tokens)
     part, row, h = locate(problem)
     b = row
     first, count = 0, problem.slots

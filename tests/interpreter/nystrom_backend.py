@@ -41,7 +41,5 @@ def shorten(monkeypatch, span: int) -> None:
         return dataclasses.replace(config, chunk=chunk, shares=1, **columns)
 
     monkeypatch.setattr(configs, "choose", chosen)
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(configs, "FEW_MARKS_AT_ONCE", configs.MARKS_AT_ONCE)
     for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
         monkeypatch.setattr(configs, name, span)
