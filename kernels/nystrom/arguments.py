@@ -1,4 +1,4 @@
-"""What the launchers hand to the kernels: tuples of run-time arguments, and the static features."""
+"""The arguments of the kernels: tuples of run-time values, and the static features."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .primitives import LOG2E
 class Problem(NamedTuple):
     """The integers of a launch, which kernels take one by one, as those of block-sparse attention.
 
-    A slot is a stretch of `span` tokens of one sequence.
+    A stretch is `span` tokens of one sequence.
     """
 
     heads: int  # key heads
-    parts: int  # programs that share a group of slots: blocks of columns
-    groups: int  # groups of slots to a pair of sample and key head
-    slots: int
-    units: int  # slots of a group
+    parts: int  # programs that share a group of stretches: blocks of columns
+    groups: int  # groups of stretches to a pair of sample and key head
+    stretches: int
+    units: int  # stretches of a group
     span: int
     tokens: int
 
 
-class Slots(NamedTuple):
-    """How the tokens of a call are cut. The tables are of packed sequences only."""
+class Stretches(NamedTuple):
+    """The cut of a call's tokens into stretches. The tables are of packed sequences only."""
 
     span: int
     count: int  # to a pair of sample and key head
     table: Tensor | None  # (count, 3) int32: first token, end, sequence
-    sequences: Tensor | None  # (S, 2) int32: first slot, number of slots
+    sequences: Tensor | None  # (S, 2) int32: first stretch, number of stretches
 
 
 class Parameters(NamedTuple):
@@ -59,7 +59,7 @@ class Parameters(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """States in the form of the kernels, a line a slot."""
+    """States in the form of the kernels, a line a stretch."""
 
     ref: Tensor  # (lines, PAD_M)
     tot: Tensor  # (lines, PAD_M)
@@ -77,7 +77,7 @@ class Ends(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a kernel is compiled for."""
+    """The static features that a kernel is compiled for."""
 
     MARKS: int  # landmarks whose states a program holds
     PAD_M: int
@@ -191,36 +191,36 @@ def choose_config(pass_: str, call: Inputs) -> configs.Config:
     return configs.choose(arch, pass_, call.query.dtype, *(padded(x) for x in widths), tokens)
 
 
-def cut(call: Inputs, span: int, tokens: int) -> Slots:
-    """Slots of `span` tokens. Packed sequences start slots of their own; no size is read back."""
+def cut(call: Inputs, span: int, tokens: int) -> Stretches:
+    """Stretches of `span` tokens. A packed sequence starts a new one; no size is read back."""
     if call.cu_seqlens is None:
-        return Slots(span, max(1, triton.cdiv(tokens, span)), None, None)
+        return Stretches(span, max(1, triton.cdiv(tokens, span)), None, None)
     bounds = call.cu_seqlens.long()
     starts, stops = bounds[:-1], bounds[1:]
     counts = (stops - starts + span - 1) // span
     ends = counts.cumsum(0)
     sequences = torch.stack([ends - counts, counts], 1).int()
     count = triton.cdiv(tokens, span) + starts.shape[0]  # at most; those left over are empty
-    slots = torch.arange(count, device=bounds.device)
-    row = torch.searchsorted(ends, slots, right=True)
+    stretches = torch.arange(count, device=bounds.device)
+    row = torch.searchsorted(ends, stretches, right=True)
     there = row < starts.shape[0]
     row = row.clamp(max=starts.shape[0] - 1)
-    start = starts[row] + (slots - sequences[row, 0]) * span
+    start = starts[row] + (stretches - sequences[row, 0]) * span
     stop = torch.minimum(start + span, stops[row])
     table = torch.stack([start, torch.where(there, stop, start), row], 1).int()
-    return Slots(span, count, table.contiguous(), sequences.contiguous())
+    return Stretches(span, count, table.contiguous(), sequences.contiguous())
 
 
 def problem_of(
-    call: Inputs, slots: Slots, parts: int, units: int = 1, tokens: int | None = None
+    call: Inputs, stretches: Stretches, parts: int, units: int = 1, tokens: int | None = None
 ) -> Problem:
     return Problem(
         heads=call.key.shape[1],
         parts=parts,
-        groups=triton.cdiv(slots.count, units),
-        slots=slots.count,
+        groups=triton.cdiv(stretches.count, units),
+        stretches=stretches.count,
         units=units,
-        span=slots.span,
+        span=stretches.span,
         tokens=call.key.shape[2] if tokens is None else tokens,
     )
 
@@ -231,9 +231,9 @@ def new_states(call: Inputs, lines: int, F: Features, dtype=torch.float32) -> Sa
     return Saved(vectors[0], vectors[1], acc)
 
 
-def new_rises(call: Inputs, slots: Slots) -> Tensor:
-    """For each slot the first token that rises too far, a note from one launch to the next."""
-    lines = call.key.shape[0] * call.key.shape[1] * slots.count
+def new_rises(call: Inputs, stretches: Stretches) -> Tensor:
+    """For each stretch the first token that rises too far, a note from one launch to the next."""
+    lines = call.key.shape[0] * call.key.shape[1] * stretches.count
     return torch.empty(lines, dtype=torch.int32, device=call.query.device)
 
 

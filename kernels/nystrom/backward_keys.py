@@ -1,11 +1,11 @@
-"""Backward, key side: against time, from the reverse states at the end of each slot.
+"""Backward, key side: against time, from the reverse states at the end of each stretch.
 
 The reverse state of a landmark is (G, pull), referenced to L at the boundary that it is about:
 G = sum over later i of W_i e^{L - L(i)} dO_i, held transposed, and pull likewise with dW.
 
-A program first walks its slot forward and leaves the state at the start of each chunk in a scratch
-of its own, which the next slot overwrites; then it goes back. Pieces, whose lengths are only known
-from the start, walk again to each of them instead. Tiles have a token a row here.
+A program first walks its stretch forward and leaves the state at the start of each chunk in a
+scratch of its own, which the next stretch overwrites; then it goes back. Pieces, whose lengths are
+only known from the start, walk again to each of them instead. Tiles have a token a row here.
 """
 
 from __future__ import annotations
@@ -193,13 +193,13 @@ def keys_kernel(
     heads,
     parts,
     groups,
-    slots,
+    stretches,
     units,
     span,
     tokens,
     F: tl.constexpr,
 ):
-    problem = Problem(heads, parts, groups, slots, units, span, tokens)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -219,10 +219,10 @@ def keys_kernel(
     if F.TAKES_KEYS:
         sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
     risen = False
-    for slot in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, row = span_of(slot, b, problem, table, F)
-        line = tl.cast(pair, tl.int64) * problem.slots + slot
+    for stretch in range(group * problem.units,
+                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+        start, stop, row = span_of(stretch, b, problem, table, F)
+        line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         pull_ptrs, G_ptrs = vector_ptrs(reverse.pull, line, F), state_ptrs(reverse.G, line, 0, F)
         if F.PIECES:
             if tl.load(rises + line) < stop:

@@ -1,6 +1,6 @@
-"""Backward, query side: forward in time, from the states at the start of each slot.
+"""Backward, query side: forward in time, from the states at the start of each stretch.
 
-dQ, the gradients of core and landmark keys, and what a slot hands to the keys before it. Wide
+dQ, the gradients of core and landmark keys, and what a stretch hands to the keys before it. Wide
 problems share this out over launches (`Features.TAKES`), each of which holds fewer sums.
 """
 
@@ -42,7 +42,7 @@ from .reading import (
 
 @triton.jit
 def centre_of(W, dW, F: tl.constexpr):
-    """What ds subtracts from dO . v: dW, or dO . out where rows are divided by their mass."""
+    """The term that ds subtracts from dO . v: dW, or dO . out for normalize="mass"."""
     centre = dW
     if F.MASS:
         centre = tl.sum(W * dW, 0)[None, :] + zeros(F.PAD_M, F.CHUNK)
@@ -143,10 +143,10 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
 
 
 @triton.jit
-def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state,
+def stretch_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state,
               handed, sums, lq, lk, decay2, part, marks, problem,
               F: tl.constexpr):  # fmt: skip
-    """(state, handed, sums, first token that rises too far) after a slot."""
+    """(state, handed, sums, first token that rises too far) after a stretch."""
     rise = stop
     if F.PIECES:
         t0 = start
@@ -189,13 +189,13 @@ def rows_kernel(
     heads,
     parts,
     groups,
-    slots,
+    stretches,
     units,
     span,
     tokens,
     F: tl.constexpr,
 ):
-    problem = Problem(heads, parts, groups, slots, units, span, tokens)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -210,10 +210,10 @@ def rows_kernel(
 
     sums = new_sums(F)
     risen = False
-    for slot in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, row = span_of(slot, b, problem, table, F)
-        line = tl.cast(pair, tl.int64) * problem.slots + slot
+    for stretch in range(group * problem.units,
+                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+        start, stop, row = span_of(stretch, b, problem, table, F)
+        line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         since, due = start, True
         if F.PIECES:
             since = tl.load(rises + line)
@@ -229,8 +229,12 @@ def rows_kernel(
                         tl.load(state_ptrs(own.G, line, 0, F)),
                         tl.load(vector_ptrs(own.pull, line, F)),
                     )
-            handed = (G, pull, state[1])  # the ratio: e^{L at the slot's start}, in units of 2^ref
-            state, handed, sums, rise = slot_rows(
+            handed = (
+                G,
+                pull,
+                state[1],
+            )  # the ratio: e^{L at the stretch's start}, in units of 2^ref
+            state, handed, sums, rise = stretch_rows(
                 queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state,
                 handed, sums, lq, lk, decay2, part, marks, problem, F,
             )  # fmt: skip
@@ -269,7 +273,7 @@ def put_share(ptrs, x, F: tl.constexpr):
 
 @triton.jit
 def columns_ptrs(base, line, part, F: tl.constexpr):
-    """Where a program's columns of line `line` of (lines, PAD_M, columns) lie."""
+    """Pointers to a program's columns of line `line` of (lines, PAD_M, columns)."""
     rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
     cols = part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
     return base + rows[:, None] * (F.BLOCKS_D * F.BLOCK_D) + cols[None, :]

@@ -1,4 +1,4 @@
-"""Which chunk, tiles, warps and stages a kernel runs with: one frozen record and one function."""
+"""Choice of the chunk, tiles, warps and stages of a kernel: one frozen record and one function."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ PROGRAMS = 1024  # of a backward kernel, or twice that: each leaves a share of t
 SCRATCH = 1 << 27  # bytes that they may keep states in, or twice that
 
 
-def slots_of_a_program(slots: int, scratch: int = 0) -> int:
-    """Slots that a program walks one after another; `scratch` is what it keeps, in bytes."""
+def stretches_of_a_program(stretches: int, scratch: int = 0) -> int:
+    """Stretches that a program walks one after another; `scratch` is what it keeps, in bytes."""
     programs = min(PROGRAMS, max(1, SCRATCH // scratch)) if scratch else PROGRAMS
-    return max(1, slots // programs)
+    return max(1, stretches // programs)
 
 
 ROWS = "TAKES_STATES", "TAKES_CORE", "TAKES_QUERIES"

@@ -1,4 +1,4 @@
-"""Forward pass: outputs from the states at the start of each slot, chunk after chunk."""
+"""Forward pass: outputs from the states at the start of each stretch, chunk after chunk."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def output_chunk(queries, keys, values, keep_ptr, out_ptr, t0, since, stop, stat
 
 
 @triton.jit
-def start_state(saved, ends, line, slot_line, v0, F: tl.constexpr):
-    """(ref, tot, acc) at a slot's first token."""
+def start_state(saved, ends, line, stretch_line, v0, F: tl.constexpr):
+    """(ref, tot, acc) at a stretch's first token."""
     if F.ONE_PASS:
         state = incoming_state(ends.L0, ends.R0, line, v0, F)
     else:
-        state = load_state(saved, slot_line, v0, F)
+        state = load_state(saved, stretch_line, v0, F)
     return state
 
 
@@ -92,21 +92,21 @@ def output_kernel(
     heads,
     parts,
     groups,
-    slots,
+    stretches,
     units,
     span,
     tokens,
     F: tl.constexpr,
 ):
-    """Chunks, right up to the first rise of a slot; or pieces, from a slot's first rise on.
+    """Chunks, right up to the first rise of a stretch; or pieces, from a stretch's first rise on.
 
-    `rises` is what the one leaves to the other: a token for each slot, its end if nothing rises.
+    `rises` is what the one leaves to the other: a token for each stretch, its end if nothing rises.
     Without it, a launch of pieces stores all rows.
     """
-    problem = Problem(heads, parts, groups, slots, units, span, tokens)
-    part, slot, pair = locate(problem)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
+    part, stretch, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    start, stop, row = span_of(slot, b, problem, table, F)
+    start, stop, row = span_of(stretch, b, problem, table, F)
     v0 = part * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
     keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
@@ -114,16 +114,16 @@ def output_kernel(
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     line = tl.cast(row, tl.int64) * problem.heads + h
-    slot_line = tl.cast(pair, tl.int64) * problem.slots + slot
+    stretch_line = tl.cast(pair, tl.int64) * problem.stretches + stretch
     since, rise = start, stop
     if F.PIECES and rises is not None:
-        since = tl.load(rises + slot_line)
+        since = tl.load(rises + stretch_line)
         if since >= stop:
             return
     lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
     lk = landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
-    state = start_state(saved, ends, line, slot_line, v0, F)
+    state = start_state(saved, ends, line, stretch_line, v0, F)
     if F.PIECES:
         t0 = start
         while t0 < stop:
@@ -139,7 +139,7 @@ def output_kernel(
             )  # fmt: skip
             if end < tl.minimum(t0 + F.CHUNK, stop):
                 rise = tl.minimum(rise, end)
-        tl.store(rises + slot_line, rise)
+        tl.store(rises + stretch_line, rise)
     if F.ONE_PASS:
         store_end_state(ends.L, ends.R, line, v0, state[0], state[1], state[2], F)
 
@@ -151,23 +151,23 @@ def causal_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
     pairs = call.key.shape[0] * call.key.shape[1]
     one_pass = call.cu_seqlens is None and configs.fills_device(query.device, pairs, tokens)
     if one_pass:
-        slots = args.cut(call, max(1, tokens), tokens)
+        stretches = args.cut(call, max(1, tokens), tokens)
         saved, ends = None, args.new_ends(call)
     else:
-        slots = args.cut(call, configs.FORWARD_SPAN, tokens)
-        saved, ends = start_states(call, slots)
+        stretches = args.cut(call, configs.FORWARD_SPAN, tokens)
+        saved, ends = start_states(call, stretches)
     if one_pass and tokens <= configs.DECODE_TOKENS:
         rises, passes = None, ("decode",)
     else:
-        rises, passes = args.new_rises(call, slots), ("forward", "pieces")
+        rises, passes = args.new_rises(call, stretches), ("forward", "pieces")
     for pass_ in passes:
         config = args.choose_config(pass_, call)
         F = args.features(call, config, ONE_PASS=one_pass, PIECES=pass_ != "forward")
-        problem = args.problem_of(call, slots, triton.cdiv(F.DIM_V, F.BLOCK_V))
+        problem = args.problem_of(call, stretches, triton.cdiv(F.DIM_V, F.BLOCK_V))
         with on_device(query):
             output_kernel[(pairs * problem.groups * problem.parts,)](
                 query, call.key, call.value, out, strides(query), strides(call.key),
-                strides(call.value), call.marks, call.keep, saved, ends, rises, slots.table,
+                strides(call.value), call.marks, call.keep, saved, ends, rises, stretches.table,
                 *problem, F, **config.options,
             )  # fmt: skip
     return out, ends

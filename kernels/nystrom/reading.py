@@ -1,4 +1,4 @@
-"""How queries read the landmarks, and how landmarks are loaded."""
+"""Loading of the landmarks, and the weights by which queries read them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def op(*args, **kwargs):
 
 
 def shorten(monkeypatch, span: int) -> None:
-    """Slots of `span` tokens; interpreted, float32 passes in few, wide launches: half the time.
+    """Stretches of `span` tokens; interpreted, float32 passes in few, wide launches: half the time.
 
     Half precision keeps the launches and the columns of a GPU.
     """

@@ -1,7 +1,7 @@
 """The Triton kernels of Nyström attention compute its definition: outputs, states, every gradient.
 
 Against the float64 reference, in Triton's interpreter. Spans are made short, so that small inputs
-already have several slots, and the gradients of parameters several shares.
+already have several stretches, and the gradients of parameters several shares.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
 
 
 def is_small(case: Case) -> bool:
-    """What interprets in a second or two; longer and wider ones repeat what these show."""
+    """True for cases that interpret in a second or two; the others repeat what these show."""
     return case.n < 300 and case.marks <= 128 or case.packed and case.group == 1
 
 
@@ -101,7 +101,7 @@ def test_widths_from_1_to_256(case):
 
 
 def test_a_rise_inside_a_chunk_and_back():
-    """Slots that are cut into pieces alternate with slots that are not, within one head only."""
+    """Stretches that are cut into pieces alternate with whole ones, within one head only."""
     arguments = Case(100, 4, kv_heads=2, batch=2).arguments()
     key = arguments["key"].detach().clone()
     key[0, 1, 50:53] *= 200.0

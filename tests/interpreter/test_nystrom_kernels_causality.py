@@ -11,7 +11,7 @@ from tests import helpers
 from tests.interpreter.nystrom_backend import op, shorten
 from tests.nystrom.cases import LENGTHS, PACKED, Case
 
-N = 75  # tokens: chunks of 16, slots of 32
+N = 75  # tokens: chunks of 16, stretches of 32
 CASES = {
     "plain": Case(N, 8),
     "grouped-decay": Case(N, 13, group=2, decay=0.05),
