@@ -99,7 +99,7 @@ class Features:
     SCAN: bool  # prefix sums by a scan: products are exact
     PRECISION: str
     ONE_PASS: bool = False
-    PIECES: bool = False  # chunks end where a score rises too far
+    STEEP: bool = False  # chunks end where a score rises too far
     TAKES_STATES: bool = True  # what a launch of the backward is for: reverse states, the core,
     TAKES_CORE: bool = True
     TAKES_QUERIES: bool = True  # queries and landmark keys,

@@ -65,7 +65,7 @@ def causal_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> dict[st
                 kernel[(pairs * own.groups * own.parts,)](
                     *inputs[:4], *outputs, *inputs[4:], call.marks, call.keep, saved,
                     reverse, rises, *buffers, stretches.table, *own,
-                    args.features(call, config, PIECES=pieces, **takes), **config.options,
+                    args.features(call, config, STEEP=pieces, **takes), **config.options,
                 )  # fmt: skip
 
     with on_device(query):

@@ -70,8 +70,11 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
     keep = kept_tokens(keep_ptr, t0, until, F)
     s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
+    # [PAD_M, CHUNK]
     P = tl.exp2(s - ref[:, None])
+    # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+    # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
     inverse = reciprocal(cum)
@@ -81,6 +84,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     if F.TAKES_KEYS:
         ds = E * (mm(G, tl.trans(v), F) - pull[:, None])
     if F.TAKES_VALUES:
+        # [CHUNK, BLOCK_V]
         dv = mm(tl.trans(operand(E, F)), G, F)
     G *= share[:, None]  # referenced to `ref`
     pull *= share
@@ -102,6 +106,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         wt = operand(wt, F)
         G = mm_acc(wt, dout, G, F)
         if F.TAKES_VALUES:
+            # [CHUNK, CHUNK]
             between = mm(tl.trans(operand(P, F)), wt, F)
             dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
     if F.TAKES_VALUES:
@@ -224,7 +229,7 @@ def keys_kernel(
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         pull_ptrs, G_ptrs = vector_ptrs(reverse.pull, line, F), state_ptrs(reverse.G, line, 0, F)
-        if F.PIECES:
+        if F.STEEP:
             if tl.load(rises + line) < stop:
                 risen = True
                 back = (tl.load(G_ptrs), tl.load(pull_ptrs))
@@ -262,7 +267,7 @@ def keys_kernel(
                     tl.minimum(stop, t0 + F.CHUNK), ref, tot, R0, back, sums, lq, lk, decay2,
                     part, marks, problem, F,
                 )  # fmt: skip
-    if F.PIECES:
+    if F.STEEP:
         if risen:
             store_key_sums(partial, group, pair, part, sums, problem, F)
     else:

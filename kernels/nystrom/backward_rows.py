@@ -55,8 +55,10 @@ def row_gradients(W, inverse, P, R0, dout, v, t0, F: tl.constexpr):
 
     dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
     """
+    # [CHUNK, CHUNK]
     pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
     pairs = operand(tl.where(tl.trans(lower(t0, F)), pairs, 0.0), F)
+    # [PAD_M, CHUNK]
     dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F) * inverse
     return W * inverse, dW, centre_of(W, dW, F), pairs
 
@@ -110,6 +112,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
     NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
     keep, v, P, first, ref, tot, acc, share = enter_chunk(keys, values, keep_ptr, t0, stop, state,
                                                           lq, decay2, 0, marks, F)  # fmt: skip
+    # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
     inverse = reciprocal(cum)
@@ -117,6 +120,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
     length = tl.minimum(stop - t0, first)
     there = offs < stop - t0
     rows = (offs < length) & (t0 + offs >= since)
+    # [PAD_M, BLOCK_V]
     R0 = operand(acc, F)
     ratio *= share
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
@@ -124,6 +128,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         head = head_of(queries, g)
         reading = turned_weights(head, t0, there, lk, norm, marks, F)
         dhead = head_of(douts, g)
+        # [CHUNK, BLOCK_V]
         dout = load_rows(dhead[0], t0, dhead[1], rows, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
         W = reading[1]
         if F.MASS:
@@ -136,7 +141,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         sums = take_rows(head, dq_ptr + g * head_size, t0, length, rows, part, lk, reading, dW,
                          centre, sums, marks, F)  # fmt: skip
     own = P
-    if F.PIECES:
+    if F.STEEP:
         own = tl.where((offs < length)[None, :], P, 0.0)
     ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
     return (ref, tot, acc), (G, pull, ratio * fall), sums, t0 + length
@@ -148,7 +153,7 @@ def stretch_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, s
               F: tl.constexpr):  # fmt: skip
     """(state, handed, sums, first token that rises too far) after a stretch."""
     rise = stop
-    if F.PIECES:
+    if F.STEEP:
         t0 = start
         while t0 < stop:
             state, handed, sums, t0 = chunk_rows(
@@ -215,7 +220,7 @@ def rows_kernel(
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         since, due = start, True
-        if F.PIECES:
+        if F.STEEP:
             since = tl.load(rises + line)
             due = since < stop
         if due:
@@ -224,7 +229,7 @@ def rows_kernel(
             G, pull = 0.0, 0.0
             if F.TAKES_STATES:
                 G, pull = zeros(F.PAD_M, F.BLOCK_V), full(F.PAD_M, 0.0)
-                if F.PIECES:
+                if F.STEEP:
                     G, pull = (
                         tl.load(state_ptrs(own.G, line, 0, F)),
                         tl.load(vector_ptrs(own.pull, line, F)),
@@ -243,9 +248,9 @@ def rows_kernel(
                 tl.store(state_ptrs(own.G, line, 0, F), handed[0])
                 ratio = tl.where(state[1] == 0.0, 0.0, handed[2] / state[1])
                 tl.store(vector_ptrs(own.ratio, line, F), ratio)
-            if not F.PIECES:
+            if not F.STEEP:
                 tl.store(rises + line, rise)
-    if F.PIECES:
+    if F.STEEP:
         if risen:
             store_sums(partial, group, pair, part, sums, problem, F)
     else:
@@ -266,7 +271,7 @@ def new_sums(F: tl.constexpr):
 @triton.jit
 def put_share(ptrs, x, F: tl.constexpr):
     """A share of a sum, to its place; that of the pieces comes on top of it."""
-    if F.PIECES:
+    if F.STEEP:
         x += tl.load(ptrs)
     tl.store(ptrs, x)
 

@@ -36,28 +36,34 @@ def output_chunk(queries, keys, values, keep_ptr, out_ptr, t0, since, stop, stat
     """(state, end) of the chunk or piece at t0, whose rows at or after `since` are stored."""
     keep, v, P, first, ref, tot, acc, _ = enter_chunk(keys, values, keep_ptr, t0, stop, state, lq,
                                                       decay2, v0, marks, F)  # fmt: skip
+    # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
     if F.MASS:
         norm = tl.trans(norm)
+    # [CHUNK, PAD_M]
     inverse = tl.trans(reciprocal(cum))
     offs = tl.arange(0, F.CHUNK)
     length = tl.minimum(stop - t0, first)
     there = offs < stop - t0
     rows = offs < length
-    if F.PIECES:
+    if F.STEEP:
         rows = rows & (t0 + offs >= since)
+    # [PAD_M, BLOCK_V]
     R0 = operand(acc, F)
     own = P
-    if F.PIECES:
+    if F.STEEP:
         own = tl.where((offs < length)[None, :], P, 0.0)
     ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM_V
     # out = (W e^{L0-L}) R0 + [(W e^{ref-L}) (e^{s-ref})^T, selected where j <= i] V
     for g in range(F.GROUP):
         W = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+        # [CHUNK, PAD_M]
         wt = operand(W * inverse, F)
+        # [CHUNK, CHUNK]
         between = tl.where(lower(t0, F), mm(wt, P, F), 0.0)
+        # [CHUNK, BLOCK_V]
         out = mm_acc(between, v, mm(wt, R0, F), F)
         store_rows(out_ptr + g * head_size, t0, F.DIM_V, rows, F.DIM_V - v0, out, F.CHUNK,
                    F.BLOCK_V, F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
@@ -116,7 +122,7 @@ def output_kernel(
     line = tl.cast(row, tl.int64) * problem.heads + h
     stretch_line = tl.cast(pair, tl.int64) * problem.stretches + stretch
     since, rise = start, stop
-    if F.PIECES and rises is not None:
+    if F.STEEP and rises is not None:
         since = tl.load(rises + stretch_line)
         if since >= stop:
             return
@@ -124,7 +130,7 @@ def output_kernel(
     lk = landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
     state = start_state(saved, ends, line, stretch_line, v0, F)
-    if F.PIECES:
+    if F.STEEP:
         t0 = start
         while t0 < stop:
             state, t0 = output_chunk(
@@ -162,7 +168,7 @@ def causal_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
         rises, passes = args.new_rises(call, stretches), ("forward", "pieces")
     for pass_ in passes:
         config = args.choose_config(pass_, call)
-        F = args.features(call, config, ONE_PASS=one_pass, PIECES=pass_ != "forward")
+        F = args.features(call, config, ONE_PASS=one_pass, STEEP=pass_ != "forward")
         problem = args.problem_of(call, stretches, triton.cdiv(F.DIM_V, F.BLOCK_V))
         with on_device(query):
             output_kernel[(pairs * problem.groups * problem.parts,)](
