@@ -91,7 +91,7 @@ def parameters(inputs, b, h, F: tl.constexpr):
     x = load_landmarks(x_ptr, inputs.landmark_strides[2], 0, inputs.query.dtype.element_ty, F)
     # [PAD_M]
     half2 = load_vector(inputs.half2 + b * inputs.half_batch + h * F.MARKS, F)
-    return x_ptr, x, load_core(core_ptr, inputs.core_strides[2], F, F), half2
+    return x_ptr, x, load_core(core_ptr, inputs.core_strides[2], F), half2
 
 
 @triton.jit

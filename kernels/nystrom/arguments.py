@@ -1,4 +1,4 @@
-"""What the launchers hand to the kernels: tuples of run-time arguments, and the static features."""
+"""The arguments of the kernels: tuples of run-time values, and the static features."""
 
 from __future__ import annotations
 
@@ -20,38 +20,35 @@ from .primitives import LOG2E
 class Problem(NamedTuple):
     """The integers of a launch, which kernels take one by one, as those of block-sparse attention.
 
-    A slot is a stretch of `span` tokens of one sequence.
+    A stretch is `span` tokens of one sequence.
     """
 
     heads: int  # key heads
-    parts: int  # programs that share a group of slots: blocks of columns
-    groups: int  # groups of slots to a pair of sample and key head
-    slots: int
-    units: int  # slots of a group
+    parts: int  # programs that share a group of stretches: blocks of columns
+    groups: int  # groups of stretches to a pair of sample and key head
+    stretches: int
+    units: int  # stretches of a group
     span: int
     tokens: int
-    m0: int = 0  # first of the landmarks that a launch of the backward has the gradients of
 
 
-class Slots(NamedTuple):
-    """How the tokens of a call are cut. The tables are of packed sequences only."""
+class Stretches(NamedTuple):
+    """The cut of a call's tokens into stretches. The tables are of packed sequences only."""
 
     span: int
     count: int  # to a pair of sample and key head
     table: Tensor | None  # (count, 3) int32: first token, end, sequence
-    sequences: Tensor | None  # (S, 2) int32: first slot, number of slots
+    sequences: Tensor | None  # (S, 2) int32: first stretch, number of stretches
 
 
 class Parameters(NamedTuple):
-    """The parameters. A block of landmarks has rows of `lq`, entries of `decay` and `half2` and
-    columns of `core` of its own; queries read all of `lk` and `read_half2`."""
+    """The landmarks, their core and decay, and the strides that kernels read them by."""
 
     lq: Tensor
     lk: Tensor
     core: Tensor
     decay: Tensor | None
     half2: Tensor | None  # (B | 1, H, M): s_ll / 2 in log2 units
-    read_half2: Tensor | None
     lq_strides: tuple[int, int, int]
     lk_strides: tuple[int, int, int]
     core_strides: tuple[int, int, int]
@@ -62,19 +59,11 @@ class Parameters(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """States in the form of the kernels, a line a slot."""
+    """States in the form of the kernels, a line a stretch."""
 
     ref: Tensor  # (lines, PAD_M)
     tot: Tensor  # (lines, PAD_M)
     acc: Tensor  # (lines, PAD_M, PAD_V)
-
-
-class Masses(NamedTuple):
-    """What a row is divided by where its landmarks come in blocks, (B, Hq, Nq) each."""
-
-    top: Tensor  # log2 of the unit of `mass`
-    mass: Tensor
-    delta: Tensor | None  # dO . out
 
 
 class Ends(NamedTuple):
@@ -86,17 +75,9 @@ class Ends(NamedTuple):
     R: Tensor
 
 
-class Outputs(NamedTuple):
-    """What a call gives: of a block of landmarks out of several, what is added up and divided."""
-
-    out: Tensor
-    ends: Ends
-    masses: Masses | None
-
-
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a kernel is compiled for."""
+    """The static features that a kernel is compiled for."""
 
     MARKS: int  # landmarks whose states a program holds
     PAD_M: int
@@ -117,13 +98,8 @@ class Features:
     SPLIT: bool  # the core in two bfloat16
     SCAN: bool  # prefix sums by a scan: products are exact
     PRECISION: str
-    TILES: int = 1  # of the landmarks that queries read
-    STEP: int = 0  # landmarks from one tile to the next
-    READING: tuple[Features, ...] = ()  # features of each tile, where there are several
-    FOCUS: int = 0  # the first tile that has as many landmarks as the focus
-    OWN: bool = True  # are the landmarks of the focus those whose states the program holds?
     ONE_PASS: bool = False
-    PIECES: bool = False  # chunks end where a score rises too far
+    STEEP: bool = False  # chunks end where a score rises too far
     TAKES_STATES: bool = True  # what a launch of the backward is for: reverse states, the core,
     TAKES_CORE: bool = True
     TAKES_QUERIES: bool = True  # queries and landmark keys,
@@ -132,7 +108,7 @@ class Features:
 
 
 class Inputs(NamedTuple):
-    """A call, or one block of its landmarks and of columns of its values, as kernels read it."""
+    """A call, or one slice of the columns of its values, as kernels read it."""
 
     query: Tensor
     key: Tensor
@@ -143,9 +119,6 @@ class Inputs(NamedTuple):
     L0: Tensor | None
     R0: Tensor | None
     mass: bool
-    block: int = 0  # which landmarks `marks` has: one block out of `blocks`, `step` to a block
-    blocks: int = 1
-    step: int = 0
 
     @property
     def rows(self) -> int:
@@ -169,7 +142,6 @@ def describe(call: Call) -> Inputs:
         core=core,
         decay=decay,
         half2=half2,
-        read_half2=half2,
         lq_strides=_by_sample(lq),
         lk_strides=_by_sample(lk),
         core_strides=_by_sample(core),
@@ -186,12 +158,11 @@ def describe(call: Call) -> Inputs:
 def features(call: Inputs, config: configs.Config, **extra: bool) -> Features:
     query, value = call.query, call.value
     marks, dim, dim_v = call.marks.lq.shape[-2], query.shape[3], value.shape[3]
-    step, blocks = call.step or marks, call.blocks
     block_d, block_v = min(config.block_d, padded(dim)), min(config.block_v, padded(dim_v))
     precision = dot_precision(query.dtype)
-    F = Features(
+    return Features(
         MARKS=marks,
-        PAD_M=padded(step),
+        PAD_M=padded(marks),
         DIM=dim,
         BLOCK_D=block_d,
         BLOCKS_D=triton.cdiv(dim, block_d),
@@ -211,56 +182,45 @@ def features(call: Inputs, config: configs.Config, **extra: bool) -> Features:
         PRECISION=precision,
         **extra,
     )
-    if blocks == 1:
-        return F
-    last = call.marks.lk.shape[-2] - step * (blocks - 1)
-    tiles = (dataclasses.replace(F, MARKS=x) for x in (*[step] * (blocks - 1), last))
-    return dataclasses.replace(F, TILES=blocks, STEP=step, READING=tuple(tiles))
 
 
 def choose_config(pass_: str, call: Inputs) -> configs.Config:
-    widths = call.step or call.marks.lq.shape[-2], call.query.shape[3], call.value.shape[3]
+    widths = call.marks.lq.shape[-2], call.query.shape[3], call.value.shape[3]
     tokens = max(call.query.shape[2], call.key.shape[2])
     arch = shared.device_arch(call.query.device)
     return configs.choose(arch, pass_, call.query.dtype, *(padded(x) for x in widths), tokens)
 
 
-def focused(problem: Problem, F: Features, tile: int, takes: dict) -> tuple[Problem, dict]:
-    """What a launch for the gradients of one tile of landmarks gets; alike tiles share kernels."""
-    alike = F.READING.index(F.READING[tile]) if F.READING else 0
-    return problem._replace(m0=tile * F.STEP), takes | {"FOCUS": alike}
-
-
-def cut(call: Inputs, span: int, tokens: int) -> Slots:
-    """Slots of `span` tokens. Packed sequences start slots of their own; no size is read back."""
+def cut(call: Inputs, span: int, tokens: int) -> Stretches:
+    """Stretches of `span` tokens. A packed sequence starts a new one; no size is read back."""
     if call.cu_seqlens is None:
-        return Slots(span, max(1, triton.cdiv(tokens, span)), None, None)
+        return Stretches(span, max(1, triton.cdiv(tokens, span)), None, None)
     bounds = call.cu_seqlens.long()
     starts, stops = bounds[:-1], bounds[1:]
     counts = (stops - starts + span - 1) // span
     ends = counts.cumsum(0)
     sequences = torch.stack([ends - counts, counts], 1).int()
     count = triton.cdiv(tokens, span) + starts.shape[0]  # at most; those left over are empty
-    slots = torch.arange(count, device=bounds.device)
-    row = torch.searchsorted(ends, slots, right=True)
+    stretches = torch.arange(count, device=bounds.device)
+    row = torch.searchsorted(ends, stretches, right=True)
     there = row < starts.shape[0]
     row = row.clamp(max=starts.shape[0] - 1)
-    start = starts[row] + (slots - sequences[row, 0]) * span
+    start = starts[row] + (stretches - sequences[row, 0]) * span
     stop = torch.minimum(start + span, stops[row])
     table = torch.stack([start, torch.where(there, stop, start), row], 1).int()
-    return Slots(span, count, table.contiguous(), sequences.contiguous())
+    return Stretches(span, count, table.contiguous(), sequences.contiguous())
 
 
 def problem_of(
-    call: Inputs, slots: Slots, parts: int, units: int = 1, tokens: int | None = None
+    call: Inputs, stretches: Stretches, parts: int, units: int = 1, tokens: int | None = None
 ) -> Problem:
     return Problem(
         heads=call.key.shape[1],
         parts=parts,
-        groups=triton.cdiv(slots.count, units),
-        slots=slots.count,
+        groups=triton.cdiv(stretches.count, units),
+        stretches=stretches.count,
         units=units,
-        span=slots.span,
+        span=stretches.span,
         tokens=call.key.shape[2] if tokens is None else tokens,
     )
 
@@ -271,9 +231,9 @@ def new_states(call: Inputs, lines: int, F: Features, dtype=torch.float32) -> Sa
     return Saved(vectors[0], vectors[1], acc)
 
 
-def new_rises(call: Inputs, slots: Slots) -> Tensor:
-    """For each slot the first token that rises too far, a note from one launch to the next."""
-    lines = call.key.shape[0] * call.key.shape[1] * slots.count
+def new_rises(call: Inputs, stretches: Stretches) -> Tensor:
+    """For each stretch the first token that rises too far, a note from one launch to the next."""
+    lines = call.key.shape[0] * call.key.shape[1] * stretches.count
     return torch.empty(lines, dtype=torch.int32, device=call.query.device)
 
 
@@ -283,16 +243,8 @@ def new_ends(call: Inputs) -> Ends:
     return Ends(call.L0, call.R0, L, L.new_empty(*L.shape, dim_v))
 
 
-def new_outputs(call: Inputs) -> tuple[Tensor, Masses | None]:
-    """Room for the outputs; those of a block of landmarks are added up in float32."""
-    query, whole = call.query, call.blocks == 1
-    shape = *query.shape[:3], call.value.shape[3]
-    dtype = query.dtype if whole else torch.float32
-    out = torch.empty(shape, dtype=dtype, device=query.device)
-    if whole or not call.mass:
-        return out, None
-    rows = torch.empty(2, *shape[:3], dtype=torch.float32, device=query.device)
-    return out, Masses(rows[0], rows[1], None)
+def new_output(call: Inputs) -> Tensor:
+    return call.query.new_empty(*call.query.shape[:3], call.value.shape[3])
 
 
 def new_token_gradients(call: Inputs, wide: bool) -> dict[str, Tensor]:

@@ -1,8 +1,6 @@
-"""Backward launcher: states again, the query side, a reverse scan over slots, the key side."""
+"""Backward launcher: states again, the query side, a reverse scan over stretches, the key side."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import triton
@@ -34,54 +32,46 @@ def incoming_gradients(call: args.Inputs, pull: Tensor, G: Tensor, F) -> tuple[T
     return dL0.masked_fill(empty, 0.0), dR0
 
 
-def causal_sweep(
-    call: args.Inputs, dout: Tensor, dL, dR, masses: args.Masses | None, wide: bool
-) -> dict[str, Tensor]:
-    """All gradients of one block of landmarks and of values; those of tokens float32 if `wide`."""
+def causal_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> dict[str, Tensor]:
+    """All gradients of one slice of the columns of values; those of tokens float32 if `wide`."""
     query, key, value = call.query, call.key, call.value
     pairs = key.shape[0] * key.shape[1]
-    slots = args.cut(call, configs.BACKWARD_SPAN, key.shape[2])
-    saved, ends = start_states(call, slots)
+    stretches = args.cut(call, configs.BACKWARD_SPAN, key.shape[2])
+    saved, ends = start_states(call, stretches)
     configs_of = {pass_: args.choose_config(pass_, call) for pass_ in ("rows", "keys")}
     F = args.features(call, configs_of["rows"])
     chunks = triton.cdiv(configs.BACKWARD_SPAN, configs_of["keys"].chunk)
     dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
-    bytes_of_a_slot = F.BLOCKS_D * chunks * F.PAD_M * F.PAD_V * dtype.itemsize
-    units = configs.slots_of_a_program(pairs * slots.count, bytes_of_a_slot)
-    problem = args.problem_of(call, slots, F.BLOCKS_D, units)
+    bytes_of_a_stretch = F.BLOCKS_D * chunks * F.PAD_M * F.PAD_V * dtype.itemsize
+    units = configs.stretches_of_a_program(pairs * stretches.count, bytes_of_a_stretch)
+    problem = args.problem_of(call, stretches, F.BLOCKS_D, units)
     grads = args.new_token_gradients(call, wide)
-    dq = [grads["query"], *(torch.empty_like(grads["query"]) for _ in F.READING[1:])]
-    reverse = new_reverse(query, pairs * slots.count, F)
-    rows = [new_row_partials(query, pairs, problem.groups, F) for _ in dq]
+    reverse = new_reverse(query, pairs * stretches.count, F)
+    rows = new_row_partials(query, pairs, problem.groups, F)
     keys = new_key_partials(query, pairs, problem.groups, F)
-    rises = args.new_rises(call, slots)
+    rises = args.new_rises(call, stretches)
     pull, G = outgoing(call, ends, dL, dR, F)
-    own_tile = call.block if call.mass else None  # the same kernels serve all blocks otherwise
     programs = pairs * problem.groups * problem.parts
     scratch = args.new_states(call, programs * chunks, F, dtype)
     inputs = (query, key, value, dout)
     inputs += tuple(strides(x) for x in inputs)
 
-    def launch(kernel, pass_: str, outputs: Callable, buffers: Callable) -> None:
+    def launch(kernel, pass_: str, outputs: tuple, buffers: tuple) -> None:
         config = configs_of[pass_]
-        for tile, takes in configs.launches(pass_, config.shares, F.TILES, own_tile):
+        for takes in configs.launches(pass_, config.shares):
             columns = takes.get("TAKES_QUERIES", False) or takes.get("TAKES_KEYS", False)
             own = problem if columns else problem._replace(parts=1)
-            own, takes = args.focused(own, F, tile, takes)
             for pieces in (False, True):
                 kernel[(pairs * own.groups * own.parts,)](
-                    *inputs[:4], *outputs(tile), masses, *inputs[4:], call.marks, call.keep, saved,
-                    reverse, rises, *buffers(tile), slots.table, *own,
-                    args.features(call, config, PIECES=pieces, **takes), **config.options,
+                    *inputs[:4], *outputs, *inputs[4:], call.marks, call.keep, saved,
+                    reverse, rises, *buffers, stretches.table, *own,
+                    args.features(call, config, STEEP=pieces, **takes), **config.options,
                 )  # fmt: skip
 
     with on_device(query):
-        launch(rows_kernel, "rows", lambda tile: (dq[tile],), lambda tile: (rows[tile],))
-        reverse_scan(call, reverse, pull, G, slots, problem, F)
-        launch(keys_kernel, "keys", lambda _: (grads["key"], grads["value"]),
-               lambda _: (scratch, keys))  # fmt: skip
-    for other in dq[1:]:
-        grads["query"] += other
+        launch(rows_kernel, "rows", (grads["query"],), (rows,))
+        reverse_scan(call, reverse, pull, G, stretches, problem, F)
+        launch(keys_kernel, "keys", (grads["key"], grads["value"]), (scratch, keys))
     grads |= parameter_gradients(call, rows, keys, F)
     if call.L0 is not None:
         grads["L0"], grads["R0"] = incoming_gradients(call, pull, G, F)

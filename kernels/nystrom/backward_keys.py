@@ -1,11 +1,11 @@
-"""Backward, key side: against time, from the reverse states at the end of each slot.
+"""Backward, key side: against time, from the reverse states at the end of each stretch.
 
 The reverse state of a landmark is (G, pull), referenced to L at the boundary that it is about:
 G = sum over later i of W_i e^{L - L(i)} dO_i, held transposed, and pull likewise with dW.
 
-A program first walks its slot forward and leaves the state at the start of each chunk in a scratch
-of its own, which the next slot overwrites; then it goes back. Pieces, whose lengths are only known
-from the start, walk again to each of them instead. Tiles have a token a row here.
+A program first walks its stretch forward and leaves the state at the start of each chunk in a
+scratch of its own, which the next stretch overwrites; then it goes back. Pieces, whose lengths are
+only known from the start, walk again to each of them instead. Tiles have a token a row here.
 """
 
 from __future__ import annotations
@@ -36,14 +36,12 @@ from .primitives import (
     zeros,
 )
 from .reading import (
-    focus_of,
-    given_masses,
     landmark_queries,
     load_decay,
     own_columns,
     own_tokens,
     split_keys,
-    turned_reading,
+    turned_weights,
 )
 
 
@@ -58,8 +56,8 @@ def later_sums(x, F: tl.constexpr):
 
 
 @triton.jit
-def chunk_keys(queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t0, until, ref, tot,
-               R0, reverse, sums, lq, lk, focus, decay2, part, line, marks, problem,
+def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, ref, tot,
+               R0, reverse, sums, lq, lk, decay2, part, marks, problem,
                F: tl.constexpr):  # fmt: skip
     """(reverse state, sums) before the tokens [t0, until), whose dK and dV are stored.
 
@@ -72,8 +70,11 @@ def chunk_keys(queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t
     NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
     keep = kept_tokens(keep_ptr, t0, until, F)
     s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
+    # [PAD_M, CHUNK]
     P = tl.exp2(s - ref[:, None])
+    # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+    # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
     inverse = reciprocal(cum)
@@ -83,21 +84,20 @@ def chunk_keys(queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t
     if F.TAKES_KEYS:
         ds = E * (mm(G, tl.trans(v), F) - pull[:, None])
     if F.TAKES_VALUES:
+        # [CHUNK, BLOCK_V]
         dv = mm(tl.trans(operand(E, F)), G, F)
     G *= share[:, None]  # referenced to `ref`
     pull *= share
     offs = tl.arange(0, F.CHUNK)
     there = t0 + offs < until
     for g in range(F.GROUP):
-        given = given_masses(masses, (line + g) * problem.tokens, t0, there, F)
-        features, W, factor, q = turned_reading(head_of(queries, g), t0, there, lk, focus, norm,
-                                                given, marks, F)  # fmt: skip
+        features, W, factor, q = turned_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
         dhead = head_of(douts, g)
         dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
         if F.TAKES_KEYS:
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, given, t0, F)
+            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
             pulls = wt * centre
             pull += tl.sum(pulls, 1)
             ds += P * (mm(wt, tl.trans(pairs), F) - later_sums(pulls, F))
@@ -106,6 +106,7 @@ def chunk_keys(queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t
         wt = operand(wt, F)
         G = mm_acc(wt, dout, G, F)
         if F.TAKES_VALUES:
+            # [CHUNK, CHUNK]
             between = mm(tl.trans(operand(P, F)), wt, F)
             dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
     if F.TAKES_VALUES:
@@ -182,7 +183,6 @@ def keys_kernel(
     dout_ptr,
     dk_ptr,
     dv_ptr,
-    masses,
     q_strides,
     k_strides,
     v_strides,
@@ -198,14 +198,13 @@ def keys_kernel(
     heads,
     parts,
     groups,
-    slots,
+    stretches,
     units,
     span,
     tokens,
-    m0,
     F: tl.constexpr,
 ):
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -218,8 +217,6 @@ def keys_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     lq = landmark_queries(marks, b, h, dtype, F)
     lk = split_keys(marks, b, h, dtype, F)
-    focus = focus_of(lk, problem.m0, dtype, F)
-    head_line = tl.cast(pair, tl.int64) * F.GROUP
     decay2 = load_decay(marks, h, F)
     scratch_line = tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(problem.span, F.CHUNK)
 
@@ -227,12 +224,12 @@ def keys_kernel(
     if F.TAKES_KEYS:
         sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
     risen = False
-    for slot in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, row = span_of(slot, b, problem, table, F)
-        line = tl.cast(pair, tl.int64) * problem.slots + slot
+    for stretch in range(group * problem.units,
+                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+        start, stop, row = span_of(stretch, b, problem, table, F)
+        line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         pull_ptrs, G_ptrs = vector_ptrs(reverse.pull, line, F), state_ptrs(reverse.G, line, 0, F)
-        if F.PIECES:
+        if F.STEEP:
             if tl.load(rises + line) < stop:
                 risen = True
                 back = (tl.load(G_ptrs), tl.load(pull_ptrs))
@@ -244,8 +241,8 @@ def keys_kernel(
                     )  # fmt: skip
                     R0 = operand(acc, F)
                     back, sums = chunk_keys(
-                        queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t0, until,
-                        ref, tot, R0, back, sums, lq, lk, focus, decay2, part, head_line, marks,
+                        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until,
+                        ref, tot, R0, back, sums, lq, lk, decay2, part, marks,
                         problem, F,
                     )  # fmt: skip
                     until = t0
@@ -266,11 +263,11 @@ def keys_kernel(
                 if F.TAKES_KEYS:
                     R0 = tl.load(state_ptrs(scratch.acc, scratch_line + c, 0, F))
                 back, sums = chunk_keys(
-                    queries, keys, values, douts, masses, keep_ptr, dk_ptr, dv_ptr, t0,
-                    tl.minimum(stop, t0 + F.CHUNK), ref, tot, R0, back, sums, lq, lk, focus, decay2,
-                    part, head_line, marks, problem, F,
+                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0,
+                    tl.minimum(stop, t0 + F.CHUNK), ref, tot, R0, back, sums, lq, lk, decay2,
+                    part, marks, problem, F,
                 )  # fmt: skip
-    if F.PIECES:
+    if F.STEEP:
         if risen:
             store_key_sums(partial, group, pair, part, sums, problem, F)
     else:

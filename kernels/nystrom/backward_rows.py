@@ -1,6 +1,6 @@
-"""Backward, query side: forward in time, from the states at the start of each slot.
+"""Backward, query side: forward in time, from the states at the start of each stretch.
 
-dQ, the gradients of core and landmark keys, and what a slot hands to the keys before it. Wide
+dQ, the gradients of core and landmark keys, and what a stretch hands to the keys before it. Wide
 problems share this out over launches (`Features.TAKES`), each of which holds fewer sums.
 """
 
@@ -31,37 +31,36 @@ from .primitives import (
 )
 from .reading import (
     core_mm,
-    focus_of,
-    given_masses,
     landmark_queries,
     load_decay,
     own_columns,
     own_tokens,
     split_keys,
-    turned_reading,
+    turned_weights,
 )
 
 
 @triton.jit
-def centre_of(W, dW, given, F: tl.constexpr):
-    """What ds subtracts from dO . v: dW, or dO . out where rows are divided by their mass."""
+def centre_of(W, dW, F: tl.constexpr):
+    """The term that ds subtracts from dO . v: dW, or dO . out for normalize="mass"."""
     centre = dW
     if F.MASS:
-        dot = given[2] if F.TILES > 1 else tl.sum(W * dW, 0)
-        centre = dot[None, :] + zeros(F.PAD_M, F.CHUNK)
+        centre = tl.sum(W * dW, 0)[None, :] + zeros(F.PAD_M, F.CHUNK)
     return centre
 
 
 @triton.jit
-def row_gradients(W, inverse, P, R0, dout, v, given, t0, F: tl.constexpr):
+def row_gradients(W, inverse, P, R0, dout, v, t0, F: tl.constexpr):
     """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key a row, a query a column.
 
     dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
     """
+    # [CHUNK, CHUNK]
     pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
     pairs = operand(tl.where(tl.trans(lower(t0, F)), pairs, 0.0), F)
+    # [PAD_M, CHUNK]
     dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F) * inverse
-    return W * inverse, dW, centre_of(W, dW, given, F), pairs
+    return W * inverse, dW, centre_of(W, dW, F), pairs
 
 
 @triton.jit
@@ -77,7 +76,7 @@ def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
 
 
 @triton.jit
-def take_rows(queries, dq_ptr, t0, length, rows, part, focus, reading, dW, centre, sums, marks,
+def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, sums, marks,
               F: tl.constexpr):  # fmt: skip
     """Store dQ of `rows`, and add to the gradients of core, landmark keys, s_ll / 2 and decay."""
     features, W, factor, q = reading
@@ -87,34 +86,33 @@ def take_rows(queries, dq_ptr, t0, length, rows, part, focus, reading, dW, centr
     if F.MASS:  # no reading of garbage: it might be infinite
         W = tl.where(rows[None, :], W, 0.0)
         factor = tl.where(rows[None, :], factor, 0.0)
-    dG, dscores = reading_gradients(features, W, factor, dW, centre, focus[3], F)
+    dG, dscores = reading_gradients(features, W, factor, dW, centre, lk[3], F)
     if F.TAKES_CORE:
         dcore = mm_acc(features, tl.trans(operand(dG, F)), dcore, F)
     if F.TAKES_QUERIES:
         if F.MASS:
-            dhalf -= tl.sum(dscores, 1)
-            if F.OWN:  # of Z_l(i), on top of what ds has
-                dlog = W * (dW - centre)
-                dhalf -= tl.sum(dlog, 1)
-                if F.DECAY:
-                    age = (length - 1 - tl.arange(0, F.CHUNK)).to(tl.float32)
-                    ddecay += tl.sum(dlog * age[None, :], 1)
+            dlog = W * (dW - centre)  # of Z_l(i), on top of what ds has
+            dhalf -= tl.sum(dscores, 1) + tl.sum(dlog, 1)
+            if F.DECAY:
+                age = (length - 1 - tl.arange(0, F.CHUNK)).to(tl.float32)
+                ddecay += tl.sum(dlog * age[None, :], 1)
         dscores = operand(dscores, F)
-        dq = tl.trans(mm(tl.trans(own_columns(focus, part, F)), dscores, F)) * marks.scale
+        dq = tl.trans(mm(tl.trans(own_columns(lk, part, F)), dscores, F)) * marks.scale
         store_rows(dq_ptr + d0, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D)
         dlk = mm_acc(dscores, own_tokens(q, queries, t0, rows, part, F), dlk, F)
     return dcore, dlk, dhalf, ddecay
 
 
 @triton.jit
-def chunk_rows(queries, keys, values, douts, masses, keep_ptr, dq_ptr, t0, since, stop, state,
-               handed, sums, lq, lk, focus, decay2, part, line, marks, problem,
+def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state,
+               handed, sums, lq, lk, decay2, part, marks, problem,
                F: tl.constexpr):  # fmt: skip
     """(state, handed, sums, end) of the chunk or piece at t0, by its rows at or after `since`."""
     G, pull, ratio = handed
     NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
     keep, v, P, first, ref, tot, acc, share = enter_chunk(keys, values, keep_ptr, t0, stop, state,
                                                           lq, decay2, 0, marks, F)  # fmt: skip
+    # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
     inverse = reciprocal(cum)
@@ -122,52 +120,53 @@ def chunk_rows(queries, keys, values, douts, masses, keep_ptr, dq_ptr, t0, since
     length = tl.minimum(stop - t0, first)
     there = offs < stop - t0
     rows = (offs < length) & (t0 + offs >= since)
+    # [PAD_M, BLOCK_V]
     R0 = operand(acc, F)
     ratio *= share
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
     for g in range(F.GROUP):
         head = head_of(queries, g)
-        given = given_masses(masses, (line + g) * problem.tokens, t0, there, F)
-        reading = turned_reading(head, t0, there, lk, focus, norm, given, marks, F)
+        reading = turned_weights(head, t0, there, lk, norm, marks, F)
         dhead = head_of(douts, g)
+        # [CHUNK, BLOCK_V]
         dout = load_rows(dhead[0], t0, dhead[1], rows, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
         W = reading[1]
         if F.MASS:
             W = tl.where(rows[None, :], W, 0.0)
-        wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, given, t0, F)
+        wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
         if F.TAKES_STATES:
             wt *= ratio[:, None]
             G = mm_acc(wt, dout, G, F)
             pull += tl.sum(wt * centre, 1)
-        sums = take_rows(head, dq_ptr + g * head_size, t0, length, rows, part, focus, reading, dW,
+        sums = take_rows(head, dq_ptr + g * head_size, t0, length, rows, part, lk, reading, dW,
                          centre, sums, marks, F)  # fmt: skip
     own = P
-    if F.PIECES:
+    if F.STEEP:
         own = tl.where((offs < length)[None, :], P, 0.0)
     ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
     return (ref, tot, acc), (G, pull, ratio * fall), sums, t0 + length
 
 
 @triton.jit
-def slot_rows(queries, keys, values, douts, masses, keep_ptr, dq_ptr, since, start, stop, state,
-              handed, sums, lq, lk, focus, decay2, part, line, marks, problem,
+def stretch_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state,
+              handed, sums, lq, lk, decay2, part, marks, problem,
               F: tl.constexpr):  # fmt: skip
-    """(state, handed, sums, first token that rises too far) after a slot."""
+    """(state, handed, sums, first token that rises too far) after a stretch."""
     rise = stop
-    if F.PIECES:
+    if F.STEEP:
         t0 = start
         while t0 < stop:
             state, handed, sums, t0 = chunk_rows(
-                queries, keys, values, douts, masses, keep_ptr, dq_ptr, t0, since, stop, state,
-                handed, sums, lq, lk, focus, decay2, part, line, marks, problem, F,
+                queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state,
+                handed, sums, lq, lk, decay2, part, marks, problem, F,
             )  # fmt: skip
     else:
         for t0 in range(start, stop, F.CHUNK):
             # a row after a rise is left to the pieces
             state, handed, sums, end = chunk_rows(
-                queries, keys, values, douts, masses, keep_ptr, dq_ptr, t0,
-                tl.where(rise < stop, stop, since), stop, state, handed, sums, lq, lk, focus,
-                decay2, part, line, marks, problem, F,
+                queries, keys, values, douts, keep_ptr, dq_ptr, t0,
+                tl.where(rise < stop, stop, since), stop, state, handed, sums, lq, lk,
+                decay2, part, marks, problem, F,
             )  # fmt: skip
             if end < tl.minimum(t0 + F.CHUNK, stop):
                 rise = tl.minimum(rise, end)
@@ -181,7 +180,6 @@ def rows_kernel(
     v_ptr,
     dout_ptr,
     dq_ptr,
-    masses,
     q_strides,
     k_strides,
     v_strides,
@@ -196,36 +194,33 @@ def rows_kernel(
     heads,
     parts,
     groups,
-    slots,
+    stretches,
     units,
     span,
     tokens,
-    m0,
     F: tl.constexpr,
 ):
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
     keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
     douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
-    head_line = tl.cast(pair, tl.int64) * F.GROUP
-    dq_ptr += head_line * problem.tokens * F.DIM
+    dq_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
-    focus = focus_of(lk, problem.m0, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
 
     sums = new_sums(F)
     risen = False
-    for slot in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, row = span_of(slot, b, problem, table, F)
-        line = tl.cast(pair, tl.int64) * problem.slots + slot
+    for stretch in range(group * problem.units,
+                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+        start, stop, row = span_of(stretch, b, problem, table, F)
+        line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         since, due = start, True
-        if F.PIECES:
+        if F.STEEP:
             since = tl.load(rises + line)
             due = since < stop
         if due:
@@ -234,24 +229,28 @@ def rows_kernel(
             G, pull = 0.0, 0.0
             if F.TAKES_STATES:
                 G, pull = zeros(F.PAD_M, F.BLOCK_V), full(F.PAD_M, 0.0)
-                if F.PIECES:
+                if F.STEEP:
                     G, pull = (
                         tl.load(state_ptrs(own.G, line, 0, F)),
                         tl.load(vector_ptrs(own.pull, line, F)),
                     )
-            handed = (G, pull, state[1])  # the ratio: e^{L at the slot's start}, in units of 2^ref
-            state, handed, sums, rise = slot_rows(
-                queries, keys, values, douts, masses, keep_ptr, dq_ptr, since, start, stop, state,
-                handed, sums, lq, lk, focus, decay2, part, head_line, marks, problem, F,
+            handed = (
+                G,
+                pull,
+                state[1],
+            )  # the ratio: e^{L at the stretch's start}, in units of 2^ref
+            state, handed, sums, rise = stretch_rows(
+                queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state,
+                handed, sums, lq, lk, decay2, part, marks, problem, F,
             )  # fmt: skip
             if F.TAKES_STATES:
                 tl.store(vector_ptrs(own.pull, line, F), handed[1])
                 tl.store(state_ptrs(own.G, line, 0, F), handed[0])
                 ratio = tl.where(state[1] == 0.0, 0.0, handed[2] / state[1])
                 tl.store(vector_ptrs(own.ratio, line, F), ratio)
-            if not F.PIECES:
+            if not F.STEEP:
                 tl.store(rises + line, rise)
-    if F.PIECES:
+    if F.STEEP:
         if risen:
             store_sums(partial, group, pair, part, sums, problem, F)
     else:
@@ -272,7 +271,7 @@ def new_sums(F: tl.constexpr):
 @triton.jit
 def put_share(ptrs, x, F: tl.constexpr):
     """A share of a sum, to its place; that of the pieces comes on top of it."""
-    if F.PIECES:
+    if F.STEEP:
         x += tl.load(ptrs)
         tl.debug_barrier()  # several threads read an element that one of them overwrites
     tl.store(ptrs, x)
@@ -280,7 +279,7 @@ def put_share(ptrs, x, F: tl.constexpr):
 
 @triton.jit
 def columns_ptrs(base, line, part, F: tl.constexpr):
-    """Where a program's columns of line `line` of (lines, PAD_M, columns) lie."""
+    """Pointers to a program's columns of line `line` of (lines, PAD_M, columns)."""
     rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
     cols = part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
     return base + rows[:, None] * (F.BLOCKS_D * F.BLOCK_D) + cols[None, :]

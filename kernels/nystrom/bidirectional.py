@@ -1,7 +1,7 @@
 """Nyström without causality: every query reads the states of all visible keys.
 
-The summaries are the states of slots and their scan; reading them, and the backward of both, is
-here. The reverse state needs no time: what each slot of queries adds is summed in order.
+The summaries are the states of stretches and their scan; reading them, and the backward of both, is
+here. The reverse state needs no time: what each stretch of queries adds is summed in order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .arguments import Problem
 from .backward_keys import store_key_sums, take_keys
 from .backward_rows import centre_of, new_sums, store_sums, take_rows
 from .chunks import key_scores
-from .forward import store_masses
 from .gradients import (
     new_key_partials,
     new_reverse,
@@ -48,28 +47,25 @@ from .primitives import (
     zeros,
 )
 from .reading import (
-    focus_of,
-    given_masses,
     landmark_keys,
     landmark_queries,
     read_weights,
     split_keys,
-    turned_reading,
+    turned_weights,
 )
 from .states import start_states
 
 
 @triton.jit(do_not_specialize=Problem._fields)
-def read_kernel(q_ptr, out_ptr, masses, q_strides, marks, ends, table, heads, parts, groups, slots,
-                units, span, tokens, m0, F: tl.constexpr):  # fmt: skip
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
-    part, slot, pair = locate(problem)
+def read_kernel(q_ptr, out_ptr, q_strides, marks, ends, table, heads, parts, groups, stretches,
+                units, span, tokens, F: tl.constexpr):  # fmt: skip
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
+    part, stretch, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    start, stop, row = span_of(slot, b, problem, table, F)
+    start, stop, row = span_of(stretch, b, problem, table, F)
     v0 = part * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
-    head_line = tl.cast(pair, tl.int64) * F.GROUP
-    out_ptr += head_line * problem.tokens * F.DIM_V + v0
+    out_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM_V + v0
     lk = landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     line = tl.cast(row, tl.int64) * problem.heads + h
     ref, tot, acc = incoming_state(ends.L, ends.R, line, v0, F)
@@ -78,32 +74,29 @@ def read_kernel(q_ptr, out_ptr, masses, q_strides, marks, ends, table, heads, pa
     for t0 in range(start, stop, F.CHUNK):
         there = t0 + tl.arange(0, F.CHUNK) < stop
         for g in range(F.GROUP):
-            W, top, mass = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+            W = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
             store_rows(out_ptr + tl.cast(g, tl.int64) * problem.tokens * F.DIM_V, t0, F.DIM_V,
                        there, F.DIM_V - v0, mm(W, R, F), F.CHUNK, F.BLOCK_V,
                        F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-            store_masses(masses, (head_line + g) * problem.tokens + t0, there, top, mass, F)
 
 
 @triton.jit(do_not_specialize=Problem._fields)
-def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, masses, q_strides, dout_strides, marks, ends, own,
-                         partial, table, heads, parts, groups, slots, units, span, tokens,
-                         m0, F: tl.constexpr):  # fmt: skip
-    """dQ, the gradients of core and landmark keys, and what each slot gives to the states."""
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, q_strides, dout_strides, marks, ends, own,
+                         partial, table, heads, parts, groups, stretches, units, span, tokens,
+                         F: tl.constexpr):  # fmt: skip
+    """dQ, the gradients of core and landmark keys, and what each stretch gives to the states."""
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
     douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
-    head_line = tl.cast(pair, tl.int64) * F.GROUP
-    dq_ptr += head_line * head_size
+    dq_ptr += tl.cast(pair, tl.int64) * F.GROUP * head_size
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
-    focus = focus_of(lk, problem.m0, q_ptr.dtype.element_ty, F)
     sums = new_sums(F)
-    for slot in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, row = span_of(slot, b, problem, table, F)
+    for stretch in range(group * problem.units,
+                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+        start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(row, tl.int64) * problem.heads + h
         ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, F)
         R = operand(acc * reciprocal(tot)[:, None], F)
@@ -115,32 +108,31 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, masses, q_strides, dout_stride
             there = t0 + tl.arange(0, F.CHUNK) < stop
             for g in range(F.GROUP):
                 head, dhead = head_of(queries, g), head_of(douts, g)
-                given = given_masses(masses, (head_line + g) * problem.tokens, t0, there, F)
-                reading = turned_reading(head, t0, there, lk, focus, norm, given, marks, F)
+                reading = turned_weights(head, t0, there, lk, norm, marks, F)
                 dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V,
                                  F.DIM_V != F.BLOCK_V)  # fmt: skip
                 W = reading[1]
                 dW = mm(R, tl.trans(dout), F)
-                centre = centre_of(W, dW, given, F)
+                centre = centre_of(W, dW, F)
                 if F.TAKES_STATES:
                     G = mm_acc(W, dout, G, F)
                     pull += tl.sum(W * centre, 1)
-                sums = take_rows(head, dq_ptr + g * head_size, t0, F.CHUNK, there, part, focus,
+                sums = take_rows(head, dq_ptr + g * head_size, t0, F.CHUNK, there, part, lk,
                                  reading, dW, centre, sums, marks, F)  # fmt: skip
         if F.TAKES_STATES:
-            slot_line = tl.cast(pair, tl.int64) * problem.slots + slot
-            tl.store(vector_ptrs(own.pull, slot_line, F), pull)
-            tl.store(state_ptrs(own.G, slot_line, 0, F), G)
-            tl.store(vector_ptrs(own.ratio, slot_line, F), full(F.PAD_M, 1.0))
+            stretch_line = tl.cast(pair, tl.int64) * problem.stretches + stretch
+            tl.store(vector_ptrs(own.pull, stretch_line, F), pull)
+            tl.store(state_ptrs(own.G, stretch_line, 0, F), G)
+            tl.store(vector_ptrs(own.ratio, stretch_line, F), full(F.PAD_M, 1.0))
     store_sums(partial, group, pair, part, sums, problem, F)
 
 
 @triton.jit(do_not_specialize=Problem._fields)
 def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, marks, keep_ptr,
-                            ends, reverse, partial, table, heads, parts, groups, slots, units, span,
-                            tokens, m0, F: tl.constexpr):  # fmt: skip
+                            ends, reverse, partial, table, heads, parts, groups, stretches, units,
+                            span, tokens, F: tl.constexpr):  # fmt: skip
     """ds_lj = e^{s_lj - L_l} (G_l . v_j - g_l), dK, dV and the gradient of landmark queries."""
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
     keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
@@ -152,9 +144,9 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
     dlq = 0.0
     if F.TAKES_KEYS:
         dlq = zeros(F.PAD_M, F.BLOCK_D)
-    for slot in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.slots)):  # fmt: skip
-        start, stop, row = span_of(slot, b, problem, table, F)
+    for stretch in range(group * problem.units,
+                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+        start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(row, tl.int64) * problem.heads + h
         ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, F)
         pull = tl.load(vector_ptrs(reverse.pull, line, F))
@@ -183,67 +175,66 @@ def features(call: args.Inputs, config: configs.Config, **extra: bool) -> args.F
     return dataclasses.replace(args.features(call, config, **extra), STATE=True)
 
 
-def bidirectional_forward(call: args.Inputs) -> args.Outputs:
-    """Outputs of a call whose landmarks are one block, or what one block adds to them."""
+def bidirectional_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
+    """The output, and the states of all keys."""
     query = call.query
     _, ends = start_states(call, args.cut(call, configs.FORWARD_SPAN, call.key.shape[2]))
-    out, masses = args.new_outputs(call)
+    out = args.new_output(call)
     config = args.choose_config("read", call)
-    F, slots = features(call, config), args.cut(call, configs.READ_SPAN, query.shape[2])
-    problem = args.problem_of(call, slots, triton.cdiv(F.DIM_V, F.BLOCK_V), tokens=query.shape[2])
+    F, stretches = features(call, config), args.cut(call, configs.READ_SPAN, query.shape[2])
+    problem = args.problem_of(
+        call, stretches, triton.cdiv(F.DIM_V, F.BLOCK_V), tokens=query.shape[2]
+    )
     pairs = call.key.shape[0] * problem.heads
     with on_device(query):
         read_kernel[(pairs * problem.groups * problem.parts,)](
-            query, out, masses, strides(query), call.marks, ends, slots.table, *problem,
+            query, out, strides(query), call.marks, ends, stretches.table, *problem,
             F, **config.options,
         )  # fmt: skip
-    return args.Outputs(out, ends, masses)
+    return out, ends
 
 
-def bidirectional_sweep(
-    call: args.Inputs, dout: Tensor, dL, dR, masses: args.Masses | None, wide: bool
-) -> dict[str, Tensor]:
-    """All gradients of one block of landmarks and of values; those of tokens float32 if `wide`."""
+def bidirectional_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> dict[str, Tensor]:
+    """All gradients of one slice of the columns of values; those of tokens float32 if `wide`."""
     query, key, value = call.query, call.key, call.value
     pairs = key.shape[0] * key.shape[1]
-    key_slots = args.cut(call, configs.FORWARD_SPAN, key.shape[2])
-    _, ends = start_states(call, key_slots)
+    key_stretches = args.cut(call, configs.FORWARD_SPAN, key.shape[2])
+    _, ends = start_states(call, key_stretches)
     row_config, key_config = (args.choose_config(pass_, call) for pass_ in ("rows", "keys"))
-    F, slots = features(call, row_config), args.cut(call, configs.READ_SPAN, query.shape[2])
+    F, stretches = features(call, row_config), args.cut(call, configs.READ_SPAN, query.shape[2])
     grads = args.new_token_gradients(call, wide)
-    dq = [grads["query"], *(torch.empty_like(grads["query"]) for _ in F.READING[1:])]
     problem = args.problem_of(
-        call, slots, F.BLOCKS_D, configs.slots_of_a_program(pairs * slots.count), query.shape[2]
+        call,
+        stretches,
+        F.BLOCKS_D,
+        configs.stretches_of_a_program(pairs * stretches.count),
+        query.shape[2],
     )
     key_problem = args.problem_of(
-        call, key_slots, F.BLOCKS_D, configs.slots_of_a_program(pairs * key_slots.count)
+        call, key_stretches, F.BLOCKS_D, configs.stretches_of_a_program(pairs * key_stretches.count)
     )
-    reverse = new_reverse(query, pairs * slots.count, F)
-    rows = [new_row_partials(query, pairs, problem.groups, F) for _ in dq]
+    reverse = new_reverse(query, pairs * stretches.count, F)
+    rows = new_row_partials(query, pairs, problem.groups, F)
     keys = new_key_partials(query, pairs, key_problem.groups, F)
     pull, G = outgoing(call, ends, dL, dR, F)
-    own_tile = call.block if call.mass else None  # the same kernels serve all blocks otherwise
     with on_device(query):
-        for tile, takes in configs.launches("rows", row_config.shares, F.TILES, own_tile):
+        for takes in configs.launches("rows", row_config.shares):
             own = problem if takes["TAKES_QUERIES"] else problem._replace(parts=1)
-            own, takes = args.focused(own, F, tile, takes)
             read_backward_kernel[(pairs * own.groups * own.parts,)](
-                query, dout, dq[tile], masses, strides(query), strides(dout), call.marks, ends,
-                reverse, rows[tile], slots.table, *own, features(call, row_config, **takes),
+                query, dout, grads["query"], strides(query), strides(dout), call.marks, ends,
+                reverse, rows, stretches.table, *own, features(call, row_config, **takes),
                 **row_config.options,
             )  # fmt: skip
-        reverse_scan(call, reverse, pull, G, slots, problem, F)
+        reverse_scan(call, reverse, pull, G, stretches, problem, F)
         reverse = reverse._replace(pull=pull, G=G)
-        for _, takes in configs.launches("keys", key_config.shares):
+        for takes in configs.launches("keys", key_config.shares):
             own = key_problem if takes["TAKES_KEYS"] else key_problem._replace(parts=1)
             summary_backward_kernel[(pairs * own.groups * own.parts,)](
                 key, value, grads["key"], grads["value"], strides(key), strides(value), call.marks,
-                call.keep, ends, reverse, keys, key_slots.table, *own,
+                call.keep, ends, reverse, keys, key_stretches.table, *own,
                 features(call, key_config, **takes),
                 **key_config.options,
             )  # fmt: skip
-    for other in dq[1:]:
-        grads["query"] += other
     grads |= parameter_gradients(call, rows, keys, F)
     if call.L0 is not None:
         marks = slice(F.MARKS)

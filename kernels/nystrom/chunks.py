@@ -57,7 +57,7 @@ def exponentials(s, keep, ref, tot, F: tl.constexpr):
     ref = tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5), ref)
     x = s - ref[:, None]
     calm = x <= RISE  # false for NaN
-    if F.PIECES:
+    if F.STEEP:
         calm = calm | (offs == 0)[None, :] | (tot != tot)[:, None]
     first = tl.min(tl.min(tl.where(calm | ~keep[None, :], F.CHUNK, offs[None, :]), 1), 0)
     return ref, tl.where(calm, tl.exp2(x), 0.0), first
@@ -118,7 +118,7 @@ def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, 
     v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
     share = 1.0
-    if F.PIECES:
+    if F.STEEP:
         ref, tot, acc, share = raised(s, ref, tot, acc, F)
     ref, P, first = exponentials(s, keep, ref, tot, F)
     return keep, v, operand(P, F), first, ref, tot, acc, share

@@ -1,10 +1,9 @@
-"""Which chunk, tiles, warps and stages a kernel runs with: one frozen record and one function."""
+"""Choice of the chunk, tiles, warps and stages of a kernel: one frozen record and one function."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 
@@ -83,13 +82,6 @@ def choose(
     return Config(chunk, block_v, block_d, 8 if width > 64 else 4, 1, shares)
 
 
-def marks_at_once(where: torch.device, dtype: torch.dtype) -> int:
-    """Landmarks whose states a program holds; their core must fit beside them."""
-    few = dtype == torch.float32 or shared.device_arch(where) not in ROOMY
-    return FEW_MARKS_AT_ONCE if few else MARKS_AT_ONCE
-
-
-MARKS_AT_ONCE, FEW_MARKS_AT_ONCE = 128, 32
 FORWARD_SPAN = 512  # tokens between states that are stored
 BACKWARD_SPAN = 256  # likewise; the backward walks again from one to each of its chunks
 READ_SPAN = 256  # queries of a program, where all read one state
@@ -105,28 +97,18 @@ PROGRAMS = 1024  # of a backward kernel, or twice that: each leaves a share of t
 SCRATCH = 1 << 27  # bytes that they may keep states in, or twice that
 
 
-def slots_of_a_program(slots: int, scratch: int = 0) -> int:
-    """Slots that a program walks one after another; `scratch` is what it keeps, in bytes."""
+def stretches_of_a_program(stretches: int, scratch: int = 0) -> int:
+    """Stretches that a program walks one after another; `scratch` is what it keeps, in bytes."""
     programs = min(PROGRAMS, max(1, SCRATCH // scratch)) if scratch else PROGRAMS
-    return max(1, slots // programs)
+    return max(1, stretches // programs)
 
 
 ROWS = "TAKES_STATES", "TAKES_CORE", "TAKES_QUERIES"
 KEYS = "TAKES_KEYS", "TAKES_VALUES"
 
 
-def launches(
-    pass_: str, shares: int, tiles: int = 1, own: int | None = None
-) -> Iterator[tuple[int, dict[str, bool | int]]]:
-    """(tile of landmarks, fields of `Features`) of each launch of a backward pass.
-
-    The pass is cut into `shares`; gradients of what queries read are taken a tile at a time. `own`
-    is the tile of the landmarks whose states are held, where that makes a difference.
-    """
+def launches(pass_: str, shares: int) -> list[dict[str, bool]]:
+    """Fields of `Features` for each launch of a backward pass that is cut into `shares`."""
     names = ROWS if pass_ == "rows" else KEYS
     cuts = {1: (names,), 2: (names[:-1], names[-1:]), 3: tuple((x,) for x in names)}[shares]
-    for tile in range(tiles if pass_ == "rows" else 1):
-        for cut in cuts:
-            takes = {name: name in cut and (tile == 0 or name != ROWS[0]) for name in names}
-            if any(takes.values()):
-                yield tile, takes | {"OWN": own in (None, tile)}
+    return [{name: name in cut for name in names} for cut in cuts]

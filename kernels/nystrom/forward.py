@@ -1,9 +1,10 @@
-"""Forward pass: outputs from the states at the start of each slot, chunk after chunk."""
+"""Forward pass: outputs from the states at the start of each stretch, chunk after chunk."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
@@ -30,56 +31,52 @@ from .states import start_states
 
 
 @triton.jit
-def output_chunk(queries, keys, values, keep_ptr, out_ptr, masses, line, t0, since, stop, state, lq,
+def output_chunk(queries, keys, values, keep_ptr, out_ptr, t0, since, stop, state, lq,
                  lk, decay2, v0, marks, problem, F: tl.constexpr):  # fmt: skip
     """(state, end) of the chunk or piece at t0, whose rows at or after `since` are stored."""
     keep, v, P, first, ref, tot, acc, _ = enter_chunk(keys, values, keep_ptr, t0, stop, state, lq,
                                                       decay2, v0, marks, F)  # fmt: skip
+    # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
     if F.MASS:
         norm = tl.trans(norm)
+    # [CHUNK, PAD_M]
     inverse = tl.trans(reciprocal(cum))
     offs = tl.arange(0, F.CHUNK)
     length = tl.minimum(stop - t0, first)
     there = offs < stop - t0
     rows = offs < length
-    if F.PIECES:
+    if F.STEEP:
         rows = rows & (t0 + offs >= since)
+    # [PAD_M, BLOCK_V]
     R0 = operand(acc, F)
     own = P
-    if F.PIECES:
+    if F.STEEP:
         own = tl.where((offs < length)[None, :], P, 0.0)
     ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM_V
     # out = (W e^{L0-L}) R0 + [(W e^{ref-L}) (e^{s-ref})^T, selected where j <= i] V
     for g in range(F.GROUP):
-        W, top, mass = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+        W = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+        # [CHUNK, PAD_M]
         wt = operand(W * inverse, F)
+        # [CHUNK, CHUNK]
         between = tl.where(lower(t0, F), mm(wt, P, F), 0.0)
+        # [CHUNK, BLOCK_V]
         out = mm_acc(between, v, mm(wt, R0, F), F)
         store_rows(out_ptr + g * head_size, t0, F.DIM_V, rows, F.DIM_V - v0, out, F.CHUNK,
                    F.BLOCK_V, F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-        store_masses(masses, (line + g) * problem.tokens + t0, rows, top, mass, F)
     return (ref, tot, acc), t0 + length
 
 
 @triton.jit
-def store_masses(masses, first, rows, top, mass, F: tl.constexpr):
-    """What the rows of a block of landmarks have still to be divided by."""
-    if F.MASS and F.TILES > 1:
-        offs = first + tl.arange(0, F.CHUNK)
-        tl.store(masses.top + offs, top, mask=rows)
-        tl.store(masses.mass + offs, mass, mask=rows)
-
-
-@triton.jit
-def start_state(saved, ends, line, slot_line, v0, F: tl.constexpr):
-    """(ref, tot, acc) at a slot's first token."""
+def start_state(saved, ends, line, stretch_line, v0, F: tl.constexpr):
+    """(ref, tot, acc) at a stretch's first token."""
     if F.ONE_PASS:
         state = incoming_state(ends.L0, ends.R0, line, v0, F)
     else:
-        state = load_state(saved, slot_line, v0, F)
+        state = load_state(saved, stretch_line, v0, F)
     return state
 
 
@@ -89,7 +86,6 @@ def output_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    masses,
     q_strides,
     k_strides,
     v_strides,
@@ -102,84 +98,82 @@ def output_kernel(
     heads,
     parts,
     groups,
-    slots,
+    stretches,
     units,
     span,
     tokens,
-    m0,
     F: tl.constexpr,
 ):
-    """Chunks, right up to the first rise of a slot; or pieces, from a slot's first rise on.
+    """Chunks, right up to the first rise of a stretch; or pieces, from a stretch's first rise on.
 
-    `rises` is what the one leaves to the other: a token for each slot, its end if nothing rises.
+    `rises` is what the one leaves to the other: a token for each stretch, its end if nothing rises.
     Without it, a launch of pieces stores all rows.
     """
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
-    part, slot, pair = locate(problem)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
+    part, stretch, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    start, stop, row = span_of(slot, b, problem, table, F)
+    start, stop, row = span_of(stretch, b, problem, table, F)
     v0 = part * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
     keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
-    head_line = tl.cast(pair, tl.int64) * F.GROUP
-    out_ptr += head_line * problem.tokens * F.DIM_V + v0
+    out_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM_V + v0
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     line = tl.cast(row, tl.int64) * problem.heads + h
-    slot_line = tl.cast(pair, tl.int64) * problem.slots + slot
+    stretch_line = tl.cast(pair, tl.int64) * problem.stretches + stretch
     since, rise = start, stop
-    if F.PIECES and rises is not None:
-        since = tl.load(rises + slot_line)
+    if F.STEEP and rises is not None:
+        since = tl.load(rises + stretch_line)
         if since >= stop:
             return
     lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
     lk = landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
-    state = start_state(saved, ends, line, slot_line, v0, F)
-    if F.PIECES:
+    state = start_state(saved, ends, line, stretch_line, v0, F)
+    if F.STEEP:
         t0 = start
         while t0 < stop:
             state, t0 = output_chunk(
-                queries, keys, values, keep_ptr, out_ptr, masses, head_line, t0, since, stop, state,
+                queries, keys, values, keep_ptr, out_ptr, t0, since, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,
             )  # fmt: skip
     else:
         for t0 in range(start, stop, F.CHUNK):
             state, end = output_chunk(
-                queries, keys, values, keep_ptr, out_ptr, masses, head_line, t0, start, stop, state,
+                queries, keys, values, keep_ptr, out_ptr, t0, start, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,
             )  # fmt: skip
             if end < tl.minimum(t0 + F.CHUNK, stop):
                 rise = tl.minimum(rise, end)
-        tl.store(rises + slot_line, rise)
+        tl.store(rises + stretch_line, rise)
     if F.ONE_PASS:
         store_end_state(ends.L, ends.R, line, v0, state[0], state[1], state[2], F)
 
 
-def causal_forward(call: args.Inputs) -> args.Outputs:
-    """Outputs of a call whose landmarks are one block, or what one block adds to them."""
+def causal_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
+    """The output, and the states after the last token."""
     query, tokens = call.query, call.query.shape[2]
-    out, masses = args.new_outputs(call)
+    out = args.new_output(call)
     pairs = call.key.shape[0] * call.key.shape[1]
     one_pass = call.cu_seqlens is None and configs.fills_device(query.device, pairs, tokens)
     if one_pass:
-        slots = args.cut(call, max(1, tokens), tokens)
+        stretches = args.cut(call, max(1, tokens), tokens)
         saved, ends = None, args.new_ends(call)
     else:
-        slots = args.cut(call, configs.FORWARD_SPAN, tokens)
-        saved, ends = start_states(call, slots)
+        stretches = args.cut(call, configs.FORWARD_SPAN, tokens)
+        saved, ends = start_states(call, stretches)
     if one_pass and tokens <= configs.DECODE_TOKENS:
         rises, passes = None, ("decode",)
     else:
-        rises, passes = args.new_rises(call, slots), ("forward", "pieces")
+        rises, passes = args.new_rises(call, stretches), ("forward", "pieces")
     for pass_ in passes:
         config = args.choose_config(pass_, call)
-        F = args.features(call, config, ONE_PASS=one_pass, PIECES=pass_ != "forward")
-        problem = args.problem_of(call, slots, triton.cdiv(F.DIM_V, F.BLOCK_V))
+        F = args.features(call, config, ONE_PASS=one_pass, STEEP=pass_ != "forward")
+        problem = args.problem_of(call, stretches, triton.cdiv(F.DIM_V, F.BLOCK_V))
         with on_device(query):
             output_kernel[(pairs * problem.groups * problem.parts,)](
-                query, call.key, call.value, out, masses, strides(query), strides(call.key),
-                strides(call.value), call.marks, call.keep, saved, ends, rises, slots.table,
+                query, call.key, call.value, out, strides(query), strides(call.key),
+                strides(call.value), call.marks, call.keep, saved, ends, rises, stretches.table,
                 *problem, F, **config.options,
             )  # fmt: skip
-    return args.Outputs(out, ends, masses)
+    return out, ends

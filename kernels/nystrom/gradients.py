@@ -1,4 +1,4 @@
-"""What the backward launchers share: reverse states, their scan, and parameter gradients."""
+"""Parts that the backward launchers share: reverse states, their scan, and parameter gradients."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .primitives import full, locate, state_ptrs, vector_ptrs
 
 
 class Reverse(NamedTuple):
-    """Reverse states, a line a slot: what a slot adds by itself, then the state at its end."""
+    """Reverse states, a line a stretch: what it adds by itself, then the state at its end."""
 
     pull: Tensor  # (lines, PAD_M)
     G: Tensor  # (lines, PAD_M, PAD_V)
-    ratio: Tensor  # (lines, PAD_M): e^{L at the slot's start - L at its end}
+    ratio: Tensor  # (lines, PAD_M): e^{L at the stretch's start - L at its end}
 
 
 class RowPartials(NamedTuple):
@@ -38,20 +38,20 @@ class KeyPartials(NamedTuple):
 
 
 @triton.jit(do_not_specialize=Problem._fields)
-def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, heads, parts, groups, slots, units, span,
-                        tokens, m0, F: tl.constexpr):  # fmt: skip
-    """Replace what each slot adds by the reverse state at its end; (pull_ptr, G_ptr) goes from
+def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, heads, parts, groups, stretches, units,
+                        span, tokens, F: tl.constexpr):  # fmt: skip
+    """Replace what each stretch adds by the reverse state at its end; (pull_ptr, G_ptr) goes from
     the reverse state after the last token to that before the first."""
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, row, h = locate(problem)
     b = row
-    first, count = 0, problem.slots
+    first, count = 0, problem.stretches
     if F.PACKED:
         b = 0
         first = tl.load(sequences + 2 * row)
         count = tl.load(sequences + 2 * row + 1)
     v0 = part * F.BLOCK_V
-    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.slots
+    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.stretches
     end_line = tl.cast(row, tl.int64) * problem.heads + h
     end_pull_ptrs = vector_ptrs(pull_ptr, end_line, F)
     end_G_ptrs = state_ptrs(G_ptr, end_line, v0, F)
@@ -91,14 +91,14 @@ def outgoing(call: args.Inputs, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Ten
 
 
 def reverse_scan(
-    call: args.Inputs, reverse: Reverse, pull: Tensor, G: Tensor, slots: args.Slots,
+    call: args.Inputs, reverse: Reverse, pull: Tensor, G: Tensor, stretches: args.Stretches,
     problem: args.Problem, F: args.Features,
 ) -> None:  # fmt: skip
-    """In place: slots to the reverse states at their ends, (pull, G) to that before them all."""
+    """In place: stretches to the reverse states at their ends, (pull, G) to that before all."""
     problem = problem._replace(parts=1, groups=call.rows)
     with on_device(call.query):
         reverse_scan_kernel[(call.rows * problem.heads,)](
-            reverse, pull, G, slots.sequences, *problem, F
+            reverse, pull, G, stretches.sequences, *problem, F
         )
 
 
@@ -120,22 +120,19 @@ def new_key_partials(like: Tensor, pairs: int, groups: int, F: args.Features) ->
 
 
 def parameter_gradients(
-    call: args.Inputs, rows: list[RowPartials], keys: KeyPartials, F: args.Features
+    call: args.Inputs, rows: RowPartials, keys: KeyPartials, F: args.Features
 ) -> dict[str, Tensor]:
-    """Shares added up in a fixed order: every run gives the same bits. `rows`, a tile an entry."""
+    """Shares added up in a fixed order: every run gives the same bits."""
     batch, heads = call.key.shape[:2]
 
     def total(x: Tensor) -> Tensor:
         return x.sum(1).view(batch, heads, *x.shape[2:])
 
     marks, dim = slice(F.MARKS), slice(F.DIM)
-    read = [T.MARKS for T in F.READING or (F,)]
-    tiles = [[total(x)[:, :, :n] for x in tile] for tile, n in zip(rows, read, strict=True)]
-    core, dlk, half, _ = (torch.cat(x, 2) for x in zip(*tiles, strict=True))
     grads = {
         "lq": total(keys.dlq)[..., marks, dim] * call.marks.scale,
-        "lk": dlk[..., dim] * call.marks.scale,
-        "core": core[..., marks],
-        "decay": (total(rows[call.block].ddecay) + total(keys.ddecay))[..., marks].sum(0),
+        "lk": total(rows.dlk)[..., marks, dim] * call.marks.scale,
+        "core": total(rows.dcore)[..., marks, marks],
+        "decay": (total(rows.ddecay) + total(keys.ddecay))[..., marks].sum(0),
     }
-    return grads | ({"half": half} if call.mass else {})
+    return grads | ({"half": total(rows.dhalf)[..., marks]} if call.mass else {})

@@ -8,7 +8,7 @@ from flashmark.nystrom.call import Call, Grads, Saved
 from flashmark.nystrom.eager import interface as eager
 
 from . import arguments as args
-from . import blocks
+from . import columns
 from .backward import causal_sweep
 from .bidirectional import bidirectional_forward, bidirectional_sweep
 from .forward import causal_forward
@@ -18,15 +18,15 @@ def forward(call: Call) -> Saved:
     if not call.query.shape[0]:  # a grid of no programs
         return eager.forward(call)
     run = causal_forward if call.is_causal else bidirectional_forward
-    return Saved(*blocks.forward(run, args.describe(call)))
+    out, ends = run(args.describe(call))
+    return Saved(out, ends.L, ends.R)
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dL: Tensor | None, dR: Tensor | None) -> Grads:
     if not call.query.shape[0]:
         return eager.backward(call, saved, dout, dL, dR)
     sweep = causal_sweep if call.is_causal else bidirectional_sweep
-    run = causal_forward if call.is_causal else bidirectional_forward
-    grads = blocks.backward(sweep, run, args.describe(call), dout, dL, dR)
+    grads = columns.backward(sweep, args.describe(call), dout, dL, dR)
     inputs = {
         "query": call.query, "key": call.key, "value": call.value, "lq": call.landmark_queries,
         "lk": call.landmark_keys, "core": call.core, "decay": call.decay, "L0": call.L0,

@@ -22,7 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def locate(problem):
-    """(part, group of slots, pair of sample and key head) of this program: one grid axis."""
+    """(part, group of stretches, pair of sample and key head) of this program: one grid axis."""
     pid = tl.program_id(0)
     part = pid % problem.parts
     rest = pid // problem.parts
@@ -30,14 +30,14 @@ def locate(problem):
 
 
 @triton.jit
-def span_of(slot, b, problem, table, F: tl.constexpr):
-    """First token, end, and row of the states, of a slot: a stretch of one sequence."""
+def span_of(stretch, b, problem, table, F: tl.constexpr):
+    """First token, end, and row of the states, of a stretch: tokens of one sequence."""
     if F.PACKED:
-        start = tl.load(table + 3 * slot)
-        stop = tl.load(table + 3 * slot + 1)
-        row = tl.load(table + 3 * slot + 2)
+        start = tl.load(table + 3 * stretch)
+        stop = tl.load(table + 3 * stretch + 1)
+        row = tl.load(table + 3 * stretch + 2)
     else:
-        start = slot * problem.span
+        start = stretch * problem.span
         stop = tl.minimum(start + problem.span, problem.tokens)
         row = b
     return start, stop, row
@@ -141,10 +141,10 @@ def load_vector(ptr, F: tl.constexpr):
 
 
 @triton.jit
-def load_core(base, stride, T: tl.constexpr, F: tl.constexpr):
-    """Rows of the landmarks of T, which are read, and columns of those of F."""
+def load_core(base, stride, F: tl.constexpr):
+    """The core, [PAD_M, PAD_M] float32, 0 for the padding."""
     offs_m = tl.arange(0, F.PAD_M)
-    inside = (offs_m < T.MARKS)[:, None] & (offs_m < F.MARKS)[None, :]
+    inside = (offs_m < F.MARKS)[:, None] & (offs_m < F.MARKS)[None, :]
     ptrs = base + offs_m[:, None] * stride + offs_m[None, :]
     return tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
 
@@ -168,7 +168,7 @@ def landmark_products(x_ptr, start, stride, keep, tile, y_ptr, y_stride, F: tl.c
 
 @triton.jit
 def turned_products(x_ptr, start, stride, keep, tile, y_ptr, y_stride, F: tl.constexpr):
-    """The same with a landmark a row, [PAD_M, CHUNK]."""
+    """`landmark_products` with a landmark a row, [PAD_M, CHUNK]."""
     if F.BLOCKS_D == 1:
         x = load_rows(x_ptr, start, stride, keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D)
         dots = tl.dot(tl.trans(tile), tl.trans(x), input_precision=F.PRECISION)
@@ -185,7 +185,7 @@ def turned_products(x_ptr, start, stride, keep, tile, y_ptr, y_stride, F: tl.con
 
 @triton.jit
 def kept_tokens(keep_ptr, start, stop, F: tl.constexpr):
-    """Which tokens of the chunk at `start` are there and not hidden, [CHUNK] bool."""
+    """Mask of the tokens of the chunk at `start` that are there and not hidden, [CHUNK] bool."""
     offs = start + tl.arange(0, F.CHUNK)
     keep = offs < stop
     if F.KEEP:
@@ -217,7 +217,7 @@ def turned_scores(dots, half2, marks, F: tl.constexpr):
 
 @triton.jit
 def landmark_features(dots, half2, marks, F: tl.constexpr):
-    """How queries read the landmarks: softmax, or exp(q . k - s_ll / 2) up to a row's factor."""
+    """Features of queries, [CHUNK, PAD_M]: softmax, or exp(q . k - s_ll / 2) up to a factor."""
     f = read_scores(dots, half2, marks, F)
     e = tl.exp2(f - tl.max(f, 1)[:, None])
     if not F.MASS:
@@ -268,7 +268,7 @@ def incoming_state(L_ptr, R_ptr, line, v0, F: tl.constexpr):
 
 @triton.jit
 def store_end_state(L_ptr, R_ptr, line, v0, ref, tot, acc, F: tl.constexpr):
-    """What a user sees of (ref, tot, acc): L natural, -inf where nothing is held, and R."""
+    """Store (ref, tot, acc) as a user sees it: L natural, -inf where nothing is held, and R."""
     offs_m = tl.arange(0, F.PAD_M)
     offs_v = v0 + tl.arange(0, F.BLOCK_V)
     known = offs_m < F.MARKS
@@ -281,13 +281,13 @@ def store_end_state(L_ptr, R_ptr, line, v0, ref, tot, acc, F: tl.constexpr):
 
 @triton.jit
 def vector_ptrs(base, line, F: tl.constexpr):
-    """Where line `line` of (lines, PAD_M) lies."""
+    """Pointers to line `line` of (lines, PAD_M)."""
     return base + line * F.PAD_M + tl.arange(0, F.PAD_M)
 
 
 @triton.jit
 def state_ptrs(base, line, v0, F: tl.constexpr):
-    """Where line `line` of (lines, PAD_M, PAD_V) lies."""
+    """Pointers to line `line` of (lines, PAD_M, PAD_V), BLOCK_V columns from v0 on."""
     rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
     return base + rows[:, None] * F.PAD_V + (v0 + tl.arange(0, F.BLOCK_V))[None, :]
 

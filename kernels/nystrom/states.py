@@ -1,4 +1,4 @@
-"""States of the slots of a sequence: each on its own, then an exclusive scan over them."""
+"""States of the stretches of a sequence: each on its own, then an exclusive scan over them."""
 
 from __future__ import annotations
 
@@ -39,18 +39,17 @@ def states_kernel(
     heads,
     parts,
     groups,
-    slots,
+    stretches,
     units,
     span,
     tokens,
-    m0,
     F: tl.constexpr,
 ):
-    """What each slot holds by itself, at its last token: an online softmax over its keys."""
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
-    part, slot, pair = locate(problem)
+    """The state of each stretch by itself, at its last token: an online softmax over its keys."""
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
+    part, stretch, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
-    start, stop, _ = span_of(slot, b, problem, table, F)
+    start, stop, _ = span_of(stretch, b, problem, table, F)
     v0 = part * F.BLOCK_V
     b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
     keys = (k_ptr + b64 * k_strides[0] + h64 * k_strides[1], k_strides[2])
@@ -81,35 +80,35 @@ def states_kernel(
         tot = tot * alpha + tl.sum(P.to(tl.float32), 1)
         top = higher
     ref = tl.where(top == float("-inf"), 0.0, top)
-    line = tl.cast(pair, tl.int64) * problem.slots + slot
+    line = tl.cast(pair, tl.int64) * problem.stretches + stretch
     store_state(saved, line, v0, ref, tot, acc, F)
 
 
 @triton.jit(do_not_specialize=Problem._fields)
-def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups, slots, units, span,
-                tokens, m0, F: tl.constexpr):  # fmt: skip
-    """From what each slot holds by itself to the state at its start, and the states at the end.
+def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups, stretches, units,
+                span, tokens, F: tl.constexpr):  # fmt: skip
+    """From what each stretch holds by itself to the state at its start, and the states at the end.
 
     `own` and `saved` share acc, whose columns belong to one program; ref and tot belong to all.
     """
-    problem = Problem(heads, parts, groups, slots, units, span, tokens, m0)
+    problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, row, h = locate(problem)
     b = row
-    first, count = 0, problem.slots
+    first, count = 0, problem.stretches
     if F.PACKED:
         b = 0
         first = tl.load(sequences + 2 * row)
         count = tl.load(sequences + 2 * row + 1)
     v0 = part * F.BLOCK_V
     decay2 = load_decay(marks, h, F)
-    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.slots
+    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.stretches
     end_line = tl.cast(row, tl.int64) * problem.heads + h
     ref, tot, acc = incoming_state(ends.L0, ends.R0, end_line, v0, F)
-    for slot in range(first, first + count):
-        own_ref, own_tot, own_acc = load_state(own, line0 + slot, v0, F)
-        store_state(saved, line0 + slot, v0, ref, tot, acc, F)
+    for stretch in range(first, first + count):
+        own_ref, own_tot, own_acc = load_state(own, line0 + stretch, v0, F)
+        store_state(saved, line0 + stretch, v0, ref, tot, acc, F)
         if F.DECAY:
-            start, stop, _ = span_of(slot, b, problem, table, F)
+            start, stop, _ = span_of(stretch, b, problem, table, F)
             fall = decay2 * (stop - start)
             whole = tl.floor(fall + 0.5)
             ref -= whole
@@ -131,22 +130,22 @@ def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups,
     store_end_state(ends.L, ends.R, end_line, v0, ref, tot, acc, F)
 
 
-def start_states(call: args.Inputs, slots: args.Slots) -> tuple[args.Saved, args.Ends]:
-    """States at the start of every slot, and at the end of every sequence."""
+def start_states(call: args.Inputs, stretches: args.Stretches) -> tuple[args.Saved, args.Ends]:
+    """States at the start of every stretch, and at the end of every sequence."""
     config = args.choose_config("states", call)
     F = args.features(call, config)
     parts, (batch, heads) = F.PAD_V // F.BLOCK_V, call.key.shape[:2]
-    own = args.new_states(call, batch * heads * slots.count, F)
+    own = args.new_states(call, batch * heads * stretches.count, F)
     saved = own._replace(ref=torch.empty_like(own.ref), tot=torch.empty_like(own.tot))
     ends = args.new_ends(call)
-    problem = args.problem_of(call, slots, parts)
+    problem = args.problem_of(call, stretches, parts)
     with on_device(call.query):
         states_kernel[(batch * heads * problem.groups * parts,)](
             call.key, call.value, strides(call.key), strides(call.value), call.marks, call.keep,
-            own, slots.table, *problem, F, **config.options,
+            own, stretches.table, *problem, F, **config.options,
         )  # fmt: skip
         scan_kernel[(call.rows * heads * parts,)](
-            own, saved, ends, call.marks, slots.table, slots.sequences,
+            own, saved, ends, call.marks, stretches.table, stretches.sequences,
             *problem._replace(groups=call.rows), F, **config.options,
         )  # fmt: skip
     return saved, ends

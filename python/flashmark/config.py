@@ -53,7 +53,9 @@ def _limit(operator: str, backend: str) -> str:
     if backend == "cpu":
         return CPU_KERNELS[operator]
     if backend == "triton" and operator in MOST_TRITON_LANDMARKS:
-        return f"with at most {MOST_TRITON_LANDMARKS[operator]} landmarks on a GPU"
+        half, single = MOST_TRITON_LANDMARKS[operator]
+        limit = f"with at most {half} landmarks on a GPU"
+        return limit if half == single else f"{limit}, {single} in float32"
     return ""
 
 

@@ -13,7 +13,8 @@ from flashmark import cpu
 from flashmark.tracing import constant_when_traced
 
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
-MOST_TRITON_LANDMARKS = {"hybrid": 128}  # its kernels hold all of them at once
+#: landmarks on a GPU, in half precision and in float32: a program holds all of them at once
+MOST_TRITON_LANDMARKS = {"nystrom": (128, 64), "hybrid": (128, 128)}
 #: operators with C++ kernels for CPUs, and what their calls leave to plain PyTorch
 CPU_KERNELS = {
     "block_sparse": "",
@@ -77,9 +78,10 @@ def _why_not_triton(
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), not {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    most = MOST_TRITON_LANDMARKS.get(operator, landmarks)
-    if landmarks > most:
-        return f"its kernels take at most {most} landmarks on a GPU, not {landmarks}"
+    if operator in MOST_TRITON_LANDMARKS:
+        most = MOST_TRITON_LANDMARKS[operator][dtype == torch.float32]
+        if landmarks > most:
+            return f"its kernels take at most {most} landmarks in {dtype} on a GPU, not {landmarks}"
     return None
 
 

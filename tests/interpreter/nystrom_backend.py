@@ -24,7 +24,7 @@ def op(*args, **kwargs):
 
 
 def shorten(monkeypatch, span: int) -> None:
-    """Slots of `span` tokens; interpreted, float32 passes in few, wide launches: half the time.
+    """Stretches of `span` tokens; interpreted, float32 passes in few, wide launches: half the time.
 
     Half precision keeps the launches and the columns of a GPU.
     """
@@ -39,7 +39,5 @@ def shorten(monkeypatch, span: int) -> None:
         return dataclasses.replace(config, chunk=chunk, shares=1, **columns)
 
     monkeypatch.setattr(configs, "choose", chosen)
-    if INTERPRETED:
-        monkeypatch.setattr(configs, "FEW_MARKS_AT_ONCE", configs.MARKS_AT_ONCE)
     for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
         monkeypatch.setattr(configs, name, span)

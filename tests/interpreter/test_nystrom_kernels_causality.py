@@ -11,7 +11,7 @@ from tests import helpers
 from tests.interpreter.nystrom_backend import op, shorten
 from tests.nystrom.cases import LENGTHS, PACKED, Case
 
-N = 75  # tokens: chunks of 16, slots of 32
+N = 75  # tokens: chunks of 16, stretches of 32
 CASES = {
     "plain": Case(N, 8),
     "grouped-decay": Case(N, 13, group=2, decay=0.05),
@@ -19,17 +19,13 @@ CASES = {
     "padded": Case(N, 8, padding=(5, 0)),
     "state": Case(N, 8, state=True),
     "many-landmarks": Case(40, 70),
-    "blocks-of-landmarks": Case(40, 6),
-    "blocks-of-landmarks-mass": Case(40, 6, normalize="mass"),
 }
 POISON = [float("nan"), float("inf"), -float("inf"), 1e4]
 
 
 @pytest.fixture(autouse=True)
-def short_spans(monkeypatch, request):
+def short_spans(monkeypatch):
     shorten(monkeypatch, 32)
-    if "blocks" in request.node.name:
-        monkeypatch.setattr(configs, "marks_at_once", lambda where, dtype: 3)
 
 
 @pytest.fixture(params=["one-pass", "three-launches"])

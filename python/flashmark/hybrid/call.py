@@ -96,7 +96,7 @@ def parts_of(backend: str, merge: str, query: Tensor, marks: int) -> tuple[str, 
         return near, "eager"
     far = "eager"
     if merge != "slots":
-        far = choose_backend("nystrom", backend, query)
+        far = choose_backend("nystrom", backend, query, landmarks=marks)
     if merge == "slots" or (merge == "mass" and far == "triton"):  # its reader is not Nyström's
         far = choose_backend("hybrid", backend, query, landmarks=marks)
     return near, far

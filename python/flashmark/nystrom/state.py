@@ -1,4 +1,4 @@
-"""What causal Nyström attention keeps of the tokens it has consumed."""
+"""The state that causal Nyström attention keeps of the tokens it has consumed."""
 
 from __future__ import annotations
 

@@ -41,6 +41,26 @@ def test_auto_takes_triton_where_the_gpu_can(operator, on_cuda):
     assert dispatch.choose_backend(operator, "auto", on_cuda((9, 0), torch.float64)) == "eager"
 
 
+MOST = {("nystrom", HALF): 128, ("nystrom", torch.float32): 64, ("hybrid", HALF): 128}
+
+
+@pytest.mark.parametrize(("operator", "dtype"), MOST, ids=str)
+def test_more_landmarks_than_a_program_holds_run_in_pytorch(operator, dtype, on_cuda):
+    query, most = on_cuda((9, 0), dtype), MOST[operator, dtype]
+    choose = dispatch.choose_backend
+    assert choose(operator, "auto", query, landmarks=most) == "triton"
+    assert choose(operator, "auto", query, landmarks=most + 1) == "eager"
+    with pytest.raises(dispatch.BackendUnavailable, match=f"at most {most} landmarks"):
+        choose(operator, "triton", query, landmarks=most + 1)
+
+
+def test_a_call_with_too_many_landmarks_is_refused(on_cuda):
+    query = on_cuda((9, 0))
+    landmarks, core = query.new_empty(4, 200, 64), query.new_empty(4, 200, 200)
+    with pytest.raises(dispatch.BackendUnavailable, match="at most 128 landmarks"):
+        flashmark.nystrom_attention(query, query, query, landmarks, core=core, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("backend", "reason"), [("triton", "compute capability 8.0 or later"), ("cpu", "CPU tensors")]
 )

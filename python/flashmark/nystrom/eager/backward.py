@@ -44,7 +44,7 @@ class Start(NamedTuple):
 
 
 class Local(NamedTuple):
-    """What the rows of each chunk give, before the reverse state is known."""
+    """Gradients that the rows of each chunk give, before the reverse state is known."""
 
     dW: Tensor  # (Z, group * C, M)
     centre: Tensor  # like dW, or (Z, group * C, 1): what ds subtracts from dO . v
@@ -252,7 +252,7 @@ def add_(total: Tensor, part: Tensor) -> None:
 
 
 def landmark_gradients(call: Setup, grads: dict) -> tuple[Tensor, ...]:
-    """Of landmark queries, keys and core, from the scaled landmarks, in their shapes and dtypes."""
+    """Gradients of landmark queries, keys and core, in their shapes and dtypes."""
     given = call.call
     dlq, dlk = grads["lq"] * given.scale, grads["lk"] * given.scale
     if call.mass:  # half = 0.5 scale q~ . k~

@@ -12,7 +12,7 @@ from flashmark.nystrom.eager.chunks import NEG_INF, Chunks, Running, Setup, Stee
 
 
 class Reading(NamedTuple):
-    """How the query rows of a block read the landmarks: (Z, group * C, M) each."""
+    """Features and weights of the query rows of a block: (Z, group * C, M) each."""
 
     F: Tensor  # softmax over landmarks; "mass": exp of the scaled scores, up to a factor of the row
     W: Tensor  # weights on R: the rows sum to 1
@@ -41,7 +41,7 @@ def causal_forward(given: Call) -> Saved:
 
 
 def read_landmarks(call: Setup, query: Tensor, rows: int, held: Tensor | None) -> Reading:
-    """How queries (B, H, n * rows, D) read the landmarks.
+    """Features and weights of queries (B, H, n * rows, D) on the landmarks.
 
     `held`: for "mass", exp(L - half) up to a factor of the row, broadcastable to
     (Z, group, rows / group, M).
