@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmark_native, m) {
       "tied_core(Tensor scores, float jitter, bool softmax, bool wide) "
       "-> (Tensor core, Tensor inverse, Tensor jitter_used)");
   m.def(
+      "landmarks_core(Tensor landmarks, float scale, float jitter, bool softmax) -> Tensor core");
+  m.def(
       "tied_core_backward(Tensor scores, Tensor inverse, Tensor jitter_used, Tensor dcore, bool "
       "softmax) "
       "-> Tensor dscores");
@@ -31,6 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashmark_native, CPU, m) {
   m.impl("distinct_tiles", TORCH_BOX(&flashmark::distinct_tiles_cpu));
   m.impl("tile_lists", TORCH_BOX(&flashmark::tile_lists_cpu));
   m.impl("tied_core", TORCH_BOX(&flashmark::tied_core_cpu));
+  m.impl("landmarks_core", TORCH_BOX(&flashmark::landmarks_core_cpu));
   m.impl("tied_core_backward", TORCH_BOX(&flashmark::tied_core_backward_cpu));
   m.impl("tikhonov_core", TORCH_BOX(&flashmark::tikhonov_core_cpu));
   m.impl("tikhonov_core_backward", TORCH_BOX(&flashmark::tikhonov_core_backward_cpu));

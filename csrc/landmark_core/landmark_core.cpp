@@ -18,7 +18,11 @@ using namespace dense_blocks;
     using Inner = T;                                                                               \
     FLASHMARK_CLONES static double tied(const IO* scores, int64_t m, double jitter, bool softmax,  \
                                         T* space, IO* core, T* inverse) {                          \
-      return tied_forward<T, IO>(scores, m, jitter, softmax, space, core, inverse);                \
+      return tied_forward<T>(scores, m, m, jitter, softmax, space, core, inverse);                 \
+    }                                                                                              \
+    FLASHMARK_CLONES static void landmarks(const IO* X, int64_t m, int64_t dim, double scale,      \
+                                           double jitter, bool softmax, T* space, IO* core) {      \
+      tied_from_landmarks<T, IO>(X, m, dim, scale, jitter, softmax, space, core);                  \
     }                                                                                              \
     FLASHMARK_CLONES static void tied_gradient(const IO* scores, const T* inverse, double jitter,  \
                                                const IO* dcore, int64_t m, bool softmax, T* space, \
@@ -56,15 +60,18 @@ T* out(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+constexpr int64_t kWorthAThread = 65536;  // products of a solve; to start a thread takes as long
+
 struct Aligned {
   void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
 };
 
-// run(head, workspace) for every head
+// run(head, workspace of space_size + more) for every head
 template <class T, class F>
-void for_heads(int64_t heads, int64_t m, F&& run) {
-  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    void* memory = ::operator new[](space_size<T>(m) * sizeof(T), std::align_val_t(64));
+void for_heads(int64_t heads, int64_t m, int64_t more, F&& run) {
+  const int64_t n = padded<T>(m), grain = 1 + kWorthAThread / (n * n * n);
+  torch::stable::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
+    void* memory = ::operator new[]((space_size<T>(m) + more) * sizeof(T), std::align_val_t(64));
     const std::unique_ptr<void, Aligned> owner(memory);
     for (int64_t x = begin; x < end; x++) run(x, static_cast<T*>(memory));
   });
@@ -83,7 +90,7 @@ Core forward(const Tensor& given, bool wide, Solve&& solve) {
     using Head = decltype(head);
     using IO = typename Head::Outer;
     using T = typename Head::Inner;
-    for_heads<T>(heads, m, [&](int64_t x, T* space) {
+    for_heads<T>(heads, m, 0, [&](int64_t x, T* space) {
       const int64_t at = x * m * m;
       out<double>(used)[x] =
           solve(head, in<IO>(matrix) + at, m, space, out<IO>(core) + at, out<T>(inverse) + at);
@@ -101,7 +108,7 @@ Tensor backward(const Tensor& given, const Tensor& inverse, const Tensor& gradie
     using Head = decltype(head);
     using IO = typename Head::Outer;
     using T = typename Head::Inner;
-    for_heads<T>(heads, m, [&](int64_t x, T* space) {
+    for_heads<T>(heads, m, 0, [&](int64_t x, T* space) {
       const int64_t at = x * m * m;
       solve(head, x, in<IO>(matrix) + at, in<T>(inverse) + at, in<IO>(dcore) + at, m, space,
             out<IO>(result) + at);
@@ -117,6 +124,26 @@ Core tied_core_cpu(const Tensor& scores, double jitter, bool softmax, bool wide)
                  [&](auto head, auto* matrix, int64_t m, auto* space, auto* core, auto* inverse) {
                    return head.tied(matrix, m, jitter, softmax, space, core, inverse);
                  });
+}
+
+Tensor landmarks_core_cpu(const Tensor& landmarks, double scale, double jitter, bool softmax) {
+  const Tensor X = dense(landmarks);
+  const int64_t rank = X.dim(), m = X.size(rank - 2), dim = X.size(rank - 1);
+  std::vector<int64_t> sizes(rank, m);
+  int64_t heads = 1;
+  for (int64_t n = 0; n < rank - 2; n++) heads *= sizes[n] = X.size(n);
+  const Tensor core = allocate(sizes, X.scalar_type(), X);
+  choose(X, true, [&](auto head) {
+    using Head = decltype(head);
+    using IO = typename Head::Outer;
+    using T = typename Head::Inner;
+    const IO* from = in<IO>(X);
+    IO* to = out<IO>(core);
+    for_heads<T>(heads, m, landmark_size<T>(m, dim), [&](int64_t x, T* space) {
+      head.landmarks(from + x * m * dim, m, dim, scale, jitter, softmax, space, to + x * m * m);
+    });
+  });
+  return core;
 }
 
 Tensor tied_core_backward_cpu(const Tensor& scores, const Tensor& inverse, const Tensor& jitter,

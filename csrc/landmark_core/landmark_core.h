@@ -22,6 +22,9 @@ Tensor tied_core_backward_cpu(const Tensor& scores, const Tensor& inverse, const
 Tensor tied_core_backward_cuda(const Tensor& scores, const Tensor& inverse, const Tensor& jitter,
                                const Tensor& dcore, bool softmax);
 
+// tied_core with wide from the landmarks (..., M, D) themselves: the scores are scale X X^T.
+Tensor landmarks_core_cpu(const Tensor& landmarks, double scale, double jitter, bool softmax);
+
 // matrix A (n, M, M): the core is P A^T with P = (A^T A + jitter)^-1; unit_rows: what its rows lack
 // to 1 is spread over them.
 Core tikhonov_core_cpu(const Tensor& matrix, double jitter, bool unit_rows, bool wide);

@@ -63,17 +63,17 @@ FLASHMARK_INLINE double regularised_inverse(const T* a, int64_t m, int64_t n, do
 }
 
 // U_ij = exp(s_ij - s_ii / 2 - s_jj / 2), lower triangle, and root_i = exp(s_ii / 2 - their
-// maximum).
-template <class T, class IO>
-FLASHMARK_INLINE void unit_kernel(const IO* scores, int64_t m, T* U, int64_t n, double* half,
-                                  double* root, double* row) {
+// maximum), of scores whose rows are `ld` apart.
+template <class T, class S>
+FLASHMARK_INLINE void unit_kernel(const S* scores, int64_t ld, int64_t m, T* U, int64_t n,
+                                  double* half, double* root, double* row) {
   double most = -std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < m; i++) {
-    half[i] = 0.5 * scores[i * m + i];
+    half[i] = 0.5 * scores[i * ld + i];
     most = std::max(most, half[i]);
   }
   for (int64_t i = 0; i < m; i++) {
-    for (int64_t j = 0; j <= i; j++) row[j] = scores[i * m + j] - half[i] - half[j];
+    for (int64_t j = 0; j <= i; j++) row[j] = scores[i * ld + j] - half[i] - half[j];
     for (int64_t j = 0; j <= i; j++) U[i * n + j] = static_cast<T>(exponential(row[j]));
   }
   for (int64_t i = 0; i < m; i++) root[i] = exponential(std::max(half[i] - most, kLeastRoot));
@@ -106,24 +106,50 @@ FLASHMARK_INLINE void store_row(const double* row, int64_t m, bool to_sum, doubl
   for (int64_t j = 0; j < m; j++) out[j] = static_cast<IO>(row[j] + shift);
 }
 
-template <class T, class IO>
-FLASHMARK_INLINE double tied_forward(const IO* scores, int64_t m, double jitter, bool softmax,
-                                     T* buffer, IO* core, T* inverse) {
+template <class T, class S, class IO>
+FLASHMARK_INLINE double tied_forward(const S* scores, int64_t ld, int64_t m, double jitter,
+                                     bool softmax, T* buffer, IO* core, T* inverse) {
   const Space<T> s(buffer, m);
   const int64_t n = s.n;
   T *U = s.a, *work = s.b, *P = s.c;
   double *half = s.rows[0], *root = s.rows[1], *sums = s.rows[2], *row = s.rows[3];
-  unit_kernel(scores, m, U, n, half, root, row);
+  unit_kernel(scores, ld, m, U, n, half, root, row);
   jitter = regularised_inverse(U, m, n, jitter, work, P, s.scratch);
   symmetric_times(U, m, n, jitter, root, sums);
   for (int64_t i = 0; i < m; i++) {
-    std::copy_n(P + i * n, m, inverse + i * m);
+    if (inverse != nullptr) std::copy_n(P + i * n, m, inverse + i * m);
     const double scale = 1 / root[i];
     for (int64_t l = 0; l < m; l++)
       row[l] = softmax ? P[i * n + l] * sums[l] * scale : P[i * n + l];
     store_row(row, m, softmax, 1.0, core + i * m);
   }
   return jitter;
+}
+
+// Elements that `tied_from_landmarks` needs beside `space_size`: the landmarks by rows and by
+// columns.
+template <class T>
+constexpr int64_t landmark_size(int64_t m, int64_t dim) {
+  return 2 * padded<T>(m) * dim;
+}
+
+// The core of tied landmarks X (m, dim), whose scores are scale X X^T.
+template <class T, class IO>
+FLASHMARK_INLINE void tied_from_landmarks(const IO* X, int64_t m, int64_t dim, double scale,
+                                          double jitter, bool softmax, T* buffer, IO* core) {
+  const Space<T> s(buffer, m);
+  const int64_t n = s.n;
+  T *columns = buffer + space_size<T>(m), *rows = columns + n * dim, *scores = s.d;
+  std::fill(columns, columns + landmark_size<T>(m, dim), T(0));
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t k = 0; k < dim; k++) {
+      const T x = static_cast<T>(X[i * dim + k]);
+      columns[k * n + i] = x;
+      rows[i * dim + k] = static_cast<T>(scale) * x;
+    }
+  }
+  product<1, false>(scores, n, rows, dim, columns, n, ceil_div(m, 4) * 4, n, dim);
+  tied_forward<T>(scores, n, m, jitter, softmax, buffer, core, static_cast<T*>(nullptr));
 }
 
 // With r = (U + jitter) root: core_il = P_il r_l / root_i, and dK = -P dP P.
@@ -136,7 +162,7 @@ FLASHMARK_INLINE void tied_backward(const IO* scores, const T* inverse, double j
   T *U = s.a, *P = s.b, *H = s.c, *E = s.d, *first = s.scratch, *G = s.scratch + n * n;
   double *half = s.rows[0], *root = s.rows[1], *r = s.rows[2], *row = s.rows[3];
   double *dr = s.rows[4], *dlog = s.rows[5], *dhalf = s.rows[6], *v = s.rows[7];
-  unit_kernel(scores, m, U, n, half, root, row);
+  unit_kernel(scores, m, m, U, n, half, root, row);
   load(inverse, m, P, n);
   load(dcore, m, G, n);
   std::fill(dr, dr + m, 0.0);

@@ -219,6 +219,21 @@ def tikhonov_core(
     return _TikhonovCore.apply(matrix, float(jitter), unit_rows, wide, again)
 
 
+def landmarks_core(landmarks: Tensor, scale: float, jitter: float, softmax: bool) -> Tensor:
+    """`tied_core` of the scores `scale X X^T` of landmarks X, in one operator without a gradient.
+
+    Args:
+        landmarks: X, CPU tensor (..., M, D), float32 or float64; sums are float64.
+        scale: > 0.
+        jitter: > 0, as in `tied_core`.
+        softmax: as in `tied_core`.
+
+    Returns:
+        (..., M, M) in the dtype of the landmarks.
+    """
+    return _operators().landmarks_core.default(landmarks, scale, jitter, softmax)
+
+
 class _TiedCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, jitter, softmax, wide, again):
@@ -365,6 +380,10 @@ def _register_fakes() -> None:
 
     fake("flashmark_native::tied_core")(solved)
     fake("flashmark_native::tikhonov_core")(solved)
+
+    @fake("flashmark_native::landmarks_core")
+    def _(landmarks, scale, jitter, softmax):
+        return landmarks.new_empty((*landmarks.shape[:-1], landmarks.shape[-2]))
 
     @fake("flashmark_native::tied_core_backward")
     def _(scores, inverse, used, dcore, softmax):

@@ -152,6 +152,16 @@ def test_state_out_of_its_own(backend, merge):
     assert target.position.tolist() == [9]
 
 
+@pytest.mark.parametrize("merge", MERGES)
+def test_autograd_sees_that_a_state_moved_on(merge):
+    case = Case(10, 4, 5, merge)
+    state = case.empty_state()
+    product = torch.ones((), requires_grad=True) * state.far[-1]
+    op(**detached(case.arguments()), state=state, state_out=state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 def test_state_out_takes_no_gradient():
     case = Case(10, 4, 5)
     with pytest.raises(ValueError, match="^state_out: expected a call without gradients"):

@@ -333,3 +333,17 @@ def test_parallel_decoding_mask_is_a_prefix_and_oneself():
     for i in range(10):
         for j in range(10):
             assert mask[i, j].item() == (j <= i and (j < 4 or j == i))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_mask_that_was_used_have_tensors_of_their_own(copied):
+    mask = compiled(masks.causal() & masks.sliding_window(9), 40)
+    attention = flashmark.block_sparse_attention
+    fresh = pickle.dumps(mask)
+    query = helpers.randn(1, 1, 40, 16)
+    wanted = attention(query, query, query, mask)
+    assert pickle.dumps(mask) == fresh
+    twin = copied(mask)
+    mask.tile_bits.zero_()
+    helpers.assert_identical(attention(query, query, query, twin), wanted)
+    assert not torch.equal(attention(query, query, query, mask), wanted)

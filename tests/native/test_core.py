@@ -203,3 +203,38 @@ def test_operators_keep_their_schema(name):
     operator = getattr(torch.ops.flashmark_native, name).default
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(operator, (symmetric_scores(2, 5), 1e-4, True, True), test_utils=checks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 1, 5), (2, 4, 16), (3, 2, 17, 8), (64, 24), (2, 100, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_core_without_gradients_is_that_with_gradients(shape, dtype, kind):
+    X = helpers.randn(*shape, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        core = landmark_core(X, kind=kind)
+    wanted = landmark_core(X.double().requires_grad_(), kind=kind).detach()
+    assert core.dtype == torch.promote_types(dtype, torch.float32)
+    assert core.shape == (*shape[:-1], shape[-2])
+    assert_close(core, wanted, 1e-11 if dtype == torch.float64 else 1e-6)
+
+
+def test_strided_landmarks_and_no_heads():
+    X = helpers.randn(2, 12, 20)
+    strided = helpers.randn(20, 2, 24).permute(1, 2, 0)[:, ::2].copy_(X)
+    helpers.assert_identical(landmark_core(strided), landmark_core(X))
+    assert landmark_core(X[:0]).shape == (0, 12, 12)
+
+
+def test_landmarks_that_are_not_finite_give_nan_for_their_head_alone():
+    X = helpers.randn(3, 6, 8)
+    wanted = landmark_core(X)
+    X[1, 2, 3] = float("nan")
+    core = landmark_core(X)
+    assert core[1].isnan().all()
+    helpers.assert_identical(core[[0, 2]], wanted[[0, 2]])
+
+
+def test_the_operator_of_landmarks_keeps_its_schema():
+    operator = torch.ops.flashmark_native.landmarks_core.default
+    for shape in ((2, 5, 7), (3, 2, 5, 7)):
+        torch.library.opcheck(operator, (helpers.randn(*shape), 0.3, 1e-4, True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -218,3 +219,68 @@ def test_no_samples():
         arguments[name] = arguments[name][:0]
     out = flashmark.nystrom_attention(**arguments, backend="cpu")
     assert out.shape == (0, 1, 20, 16)
+
+
+UPDATES = [
+    Case(20, 8, batch=3, kv_heads=2, given_core=True),
+    Case(2300, 8, given_core=True, decay=0.01),
+    Case(495, 8, packed=True, given_core=True),
+]
+TARGETS = {
+    "contiguous": lambda x: torch.empty_like(x),
+    "float64": lambda x: torch.empty_like(x, dtype=torch.float64),
+    "strided": lambda x: x.new_empty(*x.shape, 2)[..., 1],
+}
+
+
+def without_gradients(case: Case) -> dict:
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, case.arguments())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_states_are_overwritten_in_any_memory(case, target):
+    arguments = dataclasses.replace(case, state=True)
+    arguments = without_gradients(arguments)
+    run = functools.partial(flashmark.nystrom_attention, **arguments, backend="cpu")
+    out, wanted = run(return_state=True)
+    buffers = flashmark.NystromState(*map(TARGETS[target], wanted))
+    got, returned = run(return_state=True, state_out=buffers)
+    assert returned is buffers
+    helpers.assert_identical(got, out)
+    for x, y in zip(buffers, wanted, strict=True):
+        helpers.assert_identical(x.to(y.dtype), y)
+
+
+def test_a_state_may_share_memory_with_the_one_before_it():
+    """Rows of the new state lie one further than those that are read, in the same tensors."""
+    arguments = without_gradients(Case(20, 8, batch=3, given_core=True, state=True))
+    before = arguments.pop("state")
+    _, wanted = flashmark.nystrom_attention(
+        **arguments, state=flashmark.NystromState(*before), return_state=True, backend="cpu"
+    )
+    memory = [torch.cat((x, x[:1])) for x in before]
+    read = flashmark.NystromState(*(x[:3] for x in memory))
+    written = flashmark.NystromState(*(x[1:] for x in memory))
+    flashmark.nystrom_attention(**arguments, state=read, state_out=written, backend="cpu")
+    for x, y in zip(written, wanted, strict=True):
+        helpers.assert_identical(x, y)
+
+
+def test_autograd_sees_that_a_state_was_overwritten():
+    arguments = without_gradients(Case(20, 8, given_core=True, state=True))
+    state = flashmark.NystromState(*arguments.pop("state"))
+    factor = torch.ones((), requires_grad=True)
+    product = factor * state.R
+    flashmark.nystrom_attention(**arguments, state=state, state_out=state, backend="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_opcheck_of_the_update():
+    query, key, value = (helpers.randn(1, 2, 9, 8, seed=n) for n in range(3))
+    marks, core = helpers.randn(2, 4, 8), torch.eye(4).repeat(2, 1, 1)
+    optional = [None] * 5
+    ends = helpers.randn(1, 2, 4), helpers.randn(1, 2, 4, 8)
+    given = (query, key, value, marks, marks.clone(), core, 0.5, *optional, False, True, *ends)
+    torch.library.opcheck(torch.ops.flashmark.nystrom_update.cpu, given)

@@ -179,6 +179,10 @@ void hybrid_update_op(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   PreparedHybrid prepared(call);
   prepared.problem.after = prepared.problem.before;
   Tensor out = run(prepared, call);
+  for (const OptionalTensor* t : {&call.position, &call.keep, &call.held_keys, &call.held_values,
+                                  &call.far_counts, &call.far_keys, &call.far_values})
+    if (*t && !(*t)->is_inference())  // so that autograd sees that they changed
+      (*t)->unsafeGetTensorImpl()->bump_version();
   torch::jit::drop(*stack, count);
   torch::jit::push(*stack, std::move(out));
 }

@@ -212,24 +212,71 @@ struct Guards {  // the operators are below autograd and autocast
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
+// The output of a call, whose final states go to L and R: float32, contiguous.
+Tensor forward(const NystromCall& a, const NystromProblem& p, const Tensor& L, const Tensor& R) {
+  Tensor out = at::empty({p.batch, p.heads, p.tokens, p.v_dim}, a.query.options());
+  TORCH_CHECK(fits(L, {p.sequences, p.kv_heads, p.marks}) &&
+                  fits(R, {p.sequences, p.kv_heads, p.marks, p.v_dim}),
+              "L, R: expected shapes (rows, Hkv, M) and (rows, Hkv, M, Dv)");
+  with_dtype(a.query.scalar_type(), [&](auto t) {
+    nystrom_forward<decltype(t)>(p,
+                                 NystromOutputs{out.mutable_data_ptr(), L.mutable_data_ptr<float>(),
+                                                R.mutable_data_ptr<float>()});
+  });
+  return out;
+}
+
+std::pair<Tensor, Tensor> new_states(const NystromCall& a, const NystromProblem& p) {
+  const auto options = a.query.options().dtype(at::kFloat);
+  return {at::empty({p.sequences, p.kv_heads, p.marks}, options),
+          at::empty({p.sequences, p.kv_heads, p.marks, p.v_dim}, options)};
+}
+
 void forward_operator(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   const Guards guards;
   const size_t count = handle.schema().arguments().size();
   Arguments arguments(*stack, count);
   const NystromCall a(arguments);
   const PreparedNystrom prepared(a, false);
-  const NystromProblem& p = prepared.problem;
-  const auto states = a.query.options().dtype(at::kFloat);
-  Tensor out = at::empty({p.batch, p.heads, p.tokens, p.v_dim}, a.query.options());
-  Tensor L = at::empty({p.sequences, p.kv_heads, p.marks}, states);
-  Tensor R = at::empty({p.sequences, p.kv_heads, p.marks, p.v_dim}, states);
-  with_dtype(a.query.scalar_type(), [&](auto t) {
-    nystrom_forward<decltype(t)>(p,
-                                 NystromOutputs{out.mutable_data_ptr(), L.mutable_data_ptr<float>(),
-                                                R.mutable_data_ptr<float>()});
-  });
+  auto [L, R] = new_states(a, prepared.problem);
+  Tensor out = forward(a, prepared.problem, L, R);
   torch::jit::drop(*stack, count);
   torch::jit::push(*stack, std::move(out), std::move(L), std::move(R));
+}
+
+// Whether the kernels may write a state there while they read the call. They read a row of the
+// state `before` whole before they write it.
+bool in_place(const Tensor& to, const OptionalTensor& before, const OptionalTensor& other,
+              const NystromCall& a) {
+  if (to.scalar_type() != at::kFloat || !to.is_contiguous()) return false;
+  if (before && before->is_alias_of(to) && before->const_data_ptr() != to.const_data_ptr())
+    return false;
+  for (const OptionalTensor& t : {other, a.decay, a.key_mask, a.cu_seqlens})
+    if (t && t->is_alias_of(to)) return false;
+  return !a.query.is_alias_of(to) && !a.key.is_alias_of(to) && !a.value.is_alias_of(to);
+}
+
+// The final states overwrite the two tensors behind the call, which may be L0 and R0.
+void update_operator(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
+  const Guards guards;
+  const size_t count = handle.schema().arguments().size();
+  Arguments arguments(*stack, count);
+  const NystromCall a(arguments);
+  const Tensor &L_out = arguments.tensor(), &R_out = arguments.tensor();
+  const PreparedNystrom prepared(a, false);
+  Tensor out;
+  if (in_place(L_out, a.L0, a.R0, a) && in_place(R_out, a.R0, a.L0, a) &&
+      !L_out.is_alias_of(R_out)) {
+    out = forward(a, prepared.problem, L_out, R_out);
+  } else {
+    const auto [L, R] = new_states(a, prepared.problem);
+    out = forward(a, prepared.problem, L, R);
+    L_out.copy_(L), R_out.copy_(R);
+  }
+  for (const Tensor* t : {&L_out, &R_out})  // so that autograd sees that they changed
+    if (!t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+  torch::jit::drop(*stack, count);
+  torch::jit::push(*stack, std::move(out));
 }
 
 void backward_operator(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
@@ -302,6 +349,7 @@ void backward_operator(const c10::OperatorHandle& handle, torch::jit::Stack* sta
 TORCH_LIBRARY_IMPL(flashmark, CPU, m) {
   m.impl("nystrom_forward.cpu",
          torch::CppFunction::makeFromBoxedFunction<&forward_operator>());
+  m.impl("nystrom_update.cpu", torch::CppFunction::makeFromBoxedFunction<&update_operator>());
   m.impl("nystrom_backward.cpu",
          torch::CppFunction::makeFromBoxedFunction<&backward_operator>());
 }

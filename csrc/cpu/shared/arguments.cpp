@@ -109,19 +109,22 @@ void PreparedProblem::read_mask(const BlockSparseCall& a) {
               "mask: expected 14 tensors and block sizes that are multiples of 16");
   mask.q_blocks = (mask.rows + mask.block_q - 1) / mask.block_q;
   mask.kv_blocks = (p.kv_len + mask.block_kv - 1) / mask.block_kv;
+  const auto contiguous = [&](const Tensor& t) -> const Tensor& {
+    return t.is_contiguous() ? t : keep(t.contiguous());
+  };
   const auto lists = [&](size_t first) {
     const int32_t* pointers[6];
     for (size_t n = 0; n < 6; n++) {
-      const Tensor& t = a.mask_tensors[first + n];
+      const Tensor& t = a.mask_tensors[first + n].toTensor();
       TORCH_CHECK(t.scalar_type() == at::kInt && t.device().is_cpu(),
                   "mask: expected int32 CPU tensors");
-      pointers[n] = keep(t.contiguous()).const_data_ptr<int32_t>();
+      pointers[n] = contiguous(t).const_data_ptr<int32_t>();
     }
     return TileLists{pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], pointers[5]};
   };
   mask.by_query = lists(0);
   mask.by_key = lists(6);
-  const Tensor& bits = keep(a.mask_tensors[12].contiguous());
+  const Tensor& bits = contiguous(a.mask_tensors[12].toTensor());
   const int64_t tiles = bits.size(0);
   mask.subs = mask.block_q / p.tile_q;
   const auto workspace = [&](int64_t n, at::ScalarType dtype) {  // without the dispatcher

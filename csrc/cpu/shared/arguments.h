@@ -11,7 +11,7 @@ struct BlockSparseCall {
 
   Arguments& from;
   const Tensor &query = from.tensor(), &key = from.tensor(), &value = from.tensor();
-  const std::vector<Tensor> mask_tensors = from.tensors();  // BlockMask.tensors(), or empty
+  const at::ArrayRef<c10::IValue> mask_tensors = from.tensors();  // BlockMask.tensors(), or empty
   const std::vector<int64_t> mask_layout = from.integers();
   const std::string mask_kind = from.string();
   const double scale = from.number();

@@ -18,7 +18,7 @@ class Arguments {
 
   const Tensor& tensor() { return (next_++)->toTensor(); }
   OptionalTensor optional_tensor() { return (next_++)->toOptional<Tensor>(); }
-  std::vector<Tensor> tensors() { return (next_++)->toTensorVector(); }
+  at::ArrayRef<c10::IValue> tensors() { return (next_++)->toListRef(); }
   std::vector<int64_t> integers() { return (next_++)->toIntVector(); }
   std::string string() { return (next_++)->toStringRef(); }
   double number() { return (next_++)->toDouble(); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -92,6 +93,15 @@ class BlockMask:
     def layout(self) -> list[int]:
         """The integers that, with `tensors()` and `kind`, make up the mask."""
         return [self.q_len, self.kv_len, self.block_q, self.block_kv, self.batch, self.heads]
+
+    @functools.cached_property
+    def _packed(self) -> tuple[list[Tensor], list[int], str]:
+        """`pack_mask` of this mask: a call would spend a microsecond on the lists."""
+        return (self.tensors() if self.kind == "sparse" else []), self.layout, self.kind
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: copies and pickles make lists of their own."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @staticmethod
     def from_tensors(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMask:
@@ -251,7 +261,9 @@ def plain_mask(kind: str, q_len: int, kv_len: int) -> BlockMask:
 
 def pack_mask(mask: BlockMask) -> tuple[list[Tensor], list[int], str]:
     """A mask as the arguments of an operator; no tensors where comparison decides."""
-    return (mask.tensors() if mask.kind == "sparse" else []), mask.layout, mask.kind
+    if torch.compiler.is_compiling():
+        return (mask.tensors() if mask.kind == "sparse" else []), mask.layout, mask.kind
+    return mask._packed
 
 
 def unpack_mask(tensors: list[Tensor], layout: list[int], kind: str) -> BlockMask:

@@ -29,7 +29,7 @@ from flashmark.nystrom.checks import (
 )
 from flashmark.nystrom.operator import run
 from flashmark.nystrom.state import NystromState
-from flashmark.sharded import over_shards
+from flashmark.sharded import call_on_shards, is_sharded
 
 NORMALIZATIONS = ("landmark", "mass")
 
@@ -49,7 +49,6 @@ def nystrom_attention(
     query: Tensor, key: Tensor, value: Tensor, landmarks: Landmarks, *, return_state: bool,
     **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, NystromState]: ...  # fmt: skip
-@over_shards
 def nystrom_attention(
     query: Tensor,
     key: Tensor,
@@ -121,6 +120,8 @@ def nystrom_attention(
     The values of `decay` and `cu_seqlens` are checked on CPU tensors only. The approximation is
     that of Xiong et al., "Nyströmformer" (2021), with learned landmarks and a causal normaliser.
     """
+    if is_sharded(query, key, value, landmarks, core, decay, key_mask, cu_seqlens):
+        return call_on_shards(nystrom_attention, **locals())
     refuse_transforms("nystrom_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
@@ -158,10 +159,11 @@ def nystrom_attention(
             unit_stride(query), unit_stride(key), unit_stride(value), lq, lk, unit_stride(core),
             scale, decay, key_mask, cu_seqlens, L0, R0, normalize == "mass", is_causal,
         )  # fmt: skip
-        out, L, R = run(call, backend)
+        out, L, R = run(call, backend, state_out)
     if state_out is not None:
-        state_out[0].copy_(L)
-        state_out[1].copy_(R)
+        if L is not state_out[0]:
+            state_out[0].copy_(L)
+            state_out[1].copy_(R)
         return (out, state_out) if return_state else out
     return (out, NystromState(L, R)) if return_state else out
 

@@ -61,19 +61,19 @@ def check_landmarks(landmarks, query, key) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         got = type(landmarks).__name__
         raise TypeError(f"landmarks: expected a tensor or a pair of tensors, got {got}")
-    for x in pair:
+    for x in pair[:1] if pair[0] is pair[1] else pair:
         if not isinstance(x, Tensor):
             raise TypeError(f"landmarks: expected tensors, got {type(x).__name__}")
         check_same("landmarks", x, dtype=None, device=query.device)
-        batch, heads, dim = query.shape[0], key.shape[1], query.shape[3]
-        fits = x.dim() in (3, 4) and (x.shape[-3], x.shape[-1]) == (heads, dim)
-        if not fits or (x.dim() == 4 and x.shape[0] != batch) or x.shape != pair[0].shape:
+        batch, heads, dim, shape = query.shape[0], key.shape[1], query.shape[3], x.shape
+        fits = len(shape) in (3, 4) and shape[-3] == heads and shape[-1] == dim
+        if not fits or (len(shape) == 4 and shape[0] != batch) or shape != pair[0].shape:
             raise ValueError(
                 f"landmarks: expected ({heads}, M, {dim}) or ({batch}, {heads}, M, {dim}), "
-                f"both of a pair alike, got {tuple(x.shape)}"
+                f"both of a pair alike, got {tuple(shape)}"
             )
-    if not 1 <= x.shape[-2] <= MAX_LANDMARKS:
-        raise ValueError(f"landmarks: expected 1 to {MAX_LANDMARKS} of them, got {x.shape[-2]}")
+    if not 1 <= shape[-2] <= MAX_LANDMARKS:
+        raise ValueError(f"landmarks: expected 1 to {MAX_LANDMARKS} of them, got {shape[-2]}")
     return tuple(pair)
 
 

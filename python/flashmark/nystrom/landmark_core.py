@@ -91,6 +91,11 @@ def solve_core(
     """`landmark_core` of checked arguments; `landmark_keys` None for tied landmarks."""
     if method == "cholesky" and not scale > 0:
         raise ValueError(f"scale: expected a number > 0 with method='cholesky', got {scale}")
+    if method == "cholesky" and jitter > 0 and _is_plain(landmark_queries):
+        X = landmark_queries
+        if X.dtype is not torch.float32 and X.dtype is not torch.float64:
+            X = X.float()
+        return native.landmarks_core(X, scale, jitter, kind == "softmax")
     device = landmark_queries.device.type
     if autocast_is_on(device):
         with without_autocast(device):
@@ -114,6 +119,18 @@ def solve_core(
     if landmark_keys is not None:
         _warn_once(matrix)
     return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, softmax)
+
+
+def _is_plain(landmarks: Tensor) -> bool:
+    """Whether one operator can take landmarks to their core: on a CPU, and nothing follows it."""
+    return (
+        not torch.compiler.is_compiling()
+        and not (landmarks.requires_grad and torch.is_grad_enabled())
+        and 1 <= landmarks.shape[-2] <= native.MOST_LANDMARKS
+        and native.preferred(landmarks.device)
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _solved(in_native_code, in_pytorch, matrix: Tensor, jitter: float, softmax: bool) -> Tensor:

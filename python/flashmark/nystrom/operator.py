@@ -1,11 +1,15 @@
-"""`flashmark::nystrom_forward` and `flashmark::nystrom_backward`."""
+"""`flashmark::nystrom_forward`, `flashmark::nystrom_backward`, and `flashmark::nystrom_update`: a
+forward without gradients that overwrites a state."""
 
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
-from flashmark.library import Operator
+from flashmark.flops import FORMULAS, register_if_counting
+from flashmark.library import Operator, overload, schema_of
 from flashmark.nystrom.call import Call, Grads, Saved
+from flashmark.nystrom.state import NystromState
 
 
 def _forward_fake(call: Call) -> Saved:
@@ -59,10 +63,30 @@ OPERATOR = Operator(
 )
 
 
-def run(call: Call, backend: str) -> Saved:
-    """Outputs of a call, differentiable where an argument needs a gradient.
+def _fake_update(*flat):
+    return _forward_fake(Call(*flat[:-2])).out
+
+
+_update = overload(
+    f"nystrom_update.cpu({schema_of(Call)}, Tensor(a!) L_out, Tensor(b!) R_out) -> Tensor",
+    None,
+    _fake_update,
+)
+FORMULAS["nystrom_update"] = lambda *flat, **_: _forward_flops(Call(*flat[:-2]))
+
+
+def run(call: Call, backend: str, state_out: NystromState | None = None) -> Saved:
+    """Outputs of a call, differentiable where an argument needs a gradient. The C++ kernels write
+    the final states into `state_out`; what comes from other backends is the caller's to copy.
 
     The C++ kernels run along time. Without causality the work is three dense products, which
     backend "cpu" leaves to PyTorch, as `show_config` says.
     """
-    return OPERATOR.run(call, backend if call.is_causal or backend != "cpu" else "eager")
+    if backend == "cpu" and not call.is_causal:
+        backend = "eager"
+    traced = torch.compiler.is_compiling() or forward_ad._current_level >= 0
+    if state_out is None or backend != "cpu" or traced:
+        return OPERATOR.run(call, backend)
+    register_if_counting()
+    L, R = state_out
+    return Saved(_update(*OPERATOR.flatten(call), L, R), L, R)
