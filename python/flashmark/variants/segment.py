@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashmark.arguments import finite
+from flashmark.arguments import check_count, finite
 from flashmark.autograd import under_autocast, without_autocast
 from flashmark.block_sparse import block_sparse_attention
 from flashmark.masks import BlockMask, Mask, causal
 from flashmark.masks.cache import compiled
-from flashmark.variants.arguments import check_count, check_inputs, empty
+from flashmark.variants.arguments import check_inputs, empty
 from flashmark.variants.padding import without_padding
 from flashmark.variants.segments import segment_masks, segment_means
 
@@ -101,7 +101,7 @@ def segment_attention(
     """
     query, key, value = under_autocast(query, key, value)
     check_inputs(query, key, value, key_mask)
-    check_count("segment", segment)
+    segment = check_count("segment", segment)
     jitter = finite("jitter", jitter, positive=True)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
     if key_mask is not None and (state is not None or return_state):
