@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 import sys
 
 import torch
@@ -89,12 +90,34 @@ def finite(name: str, value: float, *, positive: bool = False, negative: bool = 
         isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat)
     ):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not isinstance(value, int | float | torch.SymFloat):
+        value = float(value)  # NumPy would compare in its own precision, and warn
     bound = " > 0" if positive else "" if negative else " >= 0"
     # comparisons, because torch.compile may trace the number as a symbol; False for NaN
     least = -LARGEST if negative and not positive else 0.0
     if not least <= value <= LARGEST or (positive and value == 0):
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
     return float(value)
+
+
+def flag(name: str, value) -> bool:
+    """A bool of Python, also where NumPy's came."""
+    if isinstance(value, bool):
+        return value
+    kind = type(value)
+    if kind.__module__ != "numpy" or not kind.__name__.startswith("bool"):
+        raise TypeError(f"{name}: expected a bool, got {kind.__name__}")
+    return bool(value)
+
+
+def check_count(name: str, value) -> int:
+    """An int >= 1 of Python, also where NumPy's came."""
+    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
+        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    # torch.compile may trace an int as a symbol, which must stay one
+    return value if isinstance(value, int) else operator.index(value)
 
 
 def check_kv_lengths(lengths, batch: int, kv_len: int, device: torch.device) -> Tensor | None:

@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import flashmark
 from flashmark import block_sparse_attention, masks
 from flashmark.block_sparse import attention, eager
 from flashmark.block_sparse.operator import OPERATOR
 from tests import helpers
+from tests.frames import MOST_FRAMES, Reached, stop
 
-MOST_FRAMES = 6
-OURS = (Path(flashmark.__file__).parent, Path(__file__).resolve().parents[2] / "kernels")
 MASKS = {
     "none": None,
     "causal": masks.causal(),
     "window": masks.causal() & masks.sliding_window(5),
 }
-
-
-def frames_of_ours() -> list[str]:
-    """Functions of the package that are running now, the innermost first."""
-    frame, found = sys._getframe(1), []
-    while frame is not None:
-        if any(Path(frame.f_code.co_filename).is_relative_to(folder) for folder in OURS):
-            found.append(frame.f_code.co_qualname)
-        frame = frame.f_back
-    return found
-
-
-class Reached(Exception):
-    """Raised in the place of a kernel, with the frames that led there."""
-
-
-def stop(*args, **kwargs):
-    raise Reached(frames_of_ours())
 
 
 class Kernel:

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from examples import huggingface as example  # noqa: E402
 from flashmark.integrations import huggingface  # noqa: E402
 from flashmark.integrations.huggingface.masks import LazyMask  # noqa: E402
+from flashmark.masks import cache as cache_of_masks  # noqa: E402
 
 pytestmark = pytest.mark.plain_empty  # transformers allocates buffers it never reads
 
@@ -82,6 +83,31 @@ def test_it_is_our_attention_that_runs_and_no_mask_is_written_out(monkeypatch):
     example.logits_and_gradients(model, "flashmark", given)
     assert [key.shape[1] for key in calls] == [2, 2]  # grouped heads are not repeated
     assert not written
+
+
+def test_padding_is_compiled_once_a_forward_and_read_anew_by_the_next(monkeypatch):
+    compiled = []
+    compile_mask = cache_of_masks.compile_mask
+
+    def counted(*args, **kwargs):
+        compiled.append(args[0])
+        return compile_mask(*args, **kwargs)
+
+    monkeypatch.setattr(cache_of_masks, "compile_mask", counted)
+    model, given = build("Llama"), example.inputs("left")
+    assert model.config.num_hidden_layers > 1
+    model.set_attn_implementation("flashmark")
+    with torch.no_grad():
+        before = model(**given).logits
+        assert len(compiled) == 1
+        given["attention_mask"].data[:, :4] = 0  # in place, and no version counter tells
+        after = model(**given).logits
+        assert len(compiled) == 2
+        model.set_attn_implementation("eager")
+        expected = model(**given).logits
+    last = (slice(None), -1)
+    torch.testing.assert_close(after[last], expected[last], rtol=1e-4, atol=1e-4)
+    assert (after[last] - before[last]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

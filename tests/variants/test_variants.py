@@ -316,6 +316,84 @@ def test_a_state_of_first_k_is_saved_loaded_and_checked():
         attend(state=(1, 2))
 
 
+def in_pieces(inputs_at_once, sizes, **options):
+    state, parts = None, []
+    for piece in zip(*(x.split(sizes, 2) for x in inputs_at_once), strict=True):
+        out, state = variants.segment_attention(*piece, **options, state=state, return_state=True)
+        parts.append(out)
+    return torch.cat(parts, 2), state
+
+
+@pytest.mark.parametrize("segment", [1, 4, 7])
+def test_segments_cut_at_every_position_are_one_call(segment):
+    leaves = [
+        x.detach() for x in helpers.qkv(2, 4, 17, 8, kv_heads=2, v_dim=5, dtype=torch.float64)
+    ]
+    whole = variants.segment_attention(*leaves, segment=segment)
+    for cut in range(18):
+        out, _ = in_pieces(leaves, [cut, 17 - cut], segment=segment)
+        helpers.assert_close(out, whole, 1e-9, f"cut at {cut}")
+
+
+@pytest.mark.parametrize("sizes", [[1] * 45, [13, 32], [9, 1, 0, 20, 15], [40, 5]], ids=str)
+def test_segments_in_pieces_have_the_gradients_of_one_call(sizes):
+    leaves = inputs(SHAPES["grouped"], dtype=torch.float64)
+    whole = variants.segment_attention(*leaves, segment=7)
+    out, _ = in_pieces(leaves, sizes, segment=7)
+    helpers.assert_close(out, whole, 1e-9)
+    d_out = helpers.randn(*whole.shape, seed=5, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(out, leaves, d_out),
+        torch.autograd.grad(whole, leaves, d_out),
+        strict=True,
+    ):
+        helpers.assert_close(a, b, 1e-8)
+
+
+def test_after_a_substitution_that_overflows_pieces_are_still_one_call():
+    """Tokens that do not read themselves: what follows the first infinity is left out, in both."""
+    _, key, value = (x.detach() for x in helpers.qkv(1, 1, 24, 4, dtype=torch.float32))
+    leaves, options = (-20 * key, 20 * key, 1e4 * value), {"segment": 2, "jitter": 1e-36}
+    whole, once = in_pieces(leaves, [24], **options)
+    out, state = in_pieces(leaves, [5] + [1] * 19, **options)
+    assert once.overflowed.all() and state.overflowed.all()
+    assert out.isfinite().all()
+    helpers.assert_close(out, whole, 1e-5)
+
+
+def test_a_later_call_keeps_every_bit_of_its_past():
+    leaves = [x.detach() for x in helpers.qkv(1, 4, 45, 8, kv_heads=2)]
+    _, state = in_pieces([x[:, :, :10] for x in leaves], [10], segment=7)
+    op = functools.partial(variants.segment_attention, segment=7, state=state)
+    names = "query", "key", "value"
+    later = {name: x[:, :, 10:] for name, x in zip(names, leaves, strict=True)}
+    report = flashmark.check_causality(op, positions=(3, 4, 17), **later)
+    assert report, report
+
+
+def test_a_state_of_segments_is_saved_loaded_and_checked():
+    query, key, value = (x.detach() for x in inputs(SHAPES["grouped"]))
+    attend = functools.partial(variants.segment_attention, query, key, value, segment=7)
+    _, state = attend(return_state=True)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    helpers.assert_identical(attend(state=loaded), attend(state=state))
+    for options, words in (
+        ({"segment": 8, "state": state}, "state: expected one made with segment=8, got 6 segm"),
+        ({"state": state._replace(value=state.value[:1])}, "state.value: expected shape"),
+        ({"state": state, "key_mask": torch.ones(2, 45).bool()}, "key_mask: expected None with a"),
+        ({"return_state": True, "key_mask": torch.ones(2, 45).bool()}, "key_mask: expected None"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attend(**options)
+    with pytest.raises(TypeError, match="state.key: expected torch.float32, got torch.float64"):
+        attend(state=state._replace(key=state.key.double()))
+    with pytest.raises(TypeError, match="state: expected a SegmentState, got tuple"):
+        attend(state=(1, 2))
+
+
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_padded_sample_attends_as_it_does_alone(name, side):

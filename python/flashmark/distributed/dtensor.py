@@ -15,7 +15,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
-from torch.utils.weak import WeakIdKeyDictionary
 
 from flashmark.distributed.local_mask import select_leading
 from flashmark.masks import BlockMask, Mask
@@ -189,9 +188,6 @@ def local_part(x: DTensor, gradient: list[Placement] | None = None) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part
 
 
-_selected: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _mask(mask, shards: _Shards, named: dict):
     """The mask of this shard's samples and heads."""
     batch, heads, q_len = named["query"].shape[:3]
@@ -203,12 +199,8 @@ def _mask(mask, shards: _Shards, named: dict):
         mask = compiled(mask, batch, heads, rows, kv_len, device)
     if not isinstance(mask, BlockMask) or (mask.batch, mask.heads) == (1, 1):
         return mask
-    place = shards.mesh, tuple(shards.roles)
-    known = _selected.setdefault(mask, {})
-    if place not in known:
-        index = [
-            shards.members(size, role) if size > 1 else torch.zeros(1, dtype=torch.long)
-            for size, role in ((mask.batch, BATCH), (mask.heads, HEADS))
-        ]
-        known[place] = select_leading(mask, *index)
-    return known[place]
+    index = [
+        shards.members(size, role) if size > 1 else torch.zeros(1, dtype=torch.long)
+        for size, role in ((mask.batch, BATCH), (mask.heads, HEADS))
+    ]
+    return select_leading(mask, *index)

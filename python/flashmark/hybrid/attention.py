@@ -134,7 +134,7 @@ def hybrid_attention(
         unit_stride(query), unit_stride(key), unit_stride(value),
         keys if tied else unit_stride(lq), keys, window, merge, scale,
         None if core is None else unit_stride(core), gate, key_mask, cu_seqlens,
-        *_fields_of(state), return_state or state_out is not None,
+        *_fields_of(state), bool(return_state) or state_out is not None,
     )  # fmt: skip
     out, state = run(call, parts, state_out)
     return (out, state) if return_state and state is not None else out

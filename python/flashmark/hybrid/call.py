@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
-from flashmark.arguments import check_same, check_tensor, one_or
+from flashmark.arguments import check_count, check_same, check_tensor, one_or
 from flashmark.dispatch import choose_backend
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ class Options(TypedDict, total=False):
 
 
 def check_window(window) -> int:
-    if isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"window: expected an int >= 1, got {type(window).__name__}")
-    if window < 1:
-        raise ValueError(f"window: expected an int >= 1, got {window}")
-    return window
+    return check_count("window", window)
 
 
 def check_merge(merge, gate, core, landmarks, query) -> None:

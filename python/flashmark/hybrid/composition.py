@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashmark.autograd import distinct
-from flashmark.block_sparse import block_sparse_attention
+from flashmark.autograd import distinct, unit_stride
+from flashmark.block_sparse.call import Call as BlockSparseCall
+from flashmark.block_sparse.operator import OPERATOR as BLOCK_SPARSE
 from flashmark.hybrid import far_field
 from flashmark.hybrid.call import Call
 from flashmark.hybrid.far_field import Far
@@ -21,7 +22,7 @@ from flashmark.hybrid.layout import FromStart, PackedRows, Resumed, taken
 from flashmark.hybrid.state import HybridState, Totals, empty_totals
 from flashmark.masks import BlockMask
 from flashmark.masks.block_mask import pack_mask
-from flashmark.masks.cache import compiled
+from flashmark.masks.cache import block_mask_for, compiled
 from flashmark.masks.positions import LocalChunks
 from flashmark.tracing import constant_when_traced
 
@@ -213,10 +214,14 @@ def _softmax(far, backend, layout, query, key, value, keep, slots) -> tuple[Tens
     sizes = layout.window, marks, layout.first, lead, layout.rows, key.shape[2]
     whole = [operator.index(n) for n in sizes]  # symbols under torch.compile
     mask = BlockMask.from_tensors(*_packed_mask(whole, key.device))
-    return block_sparse_attention(
-        query, key, value, mask, bias=bias, scale=far.scale, query_offset=layout.query_offset,
-        return_lse=True, backend=backend,
+    call = BlockSparseCall(
+        unit_stride(query), unit_stride(key), unit_stride(value),
+        block_mask_for(mask, 1, 1, layout.rows, key.shape[2], key.device), far.scale, bias,
+        query_offset=layout.query_offset,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
+    out, lse, _ = BLOCK_SPARSE.run(call, backend)
+    return out, lse
 
 
 @constant_when_traced

@@ -18,7 +18,9 @@ from flashmark.flops import FORMULAS
 from flashmark.hybrid import eager
 from flashmark.hybrid.state import Totals
 from flashmark.library import register
-from flashmark.nystrom import NystromState, nystrom_attention
+from flashmark.nystrom import NystromState
+from flashmark.nystrom import operator as nystrom
+from flashmark.nystrom.call import Call as NystromCall
 
 
 class Far(NamedTuple):
@@ -39,13 +41,14 @@ def of_chunks(far: Far, key: Tensor, value: Tensor, keep: Tensor | None) -> Tota
         return _RoutedSums.apply(key, value, far.landmark_queries, keep, far.scale, far.backend)
     batch, heads, chunks, _, _ = key.shape
     query = key.new_empty(batch * chunks, heads, 0, key.shape[4])
-    keep = None if keep is None else keep.flatten(0, 1)
-    _, state = nystrom_attention(
-        query, by_sample(key), by_sample(value), _landmarks(far, chunks),
-        core=_of_samples(far.core.detach(), chunks), is_causal=False, scale=far.scale,
-        key_mask=keep, return_state=True, backend=far.backend,
+    assert far.core is not None
+    call = NystromCall(
+        query, unit_stride(by_sample(key)), unit_stride(by_sample(value)),
+        *_landmarks(far, chunks), _of_samples(far.core.detach(), chunks), far.scale,
+        key_mask=None if keep is None else keep.flatten(0, 1), is_causal=False,
     )  # fmt: skip
-    return tuple(x.unflatten(0, (batch, chunks)).transpose(1, 2) for x in state)
+    _, L, R = nystrom.run(call, far.backend)
+    return tuple(x.unflatten(0, (batch, chunks)).transpose(1, 2) for x in (L, R))
 
 
 def added(far: Far, left: Totals, right: Totals) -> Totals:
@@ -72,11 +75,12 @@ def _of_samples(x: Tensor, chunks: int) -> Tensor:
     return x if x.dim() == 3 else x.repeat_interleave(chunks, 0)
 
 
-def _landmarks(far: Far, chunks: int) -> Tensor | tuple[Tensor, Tensor]:
-    lq = _of_samples(far.landmark_queries, chunks)
+def _landmarks(far: Far, chunks: int) -> tuple[Tensor, Tensor]:
+    """Landmark queries and keys of samples; tied ones are one tensor."""
+    lq = unit_stride(_of_samples(far.landmark_queries, chunks))
     if far.landmark_keys is far.landmark_queries:
-        return lq
-    return lq, _of_samples(far.landmark_keys, chunks)
+        return lq, lq
+    return lq, unit_stride(_of_samples(far.landmark_keys, chunks))
 
 
 def nystrom_read(far: Far, query: Tensor, totals: Totals) -> Tensor:
@@ -85,11 +89,13 @@ def nystrom_read(far: Far, query: Tensor, totals: Totals) -> Tensor:
     heads, v_dim = totals[1].shape[1], totals[1].shape[4]
     key = query.new_empty(batch * chunks, heads, 0, dim)
     value = query.new_empty(batch * chunks, heads, 0, v_dim)
-    state = NystromState(*(by_sample(x) for x in totals))
-    out = nystrom_attention(
-        by_sample(query), key, value, _landmarks(far, chunks), core=_of_samples(far.core, chunks),
-        is_causal=False, scale=far.scale, state=state, backend=far.backend,
+    L, R = (by_sample(x) for x in totals)
+    assert far.core is not None
+    call = NystromCall(
+        unit_stride(by_sample(query)), key, value, *_landmarks(far, chunks),
+        _of_samples(far.core, chunks), far.scale, L0=L, R0=R, is_causal=False,
     )  # fmt: skip
+    out = nystrom.run(call, far.backend).out
     return out.unflatten(0, (batch, chunks)).transpose(1, 2)
 
 

@@ -16,6 +16,7 @@ from flashmark.arguments import (
     check_same,
     check_tensor,
     finite,
+    flag,
 )
 from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
 from flashmark.dispatch import choose_backend
@@ -128,6 +129,7 @@ def nystrom_attention(
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: expected 'landmark' or 'mass', got {normalize!r}")
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
+    is_causal = flag("is_causal", is_causal)
     cu_seqlens = check_lengths(query, key, is_causal, cu_seqlens)
     tied = isinstance(landmarks, Tensor)
     lq, lk = check_landmarks(landmarks, query, key)

@@ -25,8 +25,6 @@ def readable(x: Tensor) -> bool:
 
 def check_lengths(query, key, is_causal, cu_seqlens) -> Tensor | None:
     """`cu_seqlens` in int32."""
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
     q_len, kv_len = query.shape[2], key.shape[2]
     if q_len != kv_len and (is_causal or cu_seqlens is not None):
         what = "is_causal=True" if is_causal else "cu_seqlens"

@@ -6,7 +6,7 @@ from flashmark.integrations.huggingface.nystromformer import (
 )
 from flashmark.variants.first_k import FirstKState, first_k_attention
 from flashmark.variants.nystromformer import convolution_residual, nystromformer_attention
-from flashmark.variants.segment import segment_attention
+from flashmark.variants.segment import SegmentState, segment_attention
 from flashmark.variants.sequence_to_sequence import (
     SequenceToSequence,
     cross_attention,
@@ -18,6 +18,7 @@ from flashmark.variants.sequence_to_sequence import (
 __all__ = [
     "FirstKState",
     "NystromformerSelfAttention",
+    "SegmentState",
     "SequenceToSequence",
     "convert_nystromformer",
     "convolution_residual",

@@ -17,14 +17,6 @@ def check_inputs(
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
 
 
-def check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
-    return value
-
-
 def empty(query: Tensor, value: Tensor) -> Tensor:
     """Empty output for no sample or no token, with a gradient."""
     return query[..., :1].expand(*query.shape[:3], value.shape[3])

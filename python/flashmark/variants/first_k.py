@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashmark.arguments import finite
+from flashmark.arguments import check_count, finite
 from flashmark.autograd import under_autocast
 from flashmark.block_sparse import block_sparse_attention
 from flashmark.masks import causal
@@ -17,7 +17,7 @@ from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
 from flashmark.nystrom.checks import MAX_LANDMARKS
 from flashmark.nystrom.landmark_core import landmark_core
 from flashmark.nystrom.state import NystromState
-from flashmark.variants.arguments import check_count, check_inputs, empty
+from flashmark.variants.arguments import check_inputs, empty
 from flashmark.variants.padding import without_padding
 from flashmark.variants.segments import group_mean, segment_means
 
@@ -86,7 +86,7 @@ def first_k_attention(
     """
     query, key, value = under_autocast(query, key, value)
     check_inputs(query, key, value, key_mask)
-    check_count("first", first)
+    first = check_count("first", first)
     if num_landmarks is None:
         num_landmarks = first
     most = min(first, MAX_LANDMARKS)

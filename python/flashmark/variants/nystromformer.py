@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmark.arguments import check_same, check_tensor, finite
+from flashmark.arguments import check_count, check_same, check_tensor, finite
 from flashmark.autograd import under_autocast, without_autocast
 from flashmark.block_sparse import block_sparse_attention
 from flashmark.masks import key_padding
 from flashmark.nystrom import nystrom_attention
 from flashmark.nystrom.landmark_core import landmark_core, newton_schulz
-from flashmark.variants.arguments import check_count, check_inputs, empty
+from flashmark.variants.arguments import check_inputs, empty
 from flashmark.variants.segments import group_mean, segment_means
 
 INVERSES = ("exact", "original", "tikhonov")
@@ -71,8 +71,8 @@ def nystromformer_attention(
     """
     query, key, value = under_autocast(query, key, value)
     check_inputs(query, key, value, key_mask)
-    check_count("num_landmarks", num_landmarks)
-    check_count("iterations", iterations)
+    num_landmarks = check_count("num_landmarks", num_landmarks)
+    iterations = check_count("iterations", iterations)
     if inverse not in INVERSES:
         raise ValueError(f"inverse: expected one of {', '.join(INVERSES)}, got {inverse!r}")
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)

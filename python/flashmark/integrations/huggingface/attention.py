@@ -153,7 +153,7 @@ def _read(
         return masks.causal() if given.is_causal else None, given.query_offset, bias
     if isinstance(given, LazyMask) and given.shape[2:] == (q_len, kv_len):
         if q_len > 1 or given.padding is None:
-            return given.expression, given.query_offset, bias
+            return given.for_kernels(), given.query_offset, bias
         given = given.dense()
     given = given[..., :kv_len]  # masks for the whole of a static cache
     if given.dtype == torch.bool and q_len > 1 and not torch.compiler.is_compiling():

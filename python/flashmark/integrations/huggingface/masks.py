@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
 from flashmark import masks
-from flashmark.masks import Mask
+from flashmark.masks import BlockMask, Mask
+from flashmark.masks.cache import compiled
 
 _aten = torch.ops.aten
 
@@ -88,6 +89,17 @@ class LazyMask(Tensor):
                 kept = self.padding[:, place]
             self._kept = tokens, None if bool(kept.all()) else kept
         return self._kept[1]
+
+    def for_kernels(self) -> Mask | BlockMask | None:
+        """The expression; one that reads tensors compiled, once for the layers of a forward."""
+        mask = self.expression
+        if mask is None or mask.formula is not None or torch.compiler.is_compiling():
+            return mask
+        if not hasattr(self, "_compiled"):
+            batch, _, q_len, kv_len = self.shape
+            rows = q_len if self.query_offset is None else kv_len
+            self._compiled = compiled(mask, batch, 1, rows, kv_len, self.device)
+        return self._compiled
 
     def dense(self) -> Tensor:
         """Every element, computed once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashmark.variants.arguments import check_count
+from flashmark.arguments import check_count
 from flashmark.variants.nystromformer import INVERSES, nystromformer_attention
 
 
