@@ -1,4 +1,4 @@
-"""How a call of hybrid attention travels: few frames of ours, no public function inside another."""
+"""The way of a call of hybrid attention: few frames of ours, no public function inside another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a call of Nyström attention travels: few frames of ours from the public function on."""
+"""The way of a call of Nyström attention: few frames of ours from the public function on."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _is_plain(landmarks: Tensor) -> bool:
 
 
 def _solved(in_native_code, in_pytorch, matrix: Tensor, jitter: float, softmax: bool) -> Tensor:
-    """The same core twice over: in C++ where it can run and be differentiated as asked."""
+    """Core of a pair or of one tensor: in C++ where it can run and be differentiated as asked."""
 
     def plain(x: Tensor) -> Tensor:
         return in_pytorch(x, jitter, softmax).contiguous()
@@ -184,7 +184,7 @@ def _row_normalised_inverse(scores: Tensor, jitter: float, eye: Tensor) -> Tenso
 
 
 def _with_unit_rows(core: Tensor) -> Tensor:
-    """The same where rows sum to 1; what rounding made of the sums is spread over the row."""
+    """Core with rows that sum to 1: what rounding made of the sums is spread over the row."""
     return core + (1 - core.sum(-1, keepdim=True)) / core.shape[-1]
 
 
