@@ -28,7 +28,7 @@ def call(merge: str, grad: bool, **options):
 @pytest.mark.parametrize("with_state", [False, True], ids=["from-start", "resumed"])
 def test_frames_from_the_public_function_to_the_kernel(merge, with_state, monkeypatch):
     monkeypatch.setattr(operator, "_forward", stop)
-    monkeypatch.setattr(attention, "parts_of", lambda *_: ("cpu", "eager"))
+    monkeypatch.setattr(attention, "parts_of", lambda *_, **__: ("cpu", "eager"))
     options = {}
     if with_state:
         state = flashmark.HybridState.empty(1, 2, 4, 16, 16, window=WINDOW, merge=merge)

@@ -15,7 +15,7 @@ from tests.frames import MOST_FRAMES, Reached, stop
 @pytest.mark.parametrize("with_state", [False, True], ids=["from-start", "resumed"])
 def test_frames_from_the_public_function_to_the_kernel(with_state, monkeypatch):
     monkeypatch.setitem(OPERATOR.forward, "cpu", stop)
-    monkeypatch.setattr(attention, "choose_backend", lambda *_: "cpu")
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: "cpu")
     inputs = helpers.qkv(1, 2, 24, 16, grad=False)
     options = {"core": torch.eye(4).expand(2, 4, 4)}
     if with_state:
