@@ -22,7 +22,7 @@ CASES = [  # with a core: the default one is solved by LAPACK, whose bits follow
     Case(495, 8, packed=True, state=True, group=2, given_core=True),
     Case(130, 8, spread=60.0, given_core=True),
 ]
-# With few heads a sequence is cut every 1024 tokens, and the pieces run side by side.
+# With few heads a sequence is cut every 1024 tokens, and the parts run side by side.
 LONG = [
     Case(2500, 8, given_core=True),
     Case(1024, 8, given_core=True, state=True, decay=0.1),
@@ -35,7 +35,7 @@ LONG = [
     Case(1100, 4, batch=8, given_core=True),  # enough samples: no cut
 ]
 STEEP = Case(2200, 8, spread=60.0, given_core=True)
-PIECE = 1024
+PART = 1024
 
 
 def results(case: Case, dtype: torch.dtype = torch.float32, backend: str = "cpu") -> list:
@@ -126,9 +126,9 @@ def test_long_packed_sequences_are_those_sequences_alone(lengths):
         helpers.assert_close(grads[n], e, 1e-5, f"gradient {n}")
 
 
-@pytest.mark.parametrize("seen", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 70])
+@pytest.mark.parametrize("seen", [PART - 1, PART, PART + 1, 2 * PART, 2 * PART + 70])
 @pytest.mark.parametrize("case", [LONG[3], LONG[5], STEEP], ids=str)
-def test_no_later_token_touches_a_bit_across_pieces(case, seen):
+def test_no_later_token_touches_a_bit_across_parts(case, seen):
     arguments = case.arguments()
     expected = flashmark.nystrom_attention(**arguments, backend="cpu")[:, :, :seen]
     changed = dict(arguments)
@@ -142,7 +142,7 @@ def test_no_later_token_touches_a_bit_across_pieces(case, seen):
     assert torch.equal(flashmark.nystrom_attention(**changed, backend="cpu"), expected)
 
 
-@pytest.mark.parametrize("at", [1, 1000, PIECE, 1500, 2 * PIECE])
+@pytest.mark.parametrize("at", [1, 1000, PART, 1500, 2 * PART])
 @pytest.mark.parametrize("case", [LONG[3], LONG[5]], ids=str)
 def test_a_long_sequence_split_anywhere_gives_the_same(case, at):
     arguments = case.arguments()
@@ -161,14 +161,14 @@ def test_a_long_sequence_split_anywhere_gives_the_same(case, at):
     helpers.assert_close(R2, R, 2e-6, "R")
 
 
-def test_a_piece_of_hidden_keys_only():
+def test_a_part_of_hidden_keys_only():
     arguments = LONG[0].arguments()
     mask = torch.ones(1, LONG[0].n, dtype=torch.bool)
-    mask[:, PIECE : 2 * PIECE] = False
+    mask[:, PART : 2 * PART] = False
     arguments["key_mask"] = mask
     for hidden_from_start in (False, True):
         if hidden_from_start:
-            mask[:, :PIECE] = False
+            mask[:, :PART] = False
         found = []
         for backend in ("cpu", "eager"):
             leaves = [t for t in _tensors(arguments) if t.requires_grad]

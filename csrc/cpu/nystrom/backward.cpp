@@ -6,9 +6,9 @@ namespace flashmark {
 
 namespace {
 
-// (G, g) behind a piece that `next` follows: what `own` the next piece adds at its start, and what
+// (G, g) behind a part that `next` follows: what `own` the next part adds at its start, and what
 // its end passes on through it, e^{L_start - L_end} of the landmark.
-void pass_back(const NystromProblem& p, const Piece& next, int64_t h, const RunningState& start,
+void pass_back(const NystromProblem& p, const Part& next, int64_t h, const RunningState& start,
                const RunningState& end, const ReverseState& behind, ReverseState& own) {
   for (int64_t l = 0; l < p.marks; l++) {
     if (start.L[l] == NEG_INF) continue;
@@ -24,32 +24,32 @@ void pass_back(const NystromProblem& p, const Piece& next, int64_t h, const Runn
 
 template <typename T>
 void nystrom_backward(const NystromProblem& p, const NystromGradients& x) {
-  const std::vector<Piece> pieces = cut_pieces(p);
-  const std::vector<int64_t> bundles = bundle_pieces(p, pieces);
-  const bool cut = any_cut(pieces);
-  const int64_t count = static_cast<int64_t>(pieces.size()), heads = p.kv_heads;
-  // (pieces, kv_heads): the state after a piece, and (G, g) at its start
+  const std::vector<Part> parts = cut_parts(p);
+  const std::vector<int64_t> bundles = bundle_parts(p, parts);
+  const bool cut = any_cut(parts);
+  const int64_t count = static_cast<int64_t>(parts.size()), heads = p.kv_heads;
+  // (parts, kv_heads): the state after a part, and (G, g) at its start
   std::vector<RunningState> after(cut ? count * heads : 0, RunningState(p));
   std::vector<ReverseState> before(cut ? count * heads : 0, ReverseState(p));
-  std::vector<std::vector<RunningState>> starts(cut ? count * heads : 0);  // of a piece's chunks
+  std::vector<std::vector<RunningState>> starts(cut ? count * heads : 0);  // of a part's chunks
   if (cut) {
     share_items(count * heads, [&](const auto& next) {
       BackwardWalk<T> walk(p, x);
       for (int64_t item = next(); item >= 0; item = next()) {
-        const Piece& piece = pieces[item / heads];
-        if (piece.closes) continue;
+        const Part& part = parts[item / heads];
+        if (part.closes) continue;
         walk.state.clear();
-        if (piece.opens) walk.state.load(p, piece.row, item % heads);
-        walk.forwards(piece, item % heads);
+        if (part.opens) walk.state.load(p, part.row, item % heads);
+        walk.forwards(part, item % heads);
         after[item] = walk.state;
-        if (piece.opens) starts[item] = std::move(walk.starts);
+        if (part.opens) starts[item] = std::move(walk.starts);
       }
       release_products<float>();
     });
-    scan_states(p, pieces, after);
+    scan_states(p, parts, after);
   }
-  // The last piece of a sequence whole; of those between, what they add to (G, g). A bundle's
-  // pieces share their sums and so one worker.
+  // The last part of a sequence whole; of those between, what they add to (G, g). A bundle's
+  // parts share their sums and so one worker.
   const auto visit = [&](const auto& one) {
     share_items(static_cast<int64_t>(bundles.size() - 1) * heads, [&](const auto& next) {
       BackwardWalk<T> walk(p, x);
@@ -60,36 +60,36 @@ void nystrom_backward(const NystromProblem& p, const NystromGradients& x) {
     });
   };
   visit([&](BackwardWalk<T>& walk, int64_t i, int64_t h, int64_t sums) {
-    const Piece& piece = pieces[i];
+    const Part& part = parts[i];
     const int64_t at = i * heads + h;
-    if (piece.opens && !piece.closes) return;
-    if (piece.opens) {
-      walk.state.load(p, piece.row, h);
+    if (part.opens && !part.closes) return;
+    if (part.opens) {
+      walk.state.load(p, part.row, h);
     } else {
       walk.state = after[at - heads];
     }
-    walk.forwards(piece, h);
-    if (piece.closes) {
-      walk.backwards(piece, sums, nullptr);
+    walk.forwards(part, h);
+    if (part.closes) {
+      walk.backwards(part, sums, nullptr);
     } else {
-      walk.own_reverse(piece);
+      walk.own_reverse(part);
       starts[at] = std::move(walk.starts);
     }
-    if (!piece.opens) walk.store_reverse(before[at]);
+    if (!part.opens) walk.store_reverse(before[at]);
   });
   if (!cut) return;
   for (int64_t i = count - 1; i >= 0; i--) {
-    if (pieces[i].opens || pieces[i].closes) continue;
+    if (parts[i].opens || parts[i].closes) continue;
     for (int64_t h = 0; h < heads; h++) {
       const int64_t at = i * heads + h;
-      pass_back(p, pieces[i], h, after[at - heads], after[at], before[at + heads], before[at]);
+      pass_back(p, parts[i], h, after[at - heads], after[at], before[at + heads], before[at]);
     }
   }
   visit([&](BackwardWalk<T>& walk, int64_t i, int64_t h, int64_t sums) {
-    if (pieces[i].closes) return;
+    if (parts[i].closes) return;
     const int64_t at = i * heads + h;
-    walk.resume(pieces[i], h, std::move(starts[at]), after[at]);
-    walk.backwards(pieces[i], sums, &before[at + heads]);
+    walk.resume(parts[i], h, std::move(starts[at]), after[at]);
+    walk.backwards(parts[i], sums, &before[at + heads]);
   });
 }
 

@@ -1,4 +1,4 @@
-// The backward of one piece of a sequence and key head: states of its chunks forwards, then
+// The backward of one part of a sequence and key head: states of its chunks forwards, then
 // gradients backwards.
 //
 // A reverse state (G, g) runs against time, referenced to the chunk's end, rho = L there:
@@ -7,7 +7,7 @@
 //   ds_jl = e^{s_jl - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il e^{s_jl - L_l(i)} (dO_i . v_j -
 //   centre_il) dv_j = sum_l e^{s_jl - rho} G_l + sum_{i >= j} sum_l W_il e^{s_jl - L_l(i)} dO_i
 #pragma once
-#include "nystrom/pieces.h"
+#include "nystrom/parts.h"
 #include "nystrom/queries.h"
 
 namespace flashmark {
@@ -48,47 +48,47 @@ class BackwardWalk {
         dout_copy(MAX_CHUNK * p.v_dim),
         R(p.marks * p.v_dim) {}
 
-  // Moves `state` over the piece, keeping what it was before each chunk.
-  void forwards(const Piece& piece, int64_t h_) {
-    b = piece.b, h = h_;
+  // Moves `state` over the part, keeping what it was before each chunk.
+  void forwards(const Part& part, int64_t h_) {
+    b = part.b, h = h_;
     starts.clear();
-    for (int64_t first = piece.first; first < piece.end; first += p.chunk) {
+    for (int64_t first = part.first; first < part.end; first += p.chunk) {
       starts.push_back(state);
-      keys.load(b, h, first, std::min(p.chunk, piece.end - first), state);
+      keys.load(b, h, first, std::min(p.chunk, part.end - first), state);
       keys.advance(state);
     }
   }
 
   // As after `forwards`, from what that left.
-  void resume(const Piece& piece, int64_t h_, std::vector<RunningState>&& starts_,
+  void resume(const Part& part, int64_t h_, std::vector<RunningState>&& starts_,
               const RunningState& end) {
-    b = piece.b, h = h_;
+    b = part.b, h = h_;
     starts = std::move(starts_), state = end;
   }
 
-  // All gradients of the piece, parameters into sum `sums_`; `behind` is (G, g) at the piece's end,
+  // All gradients of the part, parameters into sum `sums_`; `behind` is (G, g) at the part's end,
   // null where the sequence ends too.
-  void backwards(const Piece& piece, int64_t sums_, const ReverseState* behind) {
+  void backwards(const Part& part, int64_t sums_, const ReverseState* behind) {
     sums = sums_, only_reverse = false;
     if (behind) {
       std::copy(behind->G.begin(), behind->G.end(), G + 0);
       std::copy(behind->g.begin(), behind->g.end(), g + 0);
     } else {
-      start_reverse(piece.row);
+      start_reverse(part.row);
     }
-    steps(piece);
-    if (piece.opens && x.dL0) finish_reverse(piece.row);
+    steps(part);
+    if (part.opens && x.dL0) finish_reverse(part.row);
   }
 
-  // Of (G, g) alone what the piece itself adds, at its start.
-  void own_reverse(const Piece& piece) {
+  // Of (G, g) alone what the part itself adds, at its start.
+  void own_reverse(const Part& part) {
     only_reverse = true;
     std::fill(G + 0, G + p.marks * p.v_dim, 0.f);
     std::fill(g + 0, g + p.marks, 0.f);
-    steps(piece);
+    steps(part);
   }
 
-  // (G, g) at the start of the piece visited last.
+  // (G, g) at the start of the part visited last.
   void store_reverse(ReverseState& to) const {
     std::copy_n(G + 0, p.marks * p.v_dim, to.G.begin());
     std::copy_n(g + 0, p.marks, to.g.begin());
@@ -98,11 +98,11 @@ class BackwardWalk {
   std::vector<RunningState> starts;
 
  private:
-  void steps(const Piece& piece) {
+  void steps(const Part& part) {
     for (int64_t c = static_cast<int64_t>(starts.size()) - 1; c >= 0; c--) {
       next_R =
           c + 1 < static_cast<int64_t>(starts.size()) ? starts[c + 1].R.data() : state.R.data();
-      step(piece.first + c * p.chunk, piece.end, starts[c]);
+      step(part.first + c * p.chunk, part.end, starts[c]);
     }
   }
 

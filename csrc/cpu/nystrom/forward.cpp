@@ -1,4 +1,4 @@
-#include "nystrom/pieces.h"
+#include "nystrom/parts.h"
 #include "nystrom/queries.h"
 #include "shared/schedule.h"
 
@@ -18,20 +18,20 @@ class ForwardWalk {
         rows(MAX_CHUNK * p.v_dim),
         R(p.marks * p.v_dim) {}
 
-  // Rows of `out`, from the state before the piece; `state` moves behind it.
-  void write(const Piece& piece, int64_t h) {
-    for (int64_t first = piece.first; first < piece.end; first += p.chunk) {
-      keys.load(piece.b, h, first, std::min(p.chunk, piece.end - first), state);
-      queries.weigh_states(keys, p.mass ? p.half + p.parameter(piece.b, h) * p.width : nullptr);
-      for (int64_t g = h * p.group(); g < (h + 1) * p.group(); g++) write_rows(piece.b, g, first);
+  // Rows of `out`, from the state before the part; `state` moves behind it.
+  void write(const Part& part, int64_t h) {
+    for (int64_t first = part.first; first < part.end; first += p.chunk) {
+      keys.load(part.b, h, first, std::min(p.chunk, part.end - first), state);
+      queries.weigh_states(keys, p.mass ? p.half + p.parameter(part.b, h) * p.width : nullptr);
+      for (int64_t g = h * p.group(); g < (h + 1) * p.group(); g++) write_rows(part.b, g, first);
       keys.advance(state);
     }
-    if (piece.closes) state.store(p, piece.row, h, to.L, to.R);
+    if (part.closes) state.store(p, part.row, h, to.L, to.R);
   }
 
-  void skip(const Piece& piece, int64_t h) {
-    for (int64_t first = piece.first; first < piece.end; first += p.chunk) {
-      keys.load(piece.b, h, first, std::min(p.chunk, piece.end - first), state);
+  void skip(const Part& part, int64_t h) {
+    for (int64_t first = part.first; first < part.end; first += p.chunk) {
+      keys.load(part.b, h, first, std::min(p.chunk, part.end - first), state);
       keys.advance(state);
     }
   }
@@ -77,35 +77,35 @@ class ForwardWalk {
 
 template <typename T>
 void nystrom_forward(const NystromProblem& p, const NystromOutputs& to) {
-  const std::vector<Piece> pieces = cut_pieces(p);
-  const bool cut = any_cut(pieces);
-  const int64_t items = static_cast<int64_t>(pieces.size()) * p.kv_heads;
-  std::vector<RunningState> after(cut ? items : 0, RunningState(p));  // (pieces, kv_heads)
+  const std::vector<Part> parts = cut_parts(p);
+  const bool cut = any_cut(parts);
+  const int64_t items = static_cast<int64_t>(parts.size()) * p.kv_heads;
+  std::vector<RunningState> after(cut ? items : 0, RunningState(p));  // (parts, kv_heads)
   const auto visit = [&](const auto& one) {
     share_items(items, [&](const auto& next) {
       ForwardWalk<T> walk(p, to);
       for (int64_t item = next(); item >= 0; item = next())
-        one(walk, pieces[item / p.kv_heads], item, item % p.kv_heads);
+        one(walk, parts[item / p.kv_heads], item, item % p.kv_heads);
       release_products<float>();
     });
   };
-  // Pieces that open a sequence whole, and the states of those between from nothing.
-  visit([&](ForwardWalk<T>& walk, const Piece& piece, int64_t item, int64_t h) {
-    if (piece.opens) {
-      walk.state.load(p, piece.row, h);
-      walk.write(piece, h);
-    } else if (!piece.closes) {
+  // Parts that open a sequence whole, and the states of those between from nothing.
+  visit([&](ForwardWalk<T>& walk, const Part& part, int64_t item, int64_t h) {
+    if (part.opens) {
+      walk.state.load(p, part.row, h);
+      walk.write(part, h);
+    } else if (!part.closes) {
       walk.state.clear();
-      walk.skip(piece, h);
+      walk.skip(part, h);
     }
-    if (!piece.closes) after[item] = walk.state;
+    if (!part.closes) after[item] = walk.state;
   });
   if (!cut) return;
-  scan_states(p, pieces, after);
-  visit([&](ForwardWalk<T>& walk, const Piece& piece, int64_t item, int64_t h) {
-    if (piece.opens) return;
+  scan_states(p, parts, after);
+  visit([&](ForwardWalk<T>& walk, const Part& part, int64_t item, int64_t h) {
+    if (part.opens) return;
     walk.state = after[item - p.kv_heads];
-    walk.write(piece, h);
+    walk.write(part, h);
   });
 }
 

@@ -4,7 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
-#include "nystrom/pieces.h"
+#include "nystrom/parts.h"
 #include "shared/arguments.h"
 #include "shared/stack.h"
 #include "shared/vec_math.h"
@@ -300,7 +300,7 @@ void backward_operator(const c10::OperatorHandle& handle, torch::jit::Stack* sta
   const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, wide); };
   const auto like = [&](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   const Tensor dquery = like(a.query), dkey = like(a.key), dvalue = like(a.value);
-  const int64_t bundles = static_cast<int64_t>(bundle_pieces(p, cut_pieces(p)).size()) - 1;
+  const int64_t bundles = static_cast<int64_t>(bundle_parts(p, cut_parts(p)).size()) - 1;
   const int64_t sums = std::max(p.batch, bundles);
   const Tensor dlq = zeros({sums, p.kv_heads, p.marks, p.dim}), dlk = at::zeros_like(dlq);
   const Tensor dcore = zeros({sums, p.kv_heads, p.marks, p.width});

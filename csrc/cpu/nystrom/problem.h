@@ -42,7 +42,7 @@ struct NystromGradients {
   Strides dout_strides;
   const float *dL, *dR;          // of the final states, contiguous, or null
   void *dquery, *dkey, *dvalue;  // contiguous
-  // float32 sums of one (bundle of pieces, kv_head) each, see nystrom_pieces.h: zeros on entry
+  // float32 sums of one (bundle of parts, kv_head) each, see parts.h: zeros on entry
   float *dlq, *dlk, *dcore, *dhalf;  // (.., marks, dim) twice, (.., marks, width), (.., width)
   double* ddecay;                    // (.., marks)
   float *dL0, *dR0;                  // as L0 and R0, or null

@@ -1,7 +1,7 @@
-// How the tokens are cut into pieces for the workers, and how the states of pieces merge.
+// How the tokens are cut into parts for the workers, and how the states of parts merge.
 //
-// Where sequences and key heads are few, a sequence is cut every PIECE tokens from its start; else
-// a piece is a whole sequence. The cuts follow from the shapes alone, never from the number of
+// Where sequences and key heads are few, a sequence is cut every PART_TOKENS tokens from its start; else
+// a part is a whole sequence. The cuts follow from the shapes alone, never from the number of
 // threads, and a longer sequence has the same cuts as a shorter one: no later token moves them.
 #pragma once
 #include <vector>
@@ -12,46 +12,46 @@ namespace flashmark {
 
 // (sequence, key head) pairs below which sequences are cut: that costs about 1.3 times the work.
 constexpr int64_t FEW_ROWS = 8;
-constexpr int64_t PIECE = 1024;  // whole chunks of every size
+constexpr int64_t PART_TOKENS = 1024;  // whole chunks of every size
 constexpr int64_t BUNDLES = 64;  // at most about as many sums of the parameters' gradients a head
 
-struct Piece {  // tokens [first, end) of a sequence of sample b
+struct Part {  // tokens [first, end) of a sequence of sample b
   int64_t row, b, first, end;
   bool opens, closes;  // the sequence begins, ends here
 };
 
-inline std::vector<Piece> cut_pieces(const NystromProblem& p) {
+inline std::vector<Part> cut_parts(const NystromProblem& p) {
   const bool few = p.sequences * p.kv_heads < FEW_ROWS;
-  std::vector<Piece> pieces;
+  std::vector<Part> parts;
   for (int64_t row = 0; row < p.sequences; row++) {
     const int64_t b = p.bounds ? 0 : row, begin = p.bounds ? p.bounds[row] : 0,
                   end = p.bounds ? p.bounds[row + 1] : p.tokens;
     int64_t first = begin;
     do {
-      const int64_t next = few ? std::min(end, first + PIECE) : end;
-      pieces.push_back({row, b, first, next, first == begin, next == end});
+      const int64_t next = few ? std::min(end, first + PART_TOKENS) : end;
+      parts.push_back({row, b, first, next, first == begin, next == end});
       first = next;
     } while (first < end);
   }
-  return pieces;
+  return parts;
 }
 
-// Pieces in a row that share one sum of the parameters' gradients: [bundles[i], bundles[i + 1]).
+// Parts in a row that share one sum of the parameters' gradients: [bundles[i], bundles[i + 1]).
 // As many for every sample; a sample's lie together.
-inline std::vector<int64_t> bundle_pieces(const NystromProblem& p,
-                                          const std::vector<Piece>& pieces) {
+inline std::vector<int64_t> bundle_parts(const NystromProblem& p,
+                                          const std::vector<Part>& parts) {
   const bool few = p.batch * p.kv_heads < FEW_ROWS;
-  const int64_t wanted = std::max(PIECE, (p.tokens + BUNDLES - 1) / BUNDLES);
+  const int64_t wanted = std::max(PART_TOKENS, (p.tokens + BUNDLES - 1) / BUNDLES);
   std::vector<int64_t> bundles;
   int64_t held = 0;
-  for (size_t i = 0; i < pieces.size(); i++) {
-    if (i == 0 || pieces[i].b != pieces[i - 1].b || (few && held >= wanted)) {
+  for (size_t i = 0; i < parts.size(); i++) {
+    if (i == 0 || parts[i].b != parts[i - 1].b || (few && held >= wanted)) {
       bundles.push_back(static_cast<int64_t>(i));
       held = 0;
     }
-    held += pieces[i].end - pieces[i].first;
+    held += parts[i].end - parts[i].first;
   }
-  bundles.push_back(static_cast<int64_t>(pieces.size()));
+  bundles.push_back(static_cast<int64_t>(parts.size()));
   return bundles;
 }
 
@@ -73,21 +73,21 @@ inline void merge_states(const NystromProblem& p, int64_t h, const RunningState&
   }
 }
 
-// From the states of pieces alone (of a sequence's first piece: after it) to those after them; the
-// last piece of a sequence is left out. States lie as (pieces, kv_heads).
-inline void scan_states(const NystromProblem& p, const std::vector<Piece>& pieces,
+// From the states of parts alone (of a sequence's first part: after it) to those after them; the
+// last part of a sequence is left out. States lie as (parts, kv_heads).
+inline void scan_states(const NystromProblem& p, const std::vector<Part>& parts,
                         std::vector<RunningState>& after) {
-  for (size_t i = 0; i < pieces.size(); i++) {
-    if (pieces[i].opens || pieces[i].closes) continue;
+  for (size_t i = 0; i < parts.size(); i++) {
+    if (parts[i].opens || parts[i].closes) continue;
     for (int64_t h = 0; h < p.kv_heads; h++) {
       const size_t at = i * p.kv_heads + h;
-      merge_states(p, h, after[at - p.kv_heads], pieces[i].end - pieces[i].first, after[at]);
+      merge_states(p, h, after[at - p.kv_heads], parts[i].end - parts[i].first, after[at]);
     }
   }
 }
 
-inline bool any_cut(const std::vector<Piece>& pieces) {
-  return std::any_of(pieces.begin(), pieces.end(), [](const Piece& x) { return !x.closes; });
+inline bool any_cut(const std::vector<Part>& parts) {
+  return std::any_of(parts.begin(), parts.end(), [](const Part& x) { return !x.closes; });
 }
 
 }  // namespace flashmark
