@@ -10,7 +10,6 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from flashmark import landmark_parameter_groups  # noqa: E402
-from tests import helpers  # noqa: E402
 from tests.integrations.test_converted import (  # noqa: E402
     KINDS,
     WINDOW,
@@ -55,9 +54,10 @@ def test_gradient_checkpointing(use_reentrant, kind):
         each.train()(ids, use_cache=False).logits.square().sum().backward()
     found = dict(model.named_parameters())
     # a reentrant checkpoint runs first without gradients, by other C++ operators
-    rounding = 1e-4 if use_reentrant else 0.0
-    for name, p in plain.named_parameters():
-        helpers.assert_close(found[name].grad, p.grad, rounding, name)
+    rounding = 1e-5 if use_reentrant else 0.0
+    most = max(float(p.grad.abs().max()) for p in plain.parameters())
+    for name, p in plain.named_parameters():  # some are 0 but for rounding, as of biases of keys
+        assert float((found[name].grad - p.grad).abs().max()) <= rounding * most, name
 
 
 def arguments(folder, **options):
