@@ -197,7 +197,7 @@ def gather_head(
         sizes, lists, line, start_n, offset, end_n, F
     )
     full_start = start
-    if n_full > 0:  # as in the forward
+    if F.GROUPED or n_full > 0:  # as in the forward; where heads are walked too it costs registers
         for _ in range(n_full):
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, dout_ptr, operands.lse, delta_ptr, dq_ptr, row_strides,
@@ -205,7 +205,7 @@ def gather_head(
                 bias_gradient, sizes, modifiers, False, F,
             )  # fmt: skip
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
-    if n_masked > 0:
+    if F.GROUPED or n_masked > 0:
         for t in range(n_masked):
             start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F)
             dk, dv = gather_queries(

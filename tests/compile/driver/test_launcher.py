@@ -13,6 +13,7 @@ from flashmark import masks
 from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels import block_sparse, nystrom
 from flashmark.kernels.block_sparse import arguments, configs, forms
+from flashmark.nystrom.call import Call as NystromCall
 from tests.compile.driver import stub
 
 pytestmark = pytest.mark.skipif(stub.why_not() is not None, reason=str(stub.why_not()))
@@ -110,8 +111,8 @@ def test_a_decoding_step_is_two_launches(driver):
 
 def test_nystrom_launches(driver):
     (x,), marks, core = tensors(2), torch.zeros(2, 32, DIM), torch.zeros(2, 32, 32)
-    options = (core, None, None, None, None, None, 0.125, "landmark", True)
-    names = kernels_of(driver, lambda: nystrom.forward(x, x, x, marks, marks, *options))
+    call = NystromCall(x, x, x, marks, marks, core, 0.125)
+    names = kernels_of(driver, lambda: nystrom.forward(call))
     assert "output_kernel" in names
 
 
