@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmark.arguments import check_same, check_tensor
+from flashmark.arguments import check_same, check_tensor, readable
 from flashmark.nystrom.landmark_core import solve_core
 
 MAX_LANDMARKS = 256
@@ -16,11 +16,6 @@ def default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str, dtype) 
     if dtype == torch.float64 and lq.dtype != dtype:
         lq, lk = lq.to(dtype), None if lk is None else lk.to(dtype)
     return solve_core(lq, lk, scale, "cholesky" if lk is None else "tikhonov", kind)
-
-
-def readable(x: Tensor) -> bool:
-    """Reading values must neither wait for a GPU nor break a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_lengths(query, key, is_causal, cu_seqlens) -> Tensor | None:
