@@ -189,3 +189,29 @@ def boundary_arguments(flat: tuple, at: int | None, places: Sequence[int]) -> tu
     if at is None:
         return (len(flat), *flat)
     return (len(flat), *flat[:at], None, *flat[at + 1 :], *flat[at])
+
+
+class _Reached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = [
+            torch.zeros_like(x) if needed else None
+            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        ]
+        return grad, *zeros
+
+
+def reached(out: Tensor, *parameters: Tensor | None) -> Tensor:
+    """`out`, from which every parameter has a gradient: 0 where a short input does not use it.
+
+    DistributedDataParallel waits for the gradient of each parameter.
+    """
+    given = [x for x in parameters if x is not None and x.requires_grad]
+    if not given or not torch.is_grad_enabled():
+        return out
+    return _Reached.apply(out, *given)

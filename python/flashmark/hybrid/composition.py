@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashmark.autograd import distinct, unit_stride
+from flashmark.autograd import distinct, reached, unit_stride
 from flashmark.block_sparse.call import Call as BlockSparseCall
 from flashmark.block_sparse.operator import OPERATOR as BLOCK_SPARSE
 from flashmark.hybrid import far_field
@@ -58,24 +58,10 @@ def run(call: Call, parts: tuple[str, str]) -> tuple[Tensor, HybridState | None]
         )  # fmt: skip
     if packed is not None:
         out = packed.packed(out)
-    given = (call.landmark_queries, call.landmark_keys, call.core, call.gate)
-    parameters = {id(x): x for x in given if x is not None and x.requires_grad}
-    if parameters and torch.is_grad_enabled():
-        out = _Reached.apply(out, *parameters.values())
+    tied = call.landmark_keys is call.landmark_queries
+    keys = None if tied else call.landmark_keys
+    out = reached(out, call.landmark_queries, keys, call.core, call.gate)
     return out, state
-
-
-class _Reached(torch.autograd.Function):
-    """The output itself, with a gradient of zeros to parameters that it did not need."""
-
-    @staticmethod
-    def forward(ctx, out, *parameters):
-        ctx.save_for_backward(*parameters)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, dout):
-        return dout, *(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 def _state_of(call: Call, key: Tensor, value: Tensor) -> HybridState:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashmark.autograd import reached
 from flashmark.block_sparse import block_sparse_attention
 from flashmark.hybrid.layout import PackedRows
 from flashmark.masks import Mask, causal
 from flashmark.masks.cache import compiled
 from flashmark.nn.cache import KeyValueCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
+from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import Packing, check_packed, check_tokens, packed_places
 

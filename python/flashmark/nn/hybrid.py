@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmark.autograd import without_autocast
+from flashmark.autograd import reached, without_autocast
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.call import MERGES
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, check_rotary, reached
+from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_packed, check_tokens, packed_places
 from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks

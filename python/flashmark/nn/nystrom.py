@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashmark.autograd import reached
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
-from flashmark.nn.projected import ProjectedAttention, reached
+from flashmark.nn.projected import ProjectedAttention
 from flashmark.nn.tokens import Packing, check_packed, check_tokens
 from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
 from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks

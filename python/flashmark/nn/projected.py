@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -78,29 +76,3 @@ def check_rotary(rotary: float | bool, rotary_dim: int, largest: int) -> None:
         raise ValueError(f"rotary: expected False or the base of wavelengths > 0, got {rotary!r}")
     if rotary_dim % 2 or not 0 < rotary_dim <= largest:
         raise ValueError(f"rotary_dim: expected an even int from 2 to {largest}, got {rotary_dim}")
-
-
-class _Reached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        zeros = [
-            torch.zeros_like(x) if needed else None
-            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        ]
-        return grad, *zeros
-
-
-def reached(out: Tensor, *parameters: Tensor | None) -> Tensor:
-    """`out`, from which every parameter has a gradient: 0 where a short input does not use it.
-
-    DistributedDataParallel waits for the gradient of each parameter.
-    """
-    given = [x for x in parameters if x is not None and x.requires_grad]
-    if not given or not torch.is_grad_enabled():
-        return out
-    return _Reached.apply(out, *given)

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from flashmark.autograd import reached
 from flashmark.hybrid import hybrid_attention
 from flashmark.integrations.huggingface.masks import LazyMask, TracedMask
 from flashmark.integrations.huggingface.state import StateLayer, Tokens, state_layer
 from flashmark.masks.positions import is_plain_causal
-from flashmark.nn.projected import NUMBERS, reached
+from flashmark.nn.projected import NUMBERS
 from flashmark.nystrom import nystrom_attention
 from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 
