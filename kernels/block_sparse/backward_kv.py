@@ -27,16 +27,12 @@ from .primitives import (
     load_lse,
     load_rows,
     load_tile,
-    locate,
-    masked_tile,
-    next_tile,
     padded_rows,
     row_stride,
-    sample_bounds,
     score_gradient,
     store_tile,
-    walk_queries,
 )
+from .walk import locate, masked_tile, next_tile, sample_bounds, walk_queries
 
 
 class Operands(NamedTuple):

@@ -16,17 +16,12 @@ from .primitives import (
     load_lse,
     load_rows,
     load_tile,
-    locate,
-    masked_tile,
-    next_tile,
     padded_rows,
-    query_tile,
     row_stride,
-    sample_bounds,
     score_gradient,
     store_tile,
-    walk_keys,
 )
+from .walk import locate, masked_tile, next_tile, query_tile, sample_bounds, walk_keys
 
 
 @triton.jit

@@ -16,7 +16,8 @@ from . import arguments as args
 from . import configs
 from .arguments import LaunchSizes
 from .attend import add_sink, attend, log_sum
-from .primitives import fall, keys_of, load_run, masked_tile, sample_bounds
+from .primitives import fall, keys_of
+from .walk import load_run, masked_tile, sample_bounds
 
 MAX_QUERIES = 16
 MIN_KEYS = 256  # below this one program is fast enough, and merging would cost more

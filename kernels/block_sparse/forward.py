@@ -22,17 +22,8 @@ from .arguments import LaunchSizes
 from .attend import attend, normalise, store_rows
 from .decode import decode, is_decode
 from .forms import can_use_form
-from .primitives import (
-    bias_base,
-    head_of,
-    keys_of,
-    load_tile,
-    masked_tile,
-    next_tile,
-    place,
-    row_stride,
-    walk_keys,
-)
+from .primitives import bias_base, head_of, keys_of, load_tile, row_stride
+from .walk import masked_tile, next_tile, place, walk_keys
 
 
 @triton.jit(do_not_specialize=LaunchSizes._fields)

@@ -47,7 +47,8 @@ from . import configs
 from .arguments import LaunchSizes
 from .attend import normalise
 from .line import any_tile, bit_words, shown
-from .primitives import log2_factor, logits, next_tile, online_softmax, place, walk_keys
+from .primitives import log2_factor, logits, online_softmax
+from .walk import next_tile, place, walk_keys
 
 REGISTERS = gl.constexpr(240)  # of a thread that computes
 LOADER_REGISTERS = gl.constexpr(24)
