@@ -17,6 +17,13 @@ from flashmark.nystrom.landmark_core import (
     landmark_core,
     landmark_parameter_groups,
 )
+from flashmark.routed import (
+    RoutedState,
+    Routing,
+    block_scores,
+    block_topk_attention,
+    routed_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -28,7 +35,11 @@ __all__ = [
     "HybridStatistics",
     "NystromState",
     "Report",
+    "RoutedState",
+    "Routing",
+    "block_scores",
     "block_sparse_attention",
+    "block_topk_attention",
     "check",
     "check_causality",
     "compile_mask",
@@ -40,6 +51,7 @@ __all__ = [
     "masks",
     "nystrom_attention",
     "reference",
+    "routed_attention",
     "scaled_dot_product_attention",
     "show_config",
 ]

@@ -7,6 +7,7 @@ Memory is quadratic and nothing is fast. Read these files to know what the fused
 from flashmark.reference.block_sparse import block_sparse_attention, dropout_keep, philox4x32
 from flashmark.reference.hybrid import hybrid_attention
 from flashmark.reference.nystrom import landmark_core, nystrom_attention
+from flashmark.reference.routed import block_scores, block_topk_attention, routed_attention
 from flashmark.reference.variants import (
     first_k_attention,
     nystromformer_attention,
@@ -15,7 +16,9 @@ from flashmark.reference.variants import (
 )
 
 __all__ = [
+    "block_scores",
     "block_sparse_attention",
+    "block_topk_attention",
     "dropout_keep",
     "first_k_attention",
     "hybrid_attention",
@@ -23,6 +26,7 @@ __all__ = [
     "nystrom_attention",
     "nystromformer_attention",
     "philox4x32",
+    "routed_attention",
     "segment_attention",
     "sequence_to_sequence_attention",
 ]

@@ -1,0 +1,107 @@
+"""`flashmark::choose_blocks`: the blocks of highest score, a tile of queries at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from flashmark.library import overload, schema_of
+from flashmark.routed.places import Places, places_of
+from flashmark.routed.summaries import RoutedState, scores_of
+
+NEG_INF = float("-inf")
+TILE_ELEMENTS = 2**22  # scores of one tile of queries, all heads and landmarks
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """One description of a choice of blocks; places as in `flashmark.routed.call.Call`."""
+
+    query: Tensor  # (B, Hq, Nq, D)
+    keys: Tensor  # (B, Hkv, C, M, D): of a RoutedState
+    log_counts: Tensor  # (B, Hkv, C, M)
+    top_k: int
+    block_size: int
+    near: int
+    scale: float
+    kv_len: int
+    query_offset: Tensor | None = None  # int32 (1,) or (B,)
+    starts: Tensor | None = None  # int32 (Nk,)
+    base: Tensor | None = None  # int64 (Nk,): number of the first block of a token's sequence
+
+
+def choose(call: Choice) -> Tensor:
+    """int32 (B, Hkv, Nq, K): the chosen blocks, counted from the start of their sequence, best
+    first and the lower block first of equal ones; -1 where there are fewer."""
+    query, (batch, kv_heads, blocks, marks) = call.query, call.log_counts.shape
+    heads, q_len = query.shape[1:3]
+    best = min(call.top_k, blocks)
+    found = torch.empty(batch, kv_heads, q_len, best, dtype=torch.int32, device=query.device)
+    if found.numel() == 0:
+        return found
+    state = RoutedState(call.keys, call.log_counts)
+    places = places_of(
+        q_len, call.kv_len, call.query_offset, call.starts, call.block_size, query.device
+    )
+    count = max(1, TILE_ELEMENTS // max(1, batch * heads * blocks * marks))
+    for begin in range(0, q_len, count):
+        rows = slice(begin, begin + count)
+        scores = scores_of(query[:, :, rows], state, call.scale)
+        at = Places(*(x[:, rows] for x in places))
+        found[:, :, rows] = best_blocks(scores, at, call.near, call.base, best)
+    return found
+
+
+def best_blocks(
+    scores: Tensor, places: Places, near: int, base: Tensor | None, best: int
+) -> Tensor:
+    """int32 (B, Hkv, n, best) from scores (B, Hkv, n, C); with `base`, C counts all sequences."""
+    number = torch.arange(scores.shape[3], device=scores.device)
+    own = places.own[:, None, :, None]
+    lowest = torch.zeros_like(own)
+    if base is not None:
+        lowest = base[places.at.clamp(min=0)][:, None, :, None]
+    finished = (number >= lowest) & (number < lowest + own - near)
+    scores = scores.masked_fill(~finished | scores.isnan(), NEG_INF)
+    values, chosen = _largest(scores, best)
+    return (chosen - lowest).masked_fill(values == NEG_INF, -1).to(torch.int32)
+
+
+def _largest(scores: Tensor, best: int) -> tuple[Tensor, Tensor]:
+    """The largest scores in order and their places, the lower place first of equal ones."""
+    if scores.dtype == torch.float64:
+        values, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+        return values[..., :best], order[..., :best]
+    # as integers, whose order is that of the numbers, with the place below: no two are equal
+    bits = (scores.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    ranked = (bits.to(torch.int64) << 32) | (0x7FFFFFFF - place)
+    order = torch.topk(ranked, best, dim=-1).indices
+    return scores.gather(-1, order), order
+
+
+def _eager(*flat) -> Tensor:
+    return choose(Choice(*flat))
+
+
+def _fake(*flat) -> Tensor:
+    call = Choice(*flat)
+    batch, kv_heads, blocks, _ = call.log_counts.shape
+    shape = batch, kv_heads, call.query.shape[2], min(call.top_k, blocks)
+    return call.query.new_empty(shape, dtype=torch.int32)
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Choice)]
+_OVERLOADS = {
+    backend: overload(f"choose_blocks.{backend}({schema_of(Choice)}) -> Tensor", run, _fake)
+    for backend, run in (("eager", _eager), ("cpu", None))
+}
+
+
+def run(call: Choice, backend: str) -> Tensor:
+    """The choice by a backend. Triton has no kernel of its own for it: PyTorch's products serve."""
+    flat = [getattr(call, name) for name in _FIELDS]
+    return _OVERLOADS["cpu" if backend == "cpu" else "eager"](*flat)

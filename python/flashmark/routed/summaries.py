@@ -1,0 +1,92 @@
+"""Summaries of key blocks, by which a router scores them, and the state that holds them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmark.routed.places import Blocks
+
+
+class RoutedState(NamedTuple):
+    """Summaries of the finished key blocks; what a longer call need not compute again.
+
+    Both tensors are float32 (float64 for float64 inputs) and carry no gradient. Keys and values
+    stay with the caller, who passes all of them at each call.
+    """
+
+    keys: Tensor  # (B, Hkv, C, M, D): mean key under each landmark; M is 1 without landmarks
+    log_counts: Tensor  # (B, Hkv, C, M): log of how many keys; -inf where none
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        kv_heads: int,
+        landmarks: int,
+        head_dim: int,
+        *,
+        blocks: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> RoutedState:
+        """A state of `blocks` blocks without keys; `landmarks` is 1 for the mean of each block."""
+        shape = batch, kv_heads, blocks, landmarks
+        logs = torch.full(shape, -math.inf, dtype=dtype, device=device)
+        return cls(torch.zeros(*shape, head_dim, dtype=dtype, device=device), logs)
+
+    def merge(self, right: RoutedState) -> RoutedState:
+        """The state after `self`'s blocks and then `right`'s, which began at a block's start."""
+        return RoutedState(*(torch.cat(pair, 2) for pair in zip(self, right, strict=True)))
+
+
+torch.serialization.add_safe_globals([RoutedState])  # for torch.load, weights_only=True
+
+
+def summarize(
+    key: Tensor, landmarks: Tensor | None, scale: float, keep: Tensor | None, blocks: Blocks
+) -> RoutedState:
+    """Summaries of blocks, differentiable.
+
+    a_jl = softmax_l(scale k_j . x_l), n_l = sum_j a_jl, K_l = sum_j a_jl k_j / n_l
+
+    Args:
+        key: (B, Hkv, Nk, D).
+        landmarks: (Hkv, M, D) or (B, Hkv, M, D); None: the mean key alone.
+        keep: bool (B, Nk), which keys take part; the others may hold anything.
+    """
+    wide = torch.promote_types(key.dtype, torch.float32)
+    inside = blocks.inside[None, None]  # (1, 1, C, s)
+    if keep is not None:
+        inside = inside & keep[:, None, blocks.tokens]
+    keys = key[:, :, blocks.tokens].to(wide)  # (B, Hkv, C, s, D)
+    keys = keys.masked_fill(~inside[..., None], 0.0)
+    if landmarks is None:
+        shares = inside[..., None].to(wide)
+    else:
+        x = landmarks.to(wide)[..., None, :, :]  # (B?, Hkv, 1, M, D)
+        shares = torch.softmax(scale * keys @ x.mT, -1).masked_fill(~inside[..., None], 0.0)
+    counts = shares.sum(3)  # (B, Hkv, C, M)
+    means = shares.mT @ keys / counts.masked_fill(counts == 0.0, 1.0)[..., None]
+    counts = counts.expand(means.shape[:-1])
+    return RoutedState(means, counts.masked_fill(counts == 0.0, 0.0).log())
+
+
+def scores_of(query: Tensor, state: RoutedState, scale: float) -> Tensor:
+    """Scores (B, Hkv, n, C) of query rows (B, Hq, n, D), differentiable: the log of the mass that a
+    group of heads sees in each block, as the summaries tell it.
+
+    r_ic = log sum_gl n_cl exp(scale q_gi . K_cl)
+    """
+    keys, logs = state
+    grouped = query.unflatten(1, (keys.shape[1], -1)).to(keys.dtype)  # (B, Hkv, G, n, D)
+    blocks, marks = keys.shape[2:4]
+    each = scale * grouped.flatten(2, 3) @ keys.flatten(2, 3).mT  # (B, Hkv, G n, C M)
+    each = each.unflatten(3, (blocks, marks)) + logs[:, :, None]
+    each = each.unflatten(2, grouped.shape[2:4])  # (B, Hkv, G, n, C, M)
+    top = each.detach().amax((2, 5), keepdim=True)
+    top = top.masked_fill(top.isinf(), 0.0)
+    return (each - top).exp().sum((2, 5)).log() + top[:, :, 0, ..., 0]
