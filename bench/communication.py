@@ -116,6 +116,42 @@ def hybrid_cost(
     )  # fmt: skip
 
 
+def routed_cost(
+    length: int,
+    ranks: int,
+    landmarks: int,
+    *,
+    block_size: int,
+    top_k: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    v_dim: int | None = None,
+    batch: int = 1,
+    near: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Cost:
+    """Consecutive segments of equal length; the last rank, which scores the most blocks. Keys are
+    counted as if its queries chose every block that they can: the bound on what travels."""
+    v_dim, tokens = v_dim or head_dim, -(-length // ranks)
+    blocks, own = -(-length // block_size), -(-tokens // block_size)
+    a_token = token_bytes(kv_heads, head_dim, v_dim, batch=batch, dtype=dtype)
+    pairs = batch * heads * tokens * min((top_k + near + 1) * block_size, length)
+    scored = 2 * batch * heads * tokens * (blocks - own // 2) * landmarks * head_dim
+    summaries = batch * kv_heads * (blocks - own) * landmarks * (head_dim + 1) * 4
+    choices = batch * kv_heads * tokens * top_k + near
+    most = min(length - tokens, choices * block_size)
+    return Cost(
+        tokens=tokens,
+        flops=2 * pairs * (head_dim + v_dim) + scored,
+        mean_flops=2.0 * pairs * (head_dim + v_dim) + scored / 2,
+        backward_flops=2 * pairs * (3 * head_dim + 2 * v_dim),
+        bytes_received=most * a_token + summaries,
+        bytes_sent=min(ranks - 1, choices) * tokens * a_token + summaries,
+        bytes_all_gather=(length - tokens) * a_token,
+    )
+
+
 def _linear(
     length: int,
     ranks: int,
@@ -175,6 +211,8 @@ def table(arguments: argparse.Namespace) -> str:
             lines.append(_row(f"Nyström{mark}", ranks, cost, arguments))
             cost = hybrid_cost(length, ranks, arguments.landmarks, window=arguments.near, **options)
             lines.append(_row(f"hybrid{mark}", ranks, cost, arguments))
+        cost = routed_cost(length, ranks, 4, block_size=64, top_k=arguments.top_k, **shape)
+        lines.append(_row("routed, at most", ranks, cost, arguments))
     return "\n".join(lines)
 
 
@@ -204,6 +242,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--landmarks", type=int, default=64)
     parser.add_argument("--near", type=int, default=256, help="window of the hybrid")
+    parser.add_argument("--top-k", type=int, default=16, help="blocks of 64 of routed attention")
     parser.add_argument("--method", choices=METHODS, default="auto")
     parser.add_argument("--flops", type=float, default=400e12, help="FLOP/s of a rank")
     parser.add_argument("--bandwidth", type=float, default=50e9, help="bytes/s of a rank's link")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.communication import block_sparse_cost, hybrid_cost, nystrom_cost
+from bench.communication import block_sparse_cost, hybrid_cost, nystrom_cost, routed_cost
 from flashmark import block_sparse_attention, compile_mask, nystrom_attention
 from flashmark.distributed import balance
 from flashmark.masks import causal, sliding_window
@@ -77,3 +77,11 @@ def test_time_is_flops_over_rate_and_bytes_over_bandwidth():
     assert compute == (cost.flops + cost.backward_flops) / 1e9
     assert moving == 2 * max(cost.bytes_received, cost.bytes_sent) / 1e6
     assert cost.bytes_received <= cost.bytes_all_gather
+
+
+def test_routed_attention_moves_at_most_all_keys_and_the_summaries():
+    one = routed_cost(4096, 1, 4, block_size=64, top_k=2, **SHAPE)
+    assert one.bytes_sent == one.bytes_received == one.bytes_all_gather == 0
+    four = routed_cost(4096, 4, 4, block_size=64, top_k=2, **SHAPE)
+    summaries = 2 * 2 * 48 * 4 * (8 + 1) * 4  # batch, key heads, blocks of others, M (D + 1) floats
+    assert four.bytes_received == four.bytes_all_gather + summaries

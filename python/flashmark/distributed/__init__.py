@@ -9,6 +9,7 @@ from flashmark.distributed.context import context_parallel_block_sparse_attentio
 from flashmark.distributed.hybrid import context_parallel_hybrid_attention
 from flashmark.distributed.nystrom import context_parallel_nystrom_attention
 from flashmark.distributed.plan import ContextPlan, balance, token_bytes
+from flashmark.distributed.routed import context_parallel_routed_attention
 
 _TENSOR_PARALLEL = ("HeadwiseParallel", "head_order", "tensor_parallel_plan")
 
@@ -19,6 +20,7 @@ __all__ = [
     "context_parallel_block_sparse_attention",
     "context_parallel_hybrid_attention",
     "context_parallel_nystrom_attention",
+    "context_parallel_routed_attention",
     "head_order",
     "shard",
     "tensor_parallel_plan",

@@ -101,7 +101,7 @@ _OVERLOADS = {
 }
 
 
-def run(call: Choice, backend: str) -> Tensor:
+def choose_by(call: Choice, backend: str) -> Tensor:
     """The choice by a backend. Triton has no kernel of its own for it: PyTorch's products serve."""
     flat = [getattr(call, name) for name in _FIELDS]
     return _OVERLOADS["cpu" if backend == "cpu" else "eager"](*flat)

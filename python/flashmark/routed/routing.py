@@ -16,8 +16,7 @@ from flashmark.routed.checks import (
     check_scores,
     check_state,
 )
-from flashmark.routed.choice import Choice, best_blocks
-from flashmark.routed.choice import run as choose
+from flashmark.routed.choice import Choice, best_blocks, choose_by
 from flashmark.routed.mass import routing_of
 from flashmark.routed.places import Blocks
 from flashmark.routed.summaries import RoutedState, scores_of, summarize
@@ -225,7 +224,7 @@ def _chosen(
         query, *state, top_k, block_size, near, checked.scale, key.shape[2], checked.query_offset,
         checked.starts, base,
     )  # fmt: skip
-    return choose(call, checked.backend)
+    return choose_by(call, checked.backend)
 
 
 def _summaries(
