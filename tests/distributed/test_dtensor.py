@@ -13,11 +13,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flashmark import (
+    block_scores,
     block_sparse_attention,
+    block_topk_attention,
     compile_mask,
     hybrid_attention,
     landmark_core,
     nystrom_attention,
+    routed_attention,
 )
 from flashmark.masks import causal, dense, documents
 from tests import helpers
@@ -126,6 +129,27 @@ def hybrid_case(layout: str, merge: str) -> None:
         replicated["gate"] = helpers.randn(1, HEADS, 1, 1, seed=4).sigmoid()
     plain = {"window": 8, "merge": merge, "return_state": True}
     compare(hybrid_attention, sharded, replicated, plain, layout)
+
+
+def routed_case(layout: str) -> None:
+    sharded = dict(zip(("query", "key", "value"), inputs(), strict=True))
+    replicated = {"sinks": helpers.randn(HEADS, seed=5)}
+    marks = helpers.randn(KV_HEADS, 3, 8, seed=3)
+    key_mask = helpers.randn(BATCH, N, seed=8) > -0.5
+    plain = {"landmarks": marks, "block_size": 8, "top_k": 2, "key_mask": key_mask}
+    compare(routed_attention, sharded, replicated, plain | {"return_state": True}, layout)
+    own = block_scores(sharded["query"], sharded["key"], block_size=8)
+    compare(
+        routed_attention, sharded, replicated, {"scores": own, "block_size": 8, "top_k": 2}, layout
+    )
+    chosen = own.argmax(-1, keepdim=True).masked_fill(own.amax(-1, keepdim=True).isinf(), -1)
+    plain = {"indices": chosen, "block_size": 8, "near": 1, "return_lse": True}
+    compare(block_topk_attention, sharded, replicated, plain, layout)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+def test_routed_over_shards(started, ranks, layout):
+    started(ranks).run(routed_case, layout)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)

@@ -38,6 +38,8 @@ DIMENSIONS: dict[str, Dimensions] = {
     "decay": {2: (None, 0)},
     "key_mask": {2: (0, None)},
     "gate": {4: (0, 1)},
+    "indices": {4: (0, 1)},
+    "scores": {4: (0, 1)},
 }
 #: of a tensor in a state
 STATE: Dimensions = {1: (0, None), 2: (0, None), 3: (0, 1), 4: (0, 1), 5: (0, 1)}
