@@ -12,7 +12,7 @@ import torch
 import flashmark
 from flashmark import masks, reference
 from flashmark.block_sparse.call import Call as SparseCall
-from flashmark.kernels.block_sparse import forward
+from flashmark.kernels.block_sparse import configs, forward
 from tests.helpers import assert_identical
 from tests.interpreter.attention_cases import Call, Case, check
 
@@ -184,13 +184,15 @@ def test_more_query_tiles_than_65535(device):
     """All tiles are on the first grid axis, the one that may be longer; on a GPU they run."""
     module = importlib.import_module("flashmark.kernels.block_sparse.forward")
     tiles = 65_536 + 2
-    q_len = tiles * (128 if device.type == "cuda" else 32)
+    config = configs.Config(32, 32, 4, 1)
+    q_len = tiles * config.block_m
     query = torch.zeros(1, 1, 1, 1, device=device).expand(1, 1, q_len, 1)
     value = torch.tensor([1.0, 2.0, 6.0], device=device).view(1, 1, 3, 1)
     mask = masks.compile_mask(None, 1, 1, q_len, 3, device=device)
     call = SparseCall(query, value, value, mask, 1.0)
     if device.type == "cuda":
-        out = forward(call).out
+        with configs.using(forward=config):
+            out = forward(call).out
         assert ((out - 3.0).abs() < 1e-5).all()
         return
     grids = []
@@ -200,7 +202,7 @@ def test_more_query_tiles_than_65535(device):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, configs.using(forward=config):
         patch.setattr(module, "forward_kernel", Recorder())
         forward(call)
     assert grids == [(tiles,)]
