@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arithmetic import flush, join, towards
+from .arithmetic import flush, towards
+from .moves import join
 from .parser import SIZES, Pair  # noqa: F401
 from .registry import opcode, unknown
 

@@ -9,6 +9,9 @@ import dataclasses
 
 import numpy as np
 
+from .addresses import FIRST, PARAM_WINDOW, SHARED_WINDOW, WHOLE
+from .global_races import global_read
+from .mbarriers import Barriers
 from .registry import opcode, unknown
 
 
@@ -45,14 +48,12 @@ class Copies:
         self.under_way.append(copy)
 
     def land(self, copy: Copy, some) -> None:
-        from .machine import _FIRST, WHOLE
-
         target, source, filled = copy.target[some], copy.source[some], copy.filled[some]
         words = copy.size // 4
         data = np.zeros((len(target), words), "u4")
         for n in range(words):
             read = filled > 4 * n
-            data[read, n] = WHOLE[4][(source[read] - _FIRST) // 4 + n]
+            data[read, n] = WHOLE[4][(source[read] - FIRST) // 4 + n]
         self.machine.words[4][(target // 4)[:, None] + np.arange(words)] = data
 
     def finish(self, i, warps, keep: int | None) -> None:
@@ -112,8 +113,6 @@ def emit_cp(c, i):
 
 def copy_lanes(M, i, target, source, size: int, filled, s, m) -> None:  # noqa: N803
     """cp.async: `size` bytes a lane, of which `filled` are read."""
-    from .memory import global_read
-
     warps = M.all_warps if s is None else s
     shape = (len(warps), 32)
     some = np.ones(shape, bool) if m is None else np.broadcast_to(m, shape)
@@ -196,8 +195,6 @@ def emit_tensormap(c, i):
 
 
 def _shared_address(address):
-    from .arithmetic import SHARED_WINDOW
-
     return np.where(address >= SHARED_WINDOW, address - SHARED_WINDOW, address)
 
 
@@ -232,8 +229,6 @@ def replace_field(M, i, name: str | None, place, address, value, s, m) -> None: 
 
 def copy_map(M, i, target, source, s, m) -> None:  # noqa: N803
     """A map from shared to global memory, by a whole warp."""
-    from .machine import _FIRST, WHOLE
-
     warps = M.all_warps if s is None else s
     shape = (len(warps), 32)
     some = np.ones(shape, bool) if m is None else np.broadcast_to(m, shape)
@@ -248,7 +243,7 @@ def copy_map(M, i, target, source, s, m) -> None:  # noqa: N803
             M.races.read(i, at, 128, warp, one)
         M.check_global(i, target[row : row + 1], 128, warp, one)
         data = _map_at(M, i, int(source[row, 0]), int(warps[row])).view("u1")
-        start = int(target[row, 0]) - _FIRST
+        start = int(target[row, 0]) - FIRST
         WHOLE[1][start : start + 128] = data
 
 
@@ -266,12 +261,10 @@ class BulkCopy:
     cells: np.ndarray
 
     def land(self, M) -> None:  # noqa: N803
-        from .machine import _FIRST, WHOLE
-
         words = M.words[self.size]
         start = self.cta * M.shared_bytes
         data = np.zeros(len(self.at), words.dtype)
-        data[self.inside] = WHOLE[self.size][(self.addresses[self.inside] - _FIRST) // self.size]
+        data[self.inside] = WHOLE[self.size][(self.addresses[self.inside] - FIRST) // self.size]
         words[(start + self.at) // self.size] = data
         M.races.tick()
         if M.options.check_races:
@@ -294,15 +287,13 @@ def _bulk(c, i) -> None:
 
 
 def read_map(M, i, address: int, warp: int, lane: int):  # noqa: N803
-    from .arithmetic import PARAM_WINDOW
-    from .machine import _FIRST, WHOLE
 
     if address >= PARAM_WINDOW:
         start = address - PARAM_WINDOW
         return M.params[start : start + 128].copy().view(MAP)[0]
     if address % 64 or M.memory.find(address) is None:
         M.report(i, "a tensor map out of bounds or misaligned", warp, lane, address)
-    start = address - _FIRST
+    start = address - FIRST
     return WHOLE[1][start : start + 128].copy().view(MAP)[0]
 
 
@@ -342,8 +333,6 @@ def box_places(tensor, place: int) -> np.ndarray:
 
 
 def _start_box(M, i, tensor, start, place: int, barrier: int, warp: int, lane: int) -> None:  # noqa: N803
-    from .barriers import Barriers
-
     if M.barriers is None:
         M.barriers = Barriers(M)
     slot = M.barriers.slot(i, barrier, warp, lane)

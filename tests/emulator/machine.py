@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import ctypes
 import dataclasses
 
 import numpy as np
@@ -18,18 +17,6 @@ from .races import EmulationError, Races, Report
 
 LANES_AT_ONCE = 8192
 BYTES_AT_ONCE = 48 << 20  # of shared memory, its shadow is ten times that
-_FIRST = 4096  # no address below it
-
-
-def _whole_memory(dtype: str) -> np.ndarray:
-    """The process's memory as one array: read and written only after a check of the range."""
-    size = np.dtype(dtype).itemsize
-    kind = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}[size]
-    count = ((1 << 47) - 2 * _FIRST) // size
-    return np.ctypeslib.as_array((kind * count).from_address(_FIRST))
-
-
-WHOLE = {size: _whole_memory(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 @dataclasses.dataclass

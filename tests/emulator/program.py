@@ -11,7 +11,20 @@ import dataclasses
 
 import numpy as np
 
-from . import arithmetic, barriers, conversions, copies, matrix, memory, warpgroup  # noqa: F401
+from . import (  # noqa: F401
+    arithmetic,
+    atomics,
+    barriers,
+    bits,
+    conversions,
+    copies,
+    lanes,
+    matrix,
+    mbarriers,
+    memory,
+    moves,
+    warpgroup,
+)  # fmt: skip
 from .parser import SIZES, Address, Immediate, Instruction, Kernel, Name, Pair, Register, Vector
 from .registry import OPCODES, unknown
 
