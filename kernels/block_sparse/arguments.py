@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,11 +13,13 @@ import triton
 from torch import Tensor
 
 from flashmark.block_sparse.call import Call
+from flashmark.masks.block_mask import BlockMask
 
 from . import bias as bias_gradient
 from . import configs
 
 LOG2E = math.log2(math.e)
+REMEMBERED = 1024  # layouts of calls; a record of each takes about a kilobyte
 WIDE = 1 << 24  # elements from row to row from which on a tile of 128 rows needs 64 bits
 L2_BYTES = (
     24 << 20
@@ -132,29 +135,87 @@ class KernelArguments(NamedTuple):
     features: Features
 
 
+class _Fixed(NamedTuple):
+    """The part of a description that sizes, strides, types and numbers of a call decide."""
+
+    sizes: LaunchSizes
+    features: Features
+    scale: float
+    softcap: float
+    bias_strides: tuple[int, int, int, int]
+    threshold: int
+    keep_scale: float
+
+
+class _Bias(NamedTuple):
+    """Layout of a bias."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_NOTHING = Lists(*[None] * 7)
+
+
 def describe(call: Call) -> KernelArguments:
     """Collect the arguments that all passes share."""
-    (batch, heads, q_len, dim), (kv_heads, kv_len, dim_v) = call.query.shape, call.value.shape[1:]
-    mask, bias, offset = call.mask, call.bias, call.query_offset
-    sparse = mask.kind == "sparse"
+    query, key, value, mask, bias = call.query, call.key, call.value, call.mask, call.bias
+    offset, lengths = call.query_offset, call.kv_lengths
     if bias is not None and bias.dim() == 2 and bias.stride(1) != 1:
         bias = bias.contiguous()
-    kind_of_bias = "none" if bias is None else "relative" if bias.dim() == 2 else "dense"
-    sizes = LaunchSizes(0, 0, heads // kv_heads, q_len, kv_len, mask.q_len, 0, 0, 0, 0)
-    softcap, unit = call.softcap, LOG2E if bias is None else 1.0
-    modifiers = Modifiers(
-        scale=call.scale / softcap if softcap else call.scale * unit,
-        softcap=softcap * unit,
-        bias=bias,
-        bias_strides=bias_gradient.strides(bias),
-        sinks=_contiguous(call.sinks),
-        seed=call.dropout_seed,
-        threshold=int(call.dropout_p * 2**32),
-        keep_scale=1.0 / (1.0 - call.dropout_p),
-        offsets=_contiguous(offset),
-        offset_stride=0 if offset is None or offset.numel() == 1 else 1,
-        lengths=_contiguous(call.kv_lengths),
+    fixed = _fixed(
+        query.shape,
+        value.shape,
+        (mask.kind, mask.q_len, mask.block_q, mask.block_kv),
+        call.scale,
+        call.softcap,
+        call.dropout_p,
+        None if bias is None else _Bias(bias.shape, bias.stride()),
+        offset is not None,
+        lengths is not None,
+        max(query.stride(2), key.stride(2), value.stride(2)) >= WIDE,
+        dot_precision(query.dtype),
     )
+    modifiers = Modifiers(
+        fixed.scale,
+        fixed.softcap,
+        bias,
+        fixed.bias_strides,
+        _contiguous(call.sinks),
+        call.dropout_seed,
+        fixed.threshold,
+        fixed.keep_scale,
+        _contiguous(offset),
+        0 if offset is None or offset.numel() == 1 else 1,
+        _contiguous(lengths),
+    )
+    rows = cols = _NOTHING
+    if mask.kind == "sparse":
+        rows, cols = Lists(*mask.rows, mask.tile_bits), Lists(*mask.cols, mask.tile_bits)
+    return KernelArguments(fixed.sizes, rows, cols, modifiers, fixed.features)
+
+
+@functools.lru_cache(REMEMBERED)
+def _fixed(
+    query: tuple[int, ...],
+    value: tuple[int, ...],
+    mask: tuple[str, int, int, int],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    bias: _Bias | None,
+    offset: bool,
+    lengths: bool,
+    wide: bool,
+    precision: str,
+) -> _Fixed:
+    """Everything that can be known of a call without its tensors; `query` and `value` are shapes,
+    `mask` is (kind, rows, block_q, block_kv).
+    """
+    (_, heads, q_len, dim), (_, kv_heads, kv_len, dim_v) = query, value
+    kind, rows, block_q, block_kv = mask
+    kind_of_bias = "none" if bias is None else "relative" if len(bias.shape) == 2 else "dense"
+    unit = LOG2E if bias is None else 1.0
     features = Features(
         DIM=dim,
         DIM_V=dim_v,
@@ -162,26 +223,31 @@ def describe(call: Call) -> KernelArguments:
         PAD_V=padded(dim_v),
         BLOCK_M=0,
         BLOCK_N=0,
-        BLOCK_Q=mask.block_q,
-        BLOCK_KV=mask.block_kv,
-        KIND=mask.kind,
+        BLOCK_Q=block_q,
+        BLOCK_KV=block_kv,
+        KIND=kind,
         SOFTCAP=softcap > 0.0,
         BIAS=kind_of_bias,
         BIAS_Q=kind_of_bias == "dense" and bias.shape[2] > 1,
         BIAS_K=kind_of_bias == "dense" and bias.shape[3] > 1,
-        BIAS_OWNED=bias_gradient.owned(bias, (batch, heads, q_len, kv_len)),
-        LINEAR=call.scale > 0.0 and not softcap and bias is None,
-        DROPOUT=call.dropout_p > 0.0,
-        OFFSET=offset is not None,
-        LENGTHS=call.kv_lengths is not None,
-        CLIP=call.kv_lengths is not None and sparse,
-        WIDE=max(x.stride(2) for x in (call.query, call.key, call.value)) >= WIDE,
-        PRECISION=dot_precision(call.query.dtype),
+        BIAS_OWNED=bias is not None and bias.shape == (*query[:3], kv_len),
+        LINEAR=scale > 0.0 and not softcap and bias is None,
+        DROPOUT=dropout_p > 0.0,
+        OFFSET=offset,
+        LENGTHS=lengths,
+        CLIP=lengths and kind == "sparse",
+        WIDE=wide,
+        PRECISION=precision,
     )
-    nothing = Lists(*[None] * 7)
-    rows = Lists(*mask.rows, mask.tile_bits) if sparse else nothing
-    cols = Lists(*mask.cols, mask.tile_bits) if sparse else nothing
-    return KernelArguments(sizes, rows, cols, modifiers, features)
+    return _Fixed(
+        LaunchSizes(0, 0, heads // kv_heads, q_len, kv_len, rows, 0, 0, 0, 0),
+        features,
+        scale=scale / softcap if softcap else scale * unit,
+        softcap=softcap * unit,
+        bias_strides=(0, 0, 0, 0) if bias is None else bias_gradient.strides(*bias),
+        threshold=int(dropout_p * 2**32),
+        keep_scale=1.0 / (1.0 - dropout_p),
+    )
 
 
 def inputs(query: Tensor, key: Tensor, value: Tensor) -> Inputs:
@@ -200,63 +266,117 @@ def choose_config(pass_: str, query: Tensor, call: KernelArguments) -> configs.C
 
 
 def over_queries(
-    call: KernelArguments, mask, query: Tensor, config: configs.Config
+    call: KernelArguments, mask: BlockMask, query: Tensor, config: configs.Config
 ) -> tuple[LaunchSizes, Features]:
     """A call as seen by a kernel that holds a tile of queries and walks keys."""
-    features = dataclasses.replace(
-        call.features,
+    lines, itemsize = (mask.batch, mask.heads), query.element_size()
+    return _over_queries(call.sizes, call.features, query.shape[:2], lines, itemsize, config)
+
+
+@functools.lru_cache(REMEMBERED)
+def _over_queries(
+    sizes: LaunchSizes,
+    features: Features,
+    batch_heads: tuple[int, int],
+    lines: tuple[int, int],
+    itemsize: int,
+    config: configs.Config,
+) -> tuple[LaunchSizes, Features]:
+    """`over_queries` without tensors; `lines` are the batch and the heads of the mask."""
+    batch, heads = batch_heads
+    if features.OFFSET:  # tiles are aligned with the mask's rows, queries may start inside one
+        tiles = triton.cdiv(sizes.q_len + config.block_m - 1, config.block_m)
+    elif features.KIND == "sparse":
+        tiles = _blocks(sizes.rows, features.BLOCK_Q) * (features.BLOCK_Q // config.block_m)
+    else:
+        tiles = triton.cdiv(sizes.q_len, config.block_m)
+    streamed = sizes.kv_len * (features.DIM + features.DIM_V) * itemsize
+    return fit(
+        sizes,
+        pairs=batch * heads,
+        heads=heads,
+        lines=lines,
+        blocks=_blocks(sizes.rows, features.BLOCK_Q),
+        tiles=tiles,
+        section=_section(batch * heads, streamed / sizes.group),
+    ), dataclasses.replace(
+        features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SLACK=configs.SLACK if config.lazy else 0,
     )
-    (batch, heads), sizes = query.shape[:2], call.sizes
-    if features.OFFSET:  # tiles are aligned with the mask's rows, queries may start inside one
-        tiles = triton.cdiv(sizes.q_len + config.block_m - 1, config.block_m)
-    elif features.KIND == "sparse":
-        tiles = mask.q_blocks * (mask.block_q // config.block_m)
-    else:
-        tiles = triton.cdiv(sizes.q_len, config.block_m)
-    streamed = sizes.kv_len * (features.DIM + features.DIM_V) * query.element_size()
-    return sizes._replace(
-        pairs=batch * heads,
-        heads=heads,
-        line_batch=mask.heads * mask.q_blocks if mask.batch > 1 else 0,
-        line_head=mask.q_blocks if mask.heads > 1 else 0,
-        tiles=tiles,
-        section=_section(batch * heads, streamed / sizes.group),
-    ), features
 
 
 def over_keys(
-    call: KernelArguments, mask, query: Tensor, config: configs.Config, *, atomic: bool
+    call: KernelArguments, mask: BlockMask, query: Tensor, config: configs.Config, *, atomic: bool
 ) -> tuple[LaunchSizes, Features]:
     """A call as seen by a kernel that holds a tile of keys and walks queries."""
-    grouped = call.sizes.group > 1 and not atomic
-    features = dataclasses.replace(
-        call.features,
+    lines, itemsize = (mask.batch, mask.heads), query.element_size()
+    return _over_keys(call.sizes, call.features, query.shape[:2], lines, itemsize, config, atomic)
+
+
+@functools.lru_cache(REMEMBERED)
+def _over_keys(
+    sizes: LaunchSizes,
+    features: Features,
+    batch_heads: tuple[int, int],
+    lines: tuple[int, int],
+    itemsize: int,
+    config: configs.Config,
+    atomic: bool,
+) -> tuple[LaunchSizes, Features]:
+    """`over_keys` without tensors, as `_over_queries`."""
+    grouped = sizes.group > 1 and not atomic
+    batch, heads = batch_heads
+    if grouped:
+        heads //= sizes.group
+    blocks = _blocks(sizes.kv_len, features.BLOCK_KV)
+    if features.KIND == "sparse":
+        tiles = blocks * (features.BLOCK_KV // config.block_n)
+    else:
+        tiles = triton.cdiv(sizes.kv_len, config.block_n)
+    streamed = sizes.q_len * (features.DIM + features.DIM_V) * itemsize
+    return fit(
+        sizes,
+        pairs=batch * heads,
+        heads=heads,
+        lines=lines,
+        blocks=blocks,
+        tiles=tiles,
+        section=_section(batch * heads, streamed * (sizes.group if grouped else 1)),
+    ), dataclasses.replace(
+        features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         ATOMIC=atomic,
         GROUPED=grouped,
-        SHARED_KV=call.sizes.group > 1 and atomic,
-        BIAS_GRADIENT=call.features.BIAS != "none",
+        SHARED_KV=sizes.group > 1 and atomic,
+        BIAS_GRADIENT=features.BIAS != "none",
     )
-    (batch, heads), sizes = query.shape[:2], call.sizes
-    if grouped:
-        heads //= sizes.group
-    if features.KIND == "sparse":
-        tiles = mask.kv_blocks * (mask.block_kv // config.block_n)
-    else:
-        tiles = triton.cdiv(sizes.kv_len, config.block_n)
-    streamed = sizes.q_len * (features.DIM + features.DIM_V) * query.element_size()
+
+
+def fit(
+    sizes: LaunchSizes,
+    *,
+    pairs: int,
+    heads: int,
+    lines: tuple[int, int],
+    blocks: int,
+    tiles: int,
+    section: int = 0,
+) -> LaunchSizes:
+    """Sizes of a launch over `pairs`, whose mask has `blocks` lines for each batch and head of
+    `lines`.
+    """
+    mask_batch, mask_heads = lines
     return sizes._replace(
-        pairs=batch * heads,
+        pairs=pairs,
         heads=heads,
-        line_batch=mask.heads * mask.kv_blocks if mask.batch > 1 else 0,
-        line_head=mask.kv_blocks if mask.heads > 1 else 0,
+        line_batch=mask_heads * blocks if mask_batch > 1 else 0,
+        line_head=blocks if mask_heads > 1 else 0,
         tiles=tiles,
-        section=_section(batch * heads, streamed * (sizes.group if grouped else 1)),
-    ), features
+        section=section,
+    )
 
 
 def residual_of(call: Call, lse: Tensor) -> Tensor:
@@ -264,6 +384,7 @@ def residual_of(call: Call, lse: Tensor) -> Tensor:
     return lse.new_empty(0) if call.bias is None else torch.empty_like(lse)
 
 
+@functools.cache
 def padded(dim: int) -> int:
     """Width of a tile that holds rows of `dim` elements: a power of two that matrix instructions
     take.
@@ -289,6 +410,10 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
 
 
 def _section(pairs: int, pair_bytes: float) -> int:

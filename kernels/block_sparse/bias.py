@@ -93,11 +93,6 @@ def add_bias_gradient(ds_t, b, h, start_n, start_r, offset, gradient, sizes, F: 
         add_elements(ds_t, base, start_n, start_r - offset, gradient, sizes, F)
 
 
-def owned(bias: Tensor | None, scores: tuple[int, ...]) -> bool:
-    """Whether each element of the scores (B, Hq, Nq, Nk) has an entry of the bias to itself."""
-    return bias is not None and tuple(bias.shape) == scores
-
-
 def start(
     bias: Tensor | None, dout: Tensor, value: Tensor, delta: Tensor, call, deterministic: bool
 ) -> BiasGradient:
@@ -111,7 +106,7 @@ def start(
         unit = _unit(bias, dout, value, delta, call)
     else:
         total, unit = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device), None
-    return BiasGradient(total, strides(total), unit)
+    return BiasGradient(total, strides(total.shape, total.stride()), unit)
 
 
 def finish(gradient: BiasGradient, bias: Tensor | None) -> Tensor | None:
@@ -123,16 +118,16 @@ def finish(gradient: BiasGradient, bias: Tensor | None) -> Tensor | None:
     return gradient.total.to(bias.dtype)
 
 
-def strides(bias: Tensor | None) -> tuple[int, int, int, int]:
-    """Batch, head, query and key stride; 0 along a dimension of size 1. A relative bias has its
-    entries in a row.
+def strides(shape: tuple[int, ...], steps: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Batch, head, query and key stride of a bias; 0 along a dimension of size 1. A relative bias
+    has its entries in a row.
     """
-    if bias is None:
-        return 0, 0, 0, 0
-    if bias.dim() == 2:
-        return 0, bias.stride(0), 0, 1
-    steps = zip(bias.stride(), bias.shape, strict=True)
-    return tuple(0 if size == 1 else step for step, size in steps)
+    if len(shape) == 2:
+        return 0, steps[0], 0, 1
+    batch, head, row, column = (
+        0 if size == 1 else step for size, step in zip(shape, steps, strict=True)
+    )
+    return batch, head, row, column
 
 
 def _unit(bias: Tensor, dout: Tensor, value: Tensor, delta: Tensor, call) -> Tensor:

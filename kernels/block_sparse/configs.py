@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -170,6 +171,20 @@ def choose(
                 f"{pass_}: expected tiles that divide a block of {block}, got {config}"
             )
         return config
+    return _chosen(arch, dtype, head_dim, block, pass_, extras, exact)
+
+
+@functools.lru_cache(1024)
+def _chosen(
+    arch: int | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    block: tuple[int, int] | None,
+    pass_: str,
+    extras: bool,
+    exact: bool,
+) -> Config:
+    """`choose`, when no config is in use for a pass."""
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     if arch == "cpu":
         config = Config(
@@ -221,6 +236,7 @@ def _fit(config: Config, arch: int | str, width: int, dtype: torch.dtype) -> Con
     return Config(min(config.block_m, small), min(config.block_n, small), 4, 1)
 
 
+@functools.cache
 def device_arch(device: torch.device) -> int | str:
     """90 for compute capability 9.0, "gfx942" for an AMD GPU, "cpu" for Triton's interpreter."""
     if device.type != "cuda":
@@ -231,6 +247,7 @@ def device_arch(device: torch.device) -> int | str:
     return major * 10 + minor
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors or compute units; a small number under the interpreter."""
     if device.type != "cuda":

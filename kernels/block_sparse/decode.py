@@ -5,6 +5,8 @@ merge by lse.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -257,27 +259,53 @@ def is_decode(described: args.KernelArguments) -> bool:
     return sizes.q_len <= MAX_QUERIES and sizes.kv_len >= MIN_KEYS
 
 
+class DecodePlan(NamedTuple):
+    """The part of a decode that sizes decide."""
+
+    sizes: LaunchSizes
+    features: args.Features
+    window: int  # mask rows of a tile
+    packed: bool  # a tile holds the heads of a group
+    programs: int  # to each split of the keys
+
+
+@functools.lru_cache(args.REMEMBERED)
+def plan(
+    sizes: LaunchSizes,
+    features: args.Features,
+    batch: int,
+    kv_heads: int,
+    lines: tuple[int, int],
+    config: configs.Config,
+) -> DecodePlan:
+    """How a decode is cut into programs; `lines` are the batch and the heads of the mask."""
+    window = triton.next_power_of_2(sizes.q_len)
+    one_mask = features.KIND != "sparse" or lines[1] == 1
+    packed = sizes.group > 1 and one_mask and sizes.group * window <= MAX_ROWS
+    heads = kv_heads if packed else kv_heads * sizes.group
+    rows = sizes.group * window if packed else window
+    sizes = args.fit(
+        sizes,
+        pairs=batch * heads,
+        heads=heads,
+        lines=lines,
+        blocks=triton.cdiv(sizes.rows, features.BLOCK_Q),
+        tiles=2 if features.OFFSET and window > 1 else 1,  # queries may lie across two windows
+    )
+    block_m = max(16, triton.next_power_of_2(rows))
+    features = dataclasses.replace(features, BLOCK_M=block_m, BLOCK_N=config.block_n)
+    return DecodePlan(sizes, features, window, packed, sizes.pairs * sizes.tiles)
+
+
 def decode(call: Call, described: args.KernelArguments) -> Saved:
     """Launch the decode kernels."""
     query, key, value, mask = call.query, call.key, call.value, call.mask
-    batch, heads, q_len, _ = query.shape
-    kv_len, dim_v, group = key.shape[2], value.shape[-1], described.sizes.group
-    window = triton.next_power_of_2(q_len)
-    one_mask = mask.kind != "sparse" or mask.heads == 1
-    packed = group > 1 and one_mask and group * window <= MAX_ROWS
-    config = args.choose_config("decode", query, described)
-    block_m = max(16, triton.next_power_of_2(group * window if packed else window))
-    features = dataclasses.replace(described.features, BLOCK_M=block_m, BLOCK_N=config.block_n)
-    sizes = described.sizes._replace(
-        pairs=batch * (key.shape[1] if packed else heads),
-        heads=key.shape[1] if packed else heads,
-        line_batch=mask.heads * mask.q_blocks if mask.batch > 1 else 0,
-        line_head=mask.q_blocks if mask.heads > 1 else 0,
-        tiles=2 if features.OFFSET and window > 1 else 1,  # queries may lie across two windows
+    (batch, heads, q_len, _), (_, kv_heads, _, dim_v) = query.shape, value.shape
+    config, modifiers = args.choose_config("decode", query, described), described.modifiers
+    sizes, features, window, packed, programs = plan(
+        described.sizes, described.features, batch, kv_heads, (mask.batch, mask.heads), config
     )
-    programs = sizes.pairs * sizes.tiles
-    splits = number_of_splits(query.device, programs, kv_len // config.block_n)
-
+    splits = number_of_splits(query.device, programs, sizes.kv_len // config.block_n)
     rows, device = batch * heads * q_len, query.device
     part = torch.empty(splits, rows, dim_v, dtype=torch.float32, device=device)
     part_sums = torch.empty(splits, rows, 2, dtype=torch.float32, device=device)
@@ -290,7 +318,7 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
             part,
             part_sums,
             described.rows,
-            described.modifiers,
+            modifiers,
             splits,
             *sizes,
             WINDOW=window,
@@ -301,7 +329,7 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
         merge_kernel[(rows,)](
             part,
             part_sums,
-            described.modifiers.sinks,
+            modifiers.sinks,
             out,
             lse,
             residual,
@@ -309,10 +337,10 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
             q_len,
             heads,
             splits,
-            described.modifiers.keep_scale,
+            modifiers.keep_scale,
             SPLITS=triton.next_power_of_2(splits),
             DIM_V=dim_v,
-            PAD_V=args.padded(dim_v),
+            PAD_V=features.PAD_V,
             NATURAL=features.NATURAL,
         )
     return Saved(out, lse, residual)

@@ -142,8 +142,8 @@ def check_query_offset(
     if offset is None:
         return None
     if readable(offset) and offset.numel():
-        low, high = (int(x) for x in offset.aminmax())
-        _check_offset_range(low, high, q_len, rows)
+        values = offset.tolist()
+        _check_offset_range(min(values), max(values), q_len, rows)
     if offset.dtype == torch.int64:
         offset = offset.clamp(0, max(0, last)).to(torch.int32)
     return offset
@@ -183,7 +183,7 @@ def _integers(
         fits = scalar and value.dim() == 0
     if not fits:
         raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
-    return value.reshape(-1)
+    return value if value.dim() == 1 else value.reshape(1)
 
 
 def check_key_mask(key_mask, shape: tuple[int, int], device: torch.device) -> None:

@@ -24,10 +24,12 @@ def on_cuda(monkeypatch):
 
     def make(capability: tuple[int, int], dtype: torch.dtype = HALF) -> torch.Tensor:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        configs.device_arch.cache_clear()
         return torch.empty(1, 4, 256, 64, device="cuda:0", dtype=dtype)
 
     with FakeTensorMode():
         yield make
+    configs.device_arch.cache_clear()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
