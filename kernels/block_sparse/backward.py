@@ -12,6 +12,7 @@ from flashmark.block_sparse.call import Call, Grads, Saved
 
 from . import arguments as args
 from . import bias as bias_gradient
+from . import passes
 from .backward_kv import Operands, backward_kv_kernel
 from .backward_q import backward_q_kernel
 from .primitives import LOG2E, ROWS_OF_A_TILE, head_of, load_rows, load_tile, padded_rows
@@ -148,8 +149,8 @@ def _keys_and_values(
     key, value, atomic = operands.key, operands.value, dquery is not None
     grouped = described.sizes.group > 1
     pass_ = "backward_fused" if atomic else "backward_grouped" if grouped else "backward_kv"
-    config = args.choose_config(pass_, key, described)
-    sizes, features = args.over_keys(described, call.mask, operands.query, config, atomic=atomic)
+    config = passes.choose_config(pass_, key, described)
+    sizes, features = passes.over_keys(described, call.mask, operands.query, config, atomic=atomic)
     if features.SHARED_KV:
         dkey = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         dvalue = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
@@ -175,8 +176,8 @@ def _keys_and_values(
 def _queries(operands: Operands, call: Call, described: args.KernelArguments) -> Tensor:
     query = operands.query
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    config = args.choose_config("backward_q", query, described)
-    sizes, features = args.over_queries(described, call.mask, query, config)
+    config = passes.choose_config("backward_q", query, described)
+    sizes, features = passes.over_queries(described, call.mask, query, config)
     backward_q_kernel[(sizes.tiles * sizes.pairs,)](
         operands,
         dquery,

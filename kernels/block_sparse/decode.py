@@ -15,7 +15,7 @@ import triton.language as tl
 from flashmark.block_sparse.call import Call, Saved
 
 from . import arguments as args
-from . import configs
+from . import configs, passes
 from .arguments import LaunchSizes
 from .attend import add_sink, attend, log_sum
 from .primitives import fall, keys_of
@@ -278,13 +278,13 @@ def plan(
     lines: tuple[int, int],
     config: configs.Config,
 ) -> DecodePlan:
-    """How a decode is cut into programs; `lines` are the batch and the heads of the mask."""
+    """Cut a decode into programs; `lines` are the batch and the heads of the mask."""
     window = triton.next_power_of_2(sizes.q_len)
     one_mask = features.KIND != "sparse" or lines[1] == 1
     packed = sizes.group > 1 and one_mask and sizes.group * window <= MAX_ROWS
     heads = kv_heads if packed else kv_heads * sizes.group
     rows = sizes.group * window if packed else window
-    sizes = args.fit(
+    sizes = passes.fit(
         sizes,
         pairs=batch * heads,
         heads=heads,
@@ -301,7 +301,7 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
     """Launch the decode kernels."""
     query, key, value, mask = call.query, call.key, call.value, call.mask
     (batch, heads, q_len, _), (_, kv_heads, _, dim_v) = query.shape, value.shape
-    config, modifiers = args.choose_config("decode", query, described), described.modifiers
+    config, modifiers = passes.choose_config("decode", query, described), described.modifiers
     sizes, features, window, packed, programs = plan(
         described.sizes, described.features, batch, kv_heads, (mask.batch, mask.heads), config
     )

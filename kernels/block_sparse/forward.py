@@ -17,7 +17,7 @@ from flashmark.block_sparse import eager
 from flashmark.block_sparse.call import Call, Saved
 
 from . import arguments as args
-from . import configs
+from . import configs, passes
 from .arguments import LaunchSizes
 from .attend import attend, normalise, store_rows
 from .decode import decode, is_decode
@@ -136,9 +136,9 @@ def forward(call: Call) -> Saved:
     described = args.describe(call)
     if is_decode(described):
         return decode(call, described)
-    config = args.choose_config("forward", query, described)
+    config = passes.choose_config("forward", query, described)
     can_use_form(config.form, query, key, value, described, raise_error=True)
-    sizes, features = args.over_queries(described, call.mask, query, config)
+    sizes, features = passes.over_queries(described, call.mask, query, config)
     batch, heads, q_len, _ = query.shape
     out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)

@@ -1,4 +1,4 @@
-"""What is remembered of a call, for the next one of its kind, is what a first call would find."""
+"""A remembered description of a call is the one that a first call would get."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from flashmark import masks
 from flashmark.block_sparse.call import Call
-from flashmark.kernels.block_sparse import arguments, configs, decode
+from flashmark.kernels.block_sparse import arguments, configs, decode, passes
 
 REMEMBERED = (
     arguments._fixed,
-    arguments._over_queries,
-    arguments._over_keys,
+    passes._over_queries,
+    passes._over_keys,
     configs._chosen,
     decode.plan,
 )
@@ -73,13 +73,13 @@ def launches(call: Call) -> list:
     numbers = [x for x in described.modifiers if not isinstance(x, torch.Tensor)]
     found: list = [numbers]
     for pass_ in ("forward", "backward_q", "decode"):
-        config = arguments.choose_config(pass_, call.query, described)
-        found += [config, arguments.over_queries(described, call.mask, call.query, config)]
+        config = passes.choose_config(pass_, call.query, described)
+        found += [config, passes.over_queries(described, call.mask, call.query, config)]
         lines = (call.mask.batch, call.mask.heads)
         found += [decode.plan(described.sizes, described.features, 1, 2, lines, config)]
     for pass_ in configs.KEY_PASSES:
-        config, atomic = arguments.choose_config(pass_, call.key, described), "fused" in pass_
-        keys = arguments.over_keys(described, call.mask, call.query, config, atomic=atomic)
+        config, atomic = passes.choose_config(pass_, call.key, described), "fused" in pass_
+        keys = passes.over_keys(described, call.mask, call.query, config, atomic=atomic)
         found += [config, keys]
     return found
 
