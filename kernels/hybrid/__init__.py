@@ -1,13 +1,14 @@
-"""Triton kernels of hybrid attention: the slots' sums, chunk by chunk, and how queries read the
-far field of merge="mass".
+"""Triton kernels of hybrid attention: the slots' sums, chunk by chunk, how queries read the far
+field of merge="mass", and decoding, one token a sample.
 
-The interface is that of `flashmark.hybrid.eager`. The attention to near keys and slots is that of
-the block-sparse kernels.
+The interface, but for decoding, is that of `flashmark.hybrid.eager`. The attention to near keys and
+slots is that of the block-sparse kernels.
 """
 
 from .backward import backward as sums_backward
 from .forward import forward as sums_forward
 from .mass import backward as mass_backward
 from .mass import forward as mass_forward
+from .step import step
 
-__all__ = ["mass_backward", "mass_forward", "sums_backward", "sums_forward"]
+__all__ = ["mass_backward", "mass_forward", "step", "sums_backward", "sums_forward"]

@@ -35,6 +35,19 @@ def choose(pass_: str, dtype: torch.dtype, marks: int, dim: int) -> Config:
     return Config(tile, block, 8, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class StepConfig(shared.Runnable):
+    """How a program of a decoding step runs."""
+
+    num_warps: int
+    num_stages: int
+
+
+def choose_step(marks: int, dim: int) -> StepConfig:
+    """The config of a step; `marks` and the wider of `dim` and `v_dim` are padded."""
+    return StepConfig(8 if max(marks, dim) > 64 else 4, 2)
+
+
 PROGRAMS = 1024  # of a backward: each leaves a share of the gradients of parameters
 
 

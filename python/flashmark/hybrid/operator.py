@@ -1,13 +1,15 @@
 """The operators of hybrid attention.
 
 `flashmark::hybrid_forward.cpu` and `flashmark::hybrid_update.cpu` are whole calls without gradients
-in C++; the second moves the state of the call on in place. All other calls are composed of
-block-sparse attention, Nyström attention and the operators of `flashmark.hybrid.far_field`.
+in C++; the second moves the state of the call on in place, as `flashmark::hybrid_update.triton`
+does, which takes one token a sample. All other calls are composed of block-sparse attention,
+Nyström attention and the operators of `flashmark.hybrid.far_field`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 
 import torch
@@ -35,6 +37,8 @@ def run(call: Call, parts: tuple[str, str], state_out: HybridState | None):
         register_if_counting()
     flat = tuple([getattr(call, name) for name in _FIELDS])
     if parts[0] != "cpu" or needs_gradient(flat, _DIFFERENTIABLE):
+        if _is_step(call, parts, state_out) and not needs_gradient(flat, _DIFFERENTIABLE):
+            return _step(*flat, None), state_out
         out, state = composition.run(call, parts)
     elif state_out is not None and _in_place(call, state_out):
         return _update(*flat), state_out
@@ -46,6 +50,20 @@ def run(call: Call, parts: tuple[str, str], state_out: HybridState | None):
     for old, new in zip(tensors_of(state_out), tensors_of(state), strict=True):
         old.copy_(new)
     return out, state_out
+
+
+def step(call: Call, active: Tensor) -> Tensor:
+    """Output of one token a sample by Triton kernels; the state of the call moves on in place.
+
+    Where `active`, bool (B,), is False a sample has no token: its state stays, its output is 0.
+    """
+    return _step(*(getattr(call, name) for name in _FIELDS), active)
+
+
+def _is_step(call: Call, parts: tuple[str, str], state_out: HybridState | None) -> bool:
+    if parts != ("triton", "triton") or call.cu_seqlens is not None or call.query.shape[2] != 1:
+        return False
+    return state_out is not None and _in_place(call, state_out)
 
 
 def _in_place(call: Call, state_out: HybridState) -> bool:
@@ -85,6 +103,19 @@ _WRITTEN = re.sub(
 )
 _forward = overload(f"hybrid_forward.cpu({_SCHEMA}) -> Tensor[]", None, _fake_forward)
 _update = overload(f"hybrid_update.cpu({_WRITTEN}) -> Tensor", None, _fake_update)
+
+
+def _run_step(*flat) -> Tensor:
+    return importlib.import_module("flashmark.kernels.hybrid").step(Call(*flat[:-1]), flat[-1])
+
+
+def _fake_step(*flat) -> Tensor:
+    return _fake_update(*flat[:-1])
+
+
+_step = overload(
+    f"hybrid_update.triton({_WRITTEN}, Tensor? active) -> Tensor", _run_step, _fake_step
+)
 
 
 def _flops(*flat, **_) -> int:
