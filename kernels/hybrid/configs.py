@@ -37,15 +37,19 @@ def choose(pass_: str, dtype: torch.dtype, marks: int, dim: int) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig(shared.Runnable):
-    """How a program of a decoding step runs."""
+    """Held tokens and landmarks of a tile of a decoding step, and how it runs."""
 
+    tokens: int
+    marks: int
     num_warps: int
     num_stages: int
 
 
-def choose_step(marks: int, dim: int) -> StepConfig:
+def choose_step(dtype: torch.dtype, marks: int, dim: int) -> StepConfig:
     """The config of a step; `marks` and the wider of `dim` and `v_dim` are padded."""
-    return StepConfig(8 if max(marks, dim) > 64 else 4, 2)
+    if dtype == torch.float32:  # exact products keep their operands in registers
+        return StepConfig(16, 16, 8, 1)
+    return StepConfig(64, 32, 8 if max(marks, dim) > 64 else 4, 2)
 
 
 PROGRAMS = 1024  # of a backward: each leaves a share of the gradients of parameters

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..nystrom.primitives import LN2, LOG2E, mm, mm_acc, operand
+from ..nystrom.primitives import LN2, LOG2E, full, mm, mm_acc, operand, zeros
 from .step_primitives import add_tile
 
 LEAST_HELD = tl.constexpr(1e-30)  # a slot that holds less counts as empty
@@ -46,14 +46,14 @@ def halves(inputs, m0, b, h, F: tl.constexpr):
 @triton.jit
 def read_features(inputs, b, h, F: tl.constexpr):
     """(features of the queries, [PAD_G, PAD_M], and their reference in log2 units, [PAD_G])."""
-    e = tl.zeros([F.PAD_G, F.PAD_M], tl.float32)
-    highest = tl.zeros([F.PAD_G], tl.float32)
+    e = zeros(F.PAD_G, F.PAD_M)
+    highest = full(F.PAD_G, 0.0)
     if F.MERGE != "slots":
         offs_g, offs_m = tl.arange(0, F.PAD_G), tl.arange(0, F.PAD_M)
         q_ptr = inputs.query + tl.cast(b, tl.int64) * inputs.query_strides[0]
         q_ptrs = q_ptr + ((h * F.GROUP + offs_g).to(tl.int64) * inputs.query_strides[1])[:, None]
         x_ptr = marks_ptr(inputs.lk, inputs.lk_strides, b, h)
-        half = tl.zeros([F.PAD_M], tl.float32)
+        half = full(F.PAD_M, 0.0)
         for d0 in range(0, F.DIM, F.BLOCK_D):
             offs_d = d0 + tl.arange(0, F.BLOCK_D)
             # [PAD_G, BLOCK_D] and [BLOCK_D, PAD_M]
@@ -89,7 +89,7 @@ def scan_landmarks(inputs, state, k, b, h, pair, F: tl.constexpr):
             if F.MERGE == "slots":
                 s = routing(inputs, k, m0, b, h, F)
             else:
-                ptrs = state.counts + pair * 3 * F.MARKS + offs_m
+                ptrs = state.far_counts + pair * 3 * F.MARKS + offs_m
                 L = tl.load(ptrs, mask=offs_m < F.MARKS, other=float("-inf"))
                 s = L * LOG2E - halves(inputs, m0, b, h, F)
             higher = tl.maximum(top, tl.max(s, 0))
@@ -143,13 +143,13 @@ def step_slots(inputs, state, q, k, v, kept, scan, near, b, h, pair, ends, F: tl
     offs = tl.arange(0, F.BLOCK_M)
     for m0 in range(0, F.MARKS, F.BLOCK_M):
         known = m0 + offs < F.MARKS
-        n_ptrs = state.counts + pair * 3 * F.MARKS + m0 + offs
+        n_ptrs = state.far_counts + pair * 3 * F.MARKS + m0 + offs
         # [BLOCK_M]
         n = tl.load(n_ptrs, mask=known, other=0.0)
         there = n >= LEAST_HELD
         share = 1.0 / tl.where(there, n, 1.0)
-        K_ptrs, K_inside = far_ptrs(state.keys, pair, 0, m0, F.DIM, F.PAD_D, F)
-        V_ptrs, V_inside = far_ptrs(state.values, pair, 0, m0, F.DIM_V, F.PAD_V, F)
+        K_ptrs, K_inside = far_ptrs(state.far_keys, pair, 0, m0, F.DIM, F.PAD_D, F)
+        V_ptrs, V_inside = far_ptrs(state.far_values, pair, 0, m0, F.DIM_V, F.PAD_V, F)
         # [BLOCK_M, PAD_D] and [BLOCK_M, PAD_V]
         K = tl.load(K_ptrs, mask=K_inside & there[:, None], other=0.0) * share[:, None]
         V = tl.load(V_ptrs, mask=V_inside & there[:, None], other=0.0) * share[:, None]
@@ -168,9 +168,9 @@ def step_slots(inputs, state, q, k, v, kept, scan, near, b, h, pair, ends, F: tl
             current = tl.zeros_like(current)
         tl.debug_barrier()
         tl.store(n_ptrs + 2 * F.MARKS, current, mask=known)
-        move_sums(state.keys, a[:, None] * k.to(tl.float32)[None, :], pair, m0, ends, F.DIM,
+        move_sums(state.far_keys, a[:, None] * k.to(tl.float32)[None, :], pair, m0, ends, F.DIM,
                   F.PAD_D, F)  # fmt: skip
-        move_sums(state.values, a[:, None] * v.to(tl.float32)[None, :], pair, m0, ends, F.DIM_V,
+        move_sums(state.far_values, a[:, None] * v.to(tl.float32)[None, :], pair, m0, ends, F.DIM_V,
                   F.PAD_V, F)  # fmt: skip
     return near
 
@@ -179,10 +179,10 @@ def step_slots(inputs, state, q, k, v, kept, scan, near, b, h, pair, ends, F: tl
 def load_far(state, pair, n, m0, F: tl.constexpr):
     """(pointers of L, L, pointers of R, R) of landmarks m0 .. of total n."""
     offs_m = m0 + tl.arange(0, F.BLOCK_M)
-    L_ptrs = state.counts + (pair * 3 + n) * F.MARKS + offs_m
+    L_ptrs = state.far_counts + (pair * 3 + n) * F.MARKS + offs_m
     # [BLOCK_M]
     L = tl.load(L_ptrs, mask=offs_m < F.MARKS, other=float("-inf"))
-    R_ptrs, inside = far_ptrs(state.values, pair, n, m0, F.DIM_V, F.PAD_V, F)
+    R_ptrs, inside = far_ptrs(state.far_values, pair, n, m0, F.DIM_V, F.PAD_V, F)
     # [BLOCK_M, PAD_V]
     return L_ptrs, L, R_ptrs, tl.load(R_ptrs, mask=inside, other=0.0)
 
@@ -192,8 +192,8 @@ def step_states(inputs, state, k, v, kept, features, scan, b, h, pair, ends, F: 
     """(reference, mass, numerator) of the far field; with "gate" mass tells if there is one."""
     e, highest = features
     offs, offs_m = tl.arange(0, F.BLOCK_M), tl.arange(0, F.PAD_M)
-    mass = tl.zeros([F.PAD_G], tl.float32)
-    numerator = tl.zeros([F.PAD_G, F.PAD_V], tl.float32)
+    mass = full(F.PAD_G, 0.0)
+    numerator = zeros(F.PAD_G, F.PAD_V)
     core_ptr = marks_ptr(inputs.core, inputs.core_strides, b, h)
     for m0 in range(0, F.MARKS, F.BLOCK_M):
         known = m0 + offs < F.MARKS
@@ -223,7 +223,7 @@ def step_states(inputs, state, k, v, kept, features, scan, b, h, pair, ends, F: 
             tl.store(R_ptrs, R, mask=inside)
             tl.store(bL_ptrs, own_L, mask=known)
             tl.store(bR_ptrs, own_R, mask=inside)
-            own_L, own_R = tl.full([F.BLOCK_M], float("-inf"), tl.float32), tl.zeros_like(own_R)
+            own_L, own_R = full(F.BLOCK_M, float("-inf")), tl.zeros_like(own_R)
         tl.debug_barrier()
         tl.store(cL_ptrs, own_L, mask=known)
         tl.store(cR_ptrs, own_R, mask=inside)

@@ -17,6 +17,7 @@ from torch import Tensor
 from flashmark.hybrid.call import Call
 
 from ..block_sparse.arguments import dot_precision, on_device, padded
+from ..nystrom.primitives import full, zeros
 from . import configs
 from .arguments import LOG2E
 from .far_step import read_features, scan_landmarks, step_far
@@ -46,15 +47,15 @@ class Operands(NamedTuple):
 
 
 class State(NamedTuple):
-    """The tensors of a HybridState, contiguous. `counts` is L with merges "mass" and "gate"."""
+    """The tensors of a HybridState, contiguous. `far_counts` is L with merges "mass" and "gate"."""
 
     position: Tensor
     keep: Tensor  # uint8
     key: Tensor
     value: Tensor
-    counts: Tensor
-    keys: Tensor | None
-    values: Tensor
+    far_counts: Tensor
+    far_keys: Tensor | None
+    far_values: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def step_kernel(inputs, state, out_ptr, heads, window, F: tl.constexpr):
     rows = (offs_g < F.GROUP)[:, None] & (offs_v < F.DIM_V)[None, :]
     if F.ACTIVE:
         if tl.load(inputs.active + b) == 0:
-            nothing = tl.zeros([F.PAD_G, F.PAD_V], tl.float32)
+            nothing = zeros(F.PAD_G, F.PAD_V)
             tl.store(out_ptrs, nothing.to(out_ptr.dtype.element_ty), mask=rows)
             return
     position = tl.load(state.position + b)
@@ -161,9 +162,9 @@ def step_kernel(inputs, state, out_ptr, heads, window, F: tl.constexpr):
     # [PAD_G]
     own = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * inputs.scale2
     top = tl.where(kept, own, float("-inf"))
-    total = tl.where(kept, 1.0, 0.0) + tl.zeros([F.PAD_G], tl.float32)
+    total = tl.where(kept, 1.0, 0.0) + full(F.PAD_G, 0.0)
     # [PAD_G, PAD_V]
-    acc = v.to(tl.float32)[None, :] + tl.zeros([F.PAD_G, F.PAD_V], tl.float32)
+    acc = v.to(tl.float32)[None, :] + zeros(F.PAD_G, F.PAD_V)
     held_k = state.key + pair64 * 2 * window * F.DIM
     held_v = state.value + pair64 * 2 * window * F.DIM_V
     keep_ptr = state.keep + tl.cast(b, tl.int64) * 2 * window
@@ -201,7 +202,7 @@ def advance_kernel(inputs, state, window, F: tl.constexpr):
             current = tl.load(keep_ptr + window + rows, mask=rows < window, other=0)
             tl.debug_barrier()  # several threads read an element that one of them overwrites
             tl.store(keep_ptr + rows, current, mask=rows < window - 1)
-            tl.store(keep_ptr + window + rows, tl.zeros([F.BLOCK], tl.uint8), mask=rows < window)
+            tl.store(keep_ptr + window + rows, tl.zeros_like(current), mask=rows < window)
     tl.debug_barrier()
     tl.store(keep_ptr + tl.where(ends, window - 1, window + inside), kept)
     tl.store(state.position + b, position + 1)
@@ -216,11 +217,12 @@ def step(call: Call, active: Tensor | None) -> Tensor:
     out = call.query.new_empty(*call.query.shape[:3], call.value.shape[3])
     if not out.numel():
         return out
-    F = features_of(call, active)
+    wide = padded(max(call.key.shape[3], call.value.shape[3]))
+    config = configs.choose_step(call.key.dtype, padded(call.landmark_queries.shape[-2]), wide)
+    F = features_of(call, active, config)
     inputs, state = operands_of(call, active), state_of(call)
-    options = configs.choose_step(F.PAD_M, max(F.PAD_D, F.PAD_V)).options
     with on_device(call.query):
-        step_kernel[(batch * heads,)](inputs, state, out, heads, call.window, F, **options)
+        step_kernel[(batch * heads,)](inputs, state, out, heads, call.window, F, **config.options)
         advance_kernel[(batch,)](inputs, state, call.window, F, num_warps=1)
     return out
 
@@ -260,14 +262,14 @@ def operands_of(call: Call, active: Tensor | None) -> Operands:
     )
 
 
-def features_of(call: Call, active: Tensor | None) -> Features:
+def features_of(call: Call, active: Tensor | None, config: configs.StepConfig) -> Features:
     marks, dim, dim_v = call.landmark_queries.shape[-2], call.key.shape[3], call.value.shape[3]
     group = call.query.shape[1] // call.key.shape[1]
     return Features(
         MERGE=call.merge,
         MARKS=marks,
         PAD_M=padded(marks),
-        BLOCK_M=min(32, padded(marks)),
+        BLOCK_M=min(config.marks, padded(marks)),
         DIM=dim,
         PAD_D=padded(dim),
         BLOCK_D=min(64, padded(dim)),
@@ -275,7 +277,7 @@ def features_of(call: Call, active: Tensor | None) -> Features:
         PAD_V=padded(dim_v),
         GROUP=group,
         PAD_G=padded(group),
-        BLOCK=min(64, padded(triton.next_power_of_2(call.window))),
+        BLOCK=min(config.tokens, padded(call.window)),
         KEEP=call.key_mask is not None,
         ACTIVE=active is not None,
         BFLOAT16=call.key.dtype == torch.bfloat16,
