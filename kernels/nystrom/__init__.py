@@ -1,8 +1,8 @@
 """Triton kernels of Nyström attention, their launchers and configs.
 
-`forward` and `backward` are the triton backend of `flashmark.nystrom.operator`.
+`forward`, `backward` and `update` are the triton backend of `flashmark.nystrom.operator`.
 """
 
-from .interface import backward, forward
+from .interface import backward, forward, update
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "update"]

@@ -237,7 +237,10 @@ def new_rises(call: Inputs, stretches: Stretches) -> Tensor:
     return torch.empty(lines, dtype=torch.int32, device=call.query.device)
 
 
-def new_ends(call: Inputs) -> Ends:
+def new_ends(call: Inputs, state_out: tuple[Tensor, Tensor] | None = None) -> Ends:
+    """The states that come in, and memory for those that go out: that of `state_out` if given."""
+    if state_out is not None:
+        return Ends(call.L0, call.R0, *state_out)
     marks, heads, dim_v = call.marks.lq.shape[-2], call.key.shape[1], call.value.shape[3]
     L = torch.empty(call.rows, heads, marks, dtype=torch.float32, device=call.query.device)
     return Ends(call.L0, call.R0, L, L.new_empty(*L.shape, dim_v))

@@ -150,15 +150,19 @@ def output_kernel(
         store_end_state(ends.L, ends.R, line, v0, state[0], state[1], state[2], F)
 
 
-def causal_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
-    """The output, and the states after the last token."""
+def causal_forward(
+    call: args.Inputs, state_out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, args.Ends]:
+    """The output, and the states after the last token, which a decoding step writes into
+    `state_out`.
+    """
     query, tokens = call.query, call.query.shape[2]
     out = args.new_output(call)
     pairs = call.key.shape[0] * call.key.shape[1]
     one_pass = call.cu_seqlens is None and configs.fills_device(query.device, pairs, tokens)
     if one_pass:
         stretches = args.cut(call, max(1, tokens), tokens)
-        saved, ends = None, args.new_ends(call)
+        saved, ends = None, args.new_ends(call, state_out)
     else:
         stretches = args.cut(call, configs.FORWARD_SPAN, tokens)
         saved, ends = start_states(call, stretches)
@@ -169,7 +173,10 @@ def causal_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
     for pass_ in passes:
         config = args.choose_config(pass_, call)
         F = args.features(call, config, ONE_PASS=one_pass, STEEP=pass_ != "forward")
-        problem = args.problem_of(call, stretches, triton.cdiv(F.DIM_V, F.BLOCK_V))
+        parts = triton.cdiv(F.DIM_V, F.BLOCK_V)
+        problem = args.problem_of(call, stretches, parts)
+        if state_out is not None and call.L0 is not None and parts > 1:
+            ends = ends._replace(L0=call.L0.clone())  # all parts read what one may overwrite
         with on_device(query):
             output_kernel[(pairs * problem.groups * problem.parts,)](
                 query, call.key, call.value, out, strides(query), strides(call.key),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashmark.nystrom.call import Call, Grads, Saved
 from flashmark.nystrom.eager import interface as eager
 
 from . import arguments as args
-from . import columns
+from . import columns, configs
 from .backward import causal_sweep
 from .bidirectional import bidirectional_forward, bidirectional_sweep
 from .forward import causal_forward
@@ -20,6 +21,18 @@ def forward(call: Call) -> Saved:
     run = causal_forward if call.is_causal else bidirectional_forward
     out, ends = run(args.describe(call))
     return Saved(out, ends.L, ends.R)
+
+
+def update(call: Call, L: Tensor, R: Tensor) -> Tensor:
+    """The output; the states after the last token are written over L and R."""
+    few = 1 <= call.query.shape[2] <= configs.DECODE_TOKENS and call.cu_seqlens is None
+    plain = all(x.is_contiguous() and x.dtype == torch.float32 for x in (L, R))
+    if few and plain and call.is_causal and call.query.shape[0]:
+        return causal_forward(args.describe(call), (L, R))[0]
+    saved = forward(call)
+    L.copy_(saved.L)
+    R.copy_(saved.R)
+    return saved.out
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dL: Tensor | None, dR: Tensor | None) -> Grads:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashmark.arguments import readable
 from flashmark.autograd import reached, without_autocast
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.call import MERGES
+from flashmark.hybrid.step import masked_step
 from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
@@ -54,7 +56,8 @@ class HybridAttention(ProjectedAttention):
         x: (B, N, embed_dim), any floating-point dtype.
         key_mask: bool (B, N), True where a token takes part. The others are as if they had been
             taken out before, and their own output is 0. How many there are is read from the
-            device, so that `torch.compile` cannot make one graph of it.
+            device, so that `torch.compile` cannot make one graph of it; not so for one token a
+            sample after others in a cache.
         cu_seqlens: int32 (S + 1,), bounds of S sequences in x (1, N, embed_dim): each as if alone.
         cache: from `init_cache`, updated in place, in the dtype of the first tokens: later ones
             are cast to it, under autocast too. Without gradients only.
@@ -134,6 +137,10 @@ class HybridAttention(ProjectedAttention):
             check_cache(cache, StateCache, x, key_mask)
         if x.shape[0] == 0:
             key_mask = None
+        active = None
+        if key_mask is not None and _is_step(x, key_mask, cache):
+            x = x.masked_fill(~key_mask[..., None], 0.0)
+            key_mask, active = None, key_mask
         kept, bounds = x, cu_seqlens
         if key_mask is not None:  # one packed sequence of the tokens that take part
             kept = x[key_mask][None]
@@ -155,27 +162,42 @@ class HybridAttention(ProjectedAttention):
             check_no_gradient(query, key, value)
             rows = (key, value) if key_mask is None else _rows(key_mask, key, value)
             core = self._core(cache)
-            cache.record(*rows, key_mask, functools.partial(self._consume, core))
-            out, cache.state = self._decode(core, query, key, value, cache.state, gate, bounds)
-            cache.length += x.shape[1] if key_mask is None else counts
+            taking_part = key_mask if active is None else active
+            cache.record(*rows, taking_part, functools.partial(self._consume, core))
+            out, cache.state = self._decode(
+                core, query, key, value, cache.state, gate, bounds, active
+            )
+            if active is not None:
+                counts = active[:, 0]
+            cache.length += x.shape[1] if taking_part is None else counts
         out = self.merge_heads(out)
+        if active is not None:
+            return out.masked_fill(~active[..., None], 0.0)
         if key_mask is None:
             return out
         return out.new_zeros(*x.shape[:2], self.embed_dim).masked_scatter(key_mask[..., None], out)
 
-    def _attend(self, query, key, value, **options):
+    def _attend(self, query, key, value, function=hybrid_attention, **options):
         # of this rank's heads where they are divided: a DTensor may be padded as a whole alone
         marks = self.landmarks if is_sharded(query) else local_part(self.landmarks)
-        return hybrid_attention(
-            query, key, value, F.pad(marks, (key.shape[3] - marks.shape[2], 0)),
+        rotated = key.shape[3] - marks.shape[2]
+        return function(
+            query, key, value, F.pad(marks, (rotated, 0)) if rotated else marks,
             window=self.window, merge=self.merge, scale=1.0 / math.sqrt(self.head_dim), **options,
         )  # fmt: skip
 
-    def _decode(self, core, query, key, value, state, gate, bounds):
-        """Output and new state of tokens after `state`."""
-        options: dict[str, Any] = {
-            "core": core, "state": state, "gate": gate, "cu_seqlens": bounds,
-        }  # fmt: skip
+    def _decode(self, core, query, key, value, state, gate, bounds, active=None):
+        """Output and new state of tokens after `state`; of one token a sample where `active`."""
+        options: dict[str, Any] = {"core": core, "state": state, "gate": gate}
+        if active is not None:
+            held = state.key.dtype
+            with without_autocast(query.device.type):
+                out = self._attend(
+                    query.to(held), key.to(held), value.to(held), masked_step, active=active[:, 0],
+                    **options,
+                )  # fmt: skip
+            return out.to(query.dtype), state
+        options["cu_seqlens"] = bounds
         if state is None:
             return self._attend(query, key, value, return_state=True, **options)
         held = state.key.dtype
@@ -237,6 +259,13 @@ class HybridAttention(ProjectedAttention):
     def extra_repr(self) -> str:
         marks = self.landmarks.shape[1]
         return f"{self._repr('window', 'merge', 'rotary', 'rotary_dim')}, landmarks={marks}"
+
+
+def _is_step(x: Tensor, key_mask: Tensor, cache: StateCache | None) -> bool:
+    """Whether samples have one token or none, where asking which of them would be a wait."""
+    if cache is None or cache.state is None or x.shape[1] != 1:
+        return False
+    return not readable(key_mask) and not is_sharded(x)
 
 
 def _rows(key_mask: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:

@@ -37,6 +37,8 @@ class Packing(NamedTuple):
     @classmethod
     def of(cls, key_mask: Tensor, first: Tensor | None = None) -> Packing:
         """`first` (B,): the column of the first token that takes part; 0 when None."""
+        if key_mask.shape[1] == 1:  # a decoding step: nothing to sort
+            return cls(torch.zeros_like(key_mask, dtype=torch.int64), key_mask[:, 0].int())
         order = (~key_mask).to(torch.uint8).argsort(dim=1, stable=True)
         if first is not None:
             n = key_mask.shape[1]

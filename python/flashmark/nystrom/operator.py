@@ -3,6 +3,8 @@ forward without gradients that overwrites a state."""
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch.autograd import forward_ad
 
@@ -67,17 +69,26 @@ def _fake_update(*flat):
     return _forward_fake(Call(*flat[:-2])).out
 
 
-_update = overload(
-    f"nystrom_update.cpu({schema_of(Call)}, Tensor(a!) L_out, Tensor(b!) R_out) -> Tensor",
-    None,
-    _fake_update,
-)
+def _update_in_triton(*flat):
+    return importlib.import_module("flashmark.kernels.nystrom").update(Call(*flat[:-2]), *flat[-2:])
+
+
+_update = {
+    backend: overload(
+        f"nystrom_update.{backend}({schema_of(Call)}, Tensor(a!) L_out, Tensor(b!) R_out) "
+        "-> Tensor",
+        run,
+        _fake_update,
+    )
+    for backend, run in (("cpu", None), ("triton", _update_in_triton))
+}
 FORMULAS["nystrom_update"] = lambda *flat, **_: _forward_flops(Call(*flat[:-2]))
 
 
 def run(call: Call, backend: str, state_out: NystromState | None = None) -> Saved:
-    """Outputs of a call, differentiable where an argument needs a gradient. The C++ kernels write
-    the final states into `state_out`; what comes from other backends is the caller's to copy.
+    """Outputs of a call, differentiable where an argument needs a gradient. The C++ and the Triton
+    kernels write the final states into `state_out`; what comes from other backends is the caller's
+    to copy.
 
     The C++ kernels run along time. Without causality the work is three dense products, which
     backend "cpu" leaves to PyTorch, as `show_config` says.
@@ -85,8 +96,8 @@ def run(call: Call, backend: str, state_out: NystromState | None = None) -> Save
     if backend == "cpu" and not call.is_causal:
         backend = "eager"
     traced = torch.compiler.is_compiling() or forward_ad._current_level >= 0
-    if state_out is None or backend != "cpu" or traced:
+    if state_out is None or backend not in _update or traced:
         return OPERATOR.run(call, backend)
     register_if_counting()
     L, R = state_out
-    return Saved(_update(*OPERATOR.flatten(call), L, R), L, R)
+    return Saved(_update[backend](*OPERATOR.flatten(call), L, R), L, R)
