@@ -33,6 +33,7 @@ class Ends:
         else:
             ends = [int(x) for x in end_token]
         self.tokens = ends
+        self._tensor = torch.tensor(ends, dtype=torch.int64)
         self.filler = padding_token if padding_token is not None or not ends else ends[0]
 
     def __bool__(self) -> bool:
@@ -40,7 +41,9 @@ class Ends:
 
     def reached(self, token: Tensor) -> Tensor:
         """Bool, like `token`: whether it is an end token."""
-        return torch.isin(token, torch.tensor(self.tokens, dtype=token.dtype, device=token.device))
+        if self._tensor.device != token.device or self._tensor.dtype != token.dtype:
+            self._tensor = self._tensor.to(token)  # once: it waits for a GPU
+        return (token[..., None] == self._tensor).any(-1)
 
 
 def aligned(ids: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashmark.generation.choice import Choice
+from flashmark.generation.graphs import Step, capture, check_graph
 from flashmark.generation.prompts import (
     CachedModel,
     Ends,
@@ -16,6 +17,9 @@ from flashmark.generation.prompts import (
     check_room,
     read,
 )
+
+LOOK_EVERY = 16  # tokens from one look at which samples have finished to the next, on a GPU
+WARM_UP = 2  # steps before one is captured: kernels are compiled, memory is allocated
 
 
 @torch.no_grad()
@@ -33,6 +37,7 @@ def generate(
     chunk: int | None = None,
     cache=None,
     generator: torch.Generator | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Continue each prompt by up to `max_new_tokens` tokens, each token computed once.
 
@@ -51,6 +56,8 @@ def generate(
         cache: what the model has read before these prompts, updated in place; a new one that holds
             exactly prompt and continuation when None.
         generator: of the random choices.
+        cuda_graph: capture one step and replay it, which takes the host's time out of a token. On
+            a GPU alone, for a model whose caches are updated in place, as ours are.
 
     Returns:
         (B, T) new tokens, T <= max_new_tokens, without the prompts.
@@ -58,18 +65,29 @@ def generate(
     Raises:
         ValueError, TypeError: an argument out of range, or a cache too small for the tokens.
 
+    On a GPU whether all samples have finished is looked at every 16 tokens: each look waits for the
+    device. Tokens beyond the last end are cut off; random numbers have been drawn for them.
+
     A sample of a batch gets the tokens that it gets alone, whatever the padding. Afterwards `cache`
     holds each sample's prompt and new tokens but the last (the end token, if it has one): the next
     turn of a conversation begins with that token.
     """
-    tokens = list(
-        stream(
-            model, input_ids, max_new_tokens, key_mask=key_mask, temperature=temperature,
-            top_k=top_k, top_p=top_p, end_token=end_token, padding_token=padding_token,
-            chunk=chunk, cache=cache, generator=generator,
-        )
-    )  # fmt: skip
-    return torch.stack(tokens, dim=1) if tokens else input_ids[:, :0]
+    check_prompts(input_ids, max_new_tokens, key_mask, chunk)
+    if cuda_graph:
+        check_graph(input_ids.device, cache)
+    choose, ends = Choice(temperature, top_k, top_p, generator), Ends(end_token, padding_token)
+    every = LOOK_EVERY if cuda_graph or input_ids.device.type != "cpu" else 1
+    steps = _steps(
+        model, input_ids, key_mask, max_new_tokens, choose, ends, chunk, cache, every, cuda_graph
+    )
+    tokens = list(steps)
+    if not tokens:
+        return input_ids[:, :0]
+    new = torch.stack(tokens, dim=1)
+    if ends and every > 1 and new.shape[0]:
+        going_on = ~ends.reached(new).cummax(1).values.all(0)
+        new = new[:, : int(going_on.sum()) + 1]
+    return new
 
 
 def stream(
@@ -94,30 +112,42 @@ def stream(
     """
     check_prompts(input_ids, max_new_tokens, key_mask, chunk)
     choose, ends = Choice(temperature, top_k, top_p, generator), Ends(end_token, padding_token)
+    return _steps(model, input_ids, key_mask, max_new_tokens, choose, ends, chunk, cache, 1, False)
+
+
+def _steps(
+    model, input_ids, key_mask, count, choose, ends, chunk, cache, every, cuda_graph
+) -> Iterator[Tensor]:
     prompts, lengths = aligned(input_ids, key_mask)
-    needed = prompts.shape[1] + max(max_new_tokens - 1, 0)  # the last token is never read
+    needed = prompts.shape[1] + max(count - 1, 0)  # the last token is never read
     check_room(cache, prompts.shape[0], needed)
     if cache is None:
         cache = model.init_cache(prompts.shape[0], needed)
-    return _tokens(
-        model, prompts, lengths, max_new_tokens, choose, ends, chunk or prompts.shape[1], cache
-    )
+    chunk = chunk or prompts.shape[1]
+    return _tokens(model, prompts, lengths, count, choose, ends, chunk, cache, every, cuda_graph)
 
 
 @torch.no_grad()
-def _tokens(model, prompts, lengths, count, choose, ends, chunk, cache) -> Iterator[Tensor]:
+def _tokens(
+    model, prompts, lengths, count, choose, ends, chunk, cache, every, cuda_graph
+) -> Iterator[Tensor]:
     logits = read(model, prompts, lengths, chunk, cache)
-    finished = torch.zeros(prompts.shape[0], dtype=torch.bool, device=prompts.device)
-    anyone = False  # is finished
-    for number in range(count):
-        token = choose(logits).to(prompts.dtype)
-        if ends:
-            token = token.masked_fill(finished, ends.filler)
-            finished = finished | ends.reached(token)
-            anyone = bool(finished.any())
-        yield token
-        if number + 1 == count or (anyone and bool(finished.all())):
+    if not count:
+        return
+    step = Step(model, cache, choose, ends, prompts)
+    step.take(logits)
+    anyone = bool(ends) and every > 1  # may have finished
+    run = step
+    for number in range(1, count + 1):
+        over = False
+        if ends and number % every == 0:
+            anyone = anyone or bool(step.finished.any())
+            over = anyone and bool(step.finished.all())
+        yield step.token.clone()
+        if over or number == count:
             return
         # what is finished is read no further: the caller's cache holds the conversation alone
-        taking_part = ~finished[:, None] if anyone else None
-        logits = model(token[:, None], key_mask=taking_part, cache=cache)[:, -1]
+        step.masked = anyone
+        if cuda_graph and number == WARM_UP + 1:
+            run = capture(step, choose.generator)
+        run()

@@ -42,7 +42,7 @@ class DecoderCache:
     def advance(self, counts: Tensor | int) -> None:
         """Called by the model after it has read `counts` tokens a sample."""
         self.length += counts
-        self._least = torch.maximum(self._least, self.length - self.rollback)
+        torch.maximum(self._least, self.length - self.rollback, out=self._least)
 
     def select(self, index: Tensor) -> None:
         """Keep samples `index` (B',) in this order; one may be repeated, as beams need it."""
