@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashmark.arguments import readable
 from flashmark.nystrom.call import Call
 
 NEG_INF = float("-inf")
@@ -100,7 +101,9 @@ class Setup:
             R0 = torch.zeros(*shape, self.dim_v, dtype=self.dtype, device=self.device)
         L0, R0 = L0.to(self.dtype), R0.to(self.dtype)
         nothing = L0 == NEG_INF
-        return L0, R0.masked_fill(nothing.unsqueeze(-1), 0.0) if bool(nothing.any()) else R0
+        if readable(nothing) and not bool(nothing.any()):  # saves a copy; a GPU would wait
+            return L0, R0
+        return L0, R0.masked_fill(nothing.unsqueeze(-1), 0.0)
 
     def mats(self, x: Tensor, rows: int) -> Tensor:
         """(B, H, n * rows, *) -> (B * H * n, rows, *)"""
