@@ -86,7 +86,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     if dout.stride(-1) != 1 or dout.stride(2) >= args.WIDE:
         dout = dout.contiguous()
     with args.on_device(query):
-        delta, lse, dsinks = _row_sums(dout, dlse, saved, described.modifiers.sinks)
+        delta, lse, dsinks = row_sums(dout, dlse, saved, described.modifiers.sinks)
         total = bias_gradient.start(bias, dout, value, delta, described, call.deterministic)
         operands = Operands(
             query, key, value, dout, lse, delta,
@@ -104,7 +104,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     return Grads(dquery, dkey, dvalue, bias_gradient.finish(total, bias), dsinks)
 
 
-def _row_sums(
+def row_sums(
     dout: Tensor, dlse: Tensor | None, saved: Saved, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(delta, lse, dsinks), the first two as `Operands` has them."""
