@@ -73,7 +73,7 @@ def block_topk_attention(
     Raises:
         ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
             On a GPU the values of `indices` are not looked at, which would wait for the device: one
-            out of range names no block, and one given twice counts twice.
+            out of range names no block; one given twice may count once or twice.
         flashmark.BackendUnavailable: the named backend cannot run here.
 
     Memory is linear in Nq and Nk. A choice of all blocks is exact causal attention. Source: Lu et

@@ -1,4 +1,5 @@
-"""Attention over chosen blocks in plain PyTorch: a tile of queries beside the keys that it gathers.
+"""Attention over chosen blocks in plain PyTorch: a tile of queries beside the keys that it gathers,
+or beside all keys where these are few.
 
 S = cap(scale q k^T), P = exp(S - lse), out = P v
 dS = P * (dO v^T - Delta), Delta = rowsum(dO * out) - dlse
@@ -17,41 +18,95 @@ from flashmark.routed.call import Call, Grads, Saved
 from flashmark.routed.places import Places, places_of
 
 NEG_INF = float("-inf")
-TILE_ELEMENTS = 2**22  # of the keys that a tile of queries gathers
+TILE_ELEMENTS = 2**22  # of the keys that a tile of queries gathers, or of its scores
+DENSE = 16  # a gathered key costs more than this many in a product with all of them
 
 
 class _Tile(NamedTuple):
-    """Queries [begin, end) and the T keys that each of them gathers."""
+    """Queries [begin, end) and the T keys beside them: those each gathers, or all."""
 
     queries: slice
-    tokens: Tensor  # int64 (B, Hkv, n, T)
+    tokens: Tensor | None  # int64 (B, Hkv, n, T); None: all keys
     visible: Tensor  # bool (B, Hkv, 1, n, T)
+
+    def product(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """(B, Hkv, G, n, T): each row times each of its keys."""
+        return torch.einsum(f"bhgnd,{self._keys}->bhgnt", rows, keys)
+
+    def weighted(self, weights: Tensor, keys: Tensor) -> Tensor:
+        """(B, Hkv, G, n, D): sums over keys."""
+        return torch.einsum(f"bhgnt,{self._keys}->bhgnd", weights, keys)
+
+    def add(self, total: Tensor, weights: Tensor, rows: Tensor) -> None:
+        """Add sums over the rows to `total` (B, Hkv, Nk, D), that of the keys."""
+        part = torch.einsum(f"bhgnt,bhgnd->{self._keys}", weights, rows)
+        if self.tokens is None:
+            total += part
+            return
+        at = self.tokens.flatten(2)[..., None].expand(-1, -1, -1, part.shape[-1])
+        total.scatter_add_(2, at, part.flatten(2, 3))
+
+    @property
+    def _keys(self) -> str:
+        return "bhtd" if self.tokens is None else "bhntd"
 
 
 def _tiles(call: Call) -> Iterator[_Tile]:
-    (batch, kv_heads, kv_len, dim), q_len = call.key.shape, call.query.shape[2]
+    (batch, kv_heads, kv_len, dim), (query_heads, q_len) = call.key.shape, call.query.shape[1:3]
     size, near, device = call.block_size, call.near, call.query.device
     if kv_len == 0:
         return
     places = places_of(q_len, kv_len, call.query_offset, call.starts, size, device)
     width = (call.indices.shape[3] + near + 1) * size
-    count = max(1, TILE_ELEMENTS // max(1, batch * kv_heads * width * max(dim, 1)))
+    dense = kv_len <= DENSE * width
+    row = kv_len * query_heads if dense else kv_heads * width * max(dim, 1)
+    count = max(1, TILE_ELEMENTS // max(1, batch * row))
     for begin in range(0, q_len, count):
         queries = slice(begin, min(begin + count, q_len))
-        yield _Tile(queries, *_gathered(call, Places(*(x[:, queries] for x in places)), queries))
+        at = Places(*(x[:, queries] for x in places))
+        if dense:
+            yield _Tile(queries, None, _visible(call, at, queries))
+        else:
+            yield _Tile(queries, *_gathered(call, at, queries))
+
+
+def _chosen(call: Call, own: Tensor, queries: slice) -> Tensor:
+    """int64 (B, Hkv, n, K): chosen blocks that lie before the near ones; -1 for the others."""
+    chosen = call.indices[:, :, queries].long()
+    return chosen.masked_fill((chosen < 0) | (chosen >= own - call.near), -1)
+
+
+def _visible(call: Call, places: Places, queries: slice) -> Tensor:
+    """Whether each key is visible, (B, Hkv, 1, n, Nk)."""
+    kv_len, size = call.key.shape[2], call.block_size
+    at, first, own = (x[:, None, :, None] for x in places)  # (B|1, 1, n, 1)
+    token = torch.arange(kv_len, device=at.device)
+    block = torch.div(token - first, size, rounding_mode="floor")  # (B|1, 1, n, Nk)
+    columns = -(-kv_len // size) + 1
+    chosen = _chosen(call, own, queries) + 1  # column 0 takes those that are none
+    chosen = chosen.masked_fill(chosen >= columns, 0)
+    read = torch.zeros(*chosen.shape[:3], columns, dtype=torch.bool, device=at.device)
+    read.scatter_(3, chosen, True)
+    read[..., 0] = False
+    visible = read.gather(3, (block + 1).clamp(min=0).expand(*chosen.shape[:3], -1))
+    visible = visible | (block >= own - call.near)
+    visible = visible & (token >= first) & (token <= at)
+    if call.kv_lengths is not None:
+        visible = visible & (token < call.kv_lengths.long().view(-1, 1, 1, 1))
+    if call.key_mask is not None:
+        visible = visible & call.key_mask[:, None, None]
+    return visible[:, :, None]
 
 
 def _gathered(call: Call, places: Places, queries: slice) -> tuple[Tensor, Tensor]:
     """Tokens of the tile, and whether each is visible."""
-    (batch, kv_heads, kv_len, _), size, near = call.key.shape, call.block_size, call.near
+    (batch, kv_heads, kv_len, _), size = call.key.shape, call.block_size
     at, first, own = (x[:, None, :, None] for x in places)  # (B|1, 1, n, 1)
-    back = torch.arange(near, -1, -1, device=at.device)
-    chosen = call.indices[:, :, queries].long()
-    chosen = chosen.masked_fill((chosen < 0) | (chosen >= own - near), -1)
+    back = torch.arange(call.near, -1, -1, device=at.device)
     close = (own - back).expand(batch, kv_heads, -1, -1)
-    block = torch.cat([chosen, close], -1)[..., None]  # (B, Hkv, n, K + near + 1, 1)
+    block = torch.cat([_chosen(call, own, queries), close], -1)[..., None]
     step = torch.arange(size, device=at.device)
-    tokens = first[..., None] + block * size + step
+    tokens = first[..., None] + block * size + step  # (B, Hkv, n, K + near + 1, s)
     visible = (block >= 0) & (tokens <= at[..., None])
     tokens = tokens.clamp(0, kv_len - 1)
     if call.kv_lengths is not None:
@@ -72,19 +127,27 @@ class _Work:
         batch, device = call.query.shape[0], call.query.device
         self.sample = torch.arange(batch, device=device).view(-1, 1, 1, 1)
         self.head = torch.arange(self.kv_heads, device=device).view(1, -1, 1, 1)
+        self.hidden = None if call.key_mask is None else ~call.key_mask  # bool (B, Nk)
+        if call.kv_lengths is not None:
+            beyond = torch.arange(call.key.shape[2], device=device) >= call.kv_lengths[:, None]
+            self.hidden = beyond if self.hidden is None else self.hidden | beyond
 
     def of_queries(self, x: Tensor, tile: _Tile) -> Tensor:
         """(B, Hkv, G, n, ...)."""
         return x[:, :, tile.queries].unflatten(1, (self.kv_heads, -1)).to(self.dtype)
 
     def of_keys(self, x: Tensor, tile: _Tile) -> Tensor:
-        """(B, Hkv, n, T, D), 0 where no query may look: memory there may hold anything."""
+        """(B, Hkv, n, T, D), or all (B, Hkv, Nk, D); 0 where no query may look: memory there may
+        hold anything."""
+        if tile.tokens is None:
+            x = x.to(self.dtype)
+            return x if self.hidden is None else x.masked_fill(self.hidden[:, None, :, None], 0.0)
         found = x[self.sample, self.head, tile.tokens].to(self.dtype)
         return found.masked_fill_(~tile.visible[:, :, 0, ..., None], 0.0)
 
     def scores(self, q: Tensor, k: Tensor, tile: _Tile) -> tuple[Tensor, Tensor | None]:
         """Logits (B, Hkv, G, n, T), and the tanh of the cap."""
-        s = torch.einsum("bhgnd,bhntd->bhgnt", q, k) * self.call.scale
+        s = tile.product(q, k) * self.call.scale
         tanh = None
         if self.call.softcap:
             tanh = torch.tanh(s / self.call.softcap)
@@ -115,7 +178,7 @@ def forward(call: Call) -> Saved:
         total = p.sum(-1, keepdim=True)
         if sink is not None:
             total = total + torch.exp(sink - top)
-        o = torch.einsum("bhgnt,bhntd->bhgnd", p, v) / total.masked_fill(total == 0.0, 1.0)
+        o = tile.weighted(p, v) / total.masked_fill(total == 0.0, 1.0)
         out[:, :, tile.queries] = o.flatten(1, 2).to(out.dtype)
         lse[:, :, tile.queries] = (top + total.log())[..., 0].flatten(1, 2)
     return Saved(out, lse)
@@ -135,24 +198,16 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         k, v = (work.of_keys(x, tile) for x in (call.key, call.value))
         s, tanh = work.scores(q, k, tile)
         p = torch.exp(s - work.of_queries(finite, tile)[..., None])
-        ds = torch.einsum("bhgnd,bhntd->bhgnt", do, v)
+        ds = tile.product(do, v)
         ds = (ds - work.of_queries(delta, tile)[..., None]) * p
         if tanh is not None:
             ds = ds * (1.0 - tanh * tanh)
         ds = ds * call.scale
-        dq[:, :, tile.queries] = (
-            torch.einsum("bhgnt,bhntd->bhgnd", ds, k).flatten(1, 2).to(dq.dtype)
-        )
-        _add(dk, torch.einsum("bhgnt,bhgnd->bhntd", ds, q), tile)
-        _add(dv, torch.einsum("bhgnt,bhgnd->bhntd", p, do), tile)
+        dq[:, :, tile.queries] = tile.weighted(ds, k).flatten(1, 2).to(dq.dtype)
+        tile.add(dk, ds, q)
+        tile.add(dv, p, do)
     dsinks = None
     if call.sinks is not None:
         weight = torch.exp(call.sinks.to(work.dtype)[:, None] - finite)
         dsinks = -(weight * delta).sum((0, 2)).to(call.sinks.dtype)
     return Grads(dq, dk.to(call.key.dtype), dv.to(call.value.dtype), dsinks)
-
-
-def _add(total: Tensor, part: Tensor, tile: _Tile) -> None:
-    """Add the rows of a tile to those of the tokens that it gathered."""
-    at = tile.tokens.flatten(2)[..., None].expand(-1, -1, -1, part.shape[-1])
-    total.scatter_add_(2, at, part.flatten(2, 3))
