@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from flashmark.routed import Routing
+
 IGNORED = -100  # the target that no loss counts
 
 
@@ -79,6 +81,32 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return total / (targets != IGNORED).sum().clamp_min(1)
+
+
+def routing_loss(routing: Routing) -> Tensor:
+    """Mean divergence, in nats, of a router's log-probabilities from the attention's mass.
+
+    KL(p || q) over the chosen blocks of each query token and key head, with p the mass of each as
+    a share of the mass of all chosen ones, a constant, and q the router's probability. Rows that
+    chose no block, or whose chosen blocks hold no mass, are left out; 0 where all are.
+
+    Args:
+        routing: from `routed_attention(..., return_routing=True)`. Gradients reach the landmarks or
+            the scores of that call, and nothing else: add the loss to that of the task.
+
+    Returns:
+        A scalar, float32 (float64 for float64 inputs).
+
+    Source: DeepSeek-AI, "DeepSeek-V3.2" (2025), which trains its index branch so.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    mass = routing.mass.detach()
+    total = mass.sum(-1, keepdim=True)
+    share = mass / total.masked_fill(total == 0.0, 1.0)
+    expected = routing.log_probs.masked_fill(routing.indices < 0, 0.0)
+    divergence = (torch.xlogy(share, share) - share * expected).sum(-1)
+    return divergence.sum() / (total > 0.0).sum().clamp_min(1)
 
 
 def force_after_end(tokens: Tensor, end_token: int, fill: int | None = None) -> Tensor:

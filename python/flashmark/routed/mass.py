@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flashmark.autograd import without_autocast
+from flashmark.autograd import reached, without_autocast
 from flashmark.routed.checks import Checked
 from flashmark.routed.places import Blocks
 from flashmark.routed.summaries import summarize
@@ -64,7 +64,7 @@ def routing_of(
         none = chosen < 0
         if not mass:
             empty = lse.new_zeros(chosen.shape)
-            return Routing(indices, empty, empty)
+            return Routing(indices, empty, reached(empty.clone(), landmarks, scores))
         logits = torch.cat(expected, 2).to(lse.dtype).masked_fill(none, NEG_INF)
         alone = none.all(-1, keepdim=True)
         log_probs = torch.log_softmax(logits.masked_fill(alone, 0.0), -1).masked_fill(none, NEG_INF)
