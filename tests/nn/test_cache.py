@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from flashmark import masks
-from flashmark.nn import BlockSparseAttention, HybridAttention, NystromAttention
+from flashmark.nn import (
+    BlockSparseAttention,
+    HybridAttention,
+    NystromAttention,
+    RoutedAttention,
+)
 from tests import helpers
 
 N, WIDTH = 37, 32
@@ -25,6 +30,12 @@ MODULES = {
     "slots": lambda: HybridAttention(WIDTH, 4, 4, window=5, num_kv_heads=2, rotary=10_000.0),
     "mass": lambda: HybridAttention(WIDTH, 4, 4, window=5, merge="mass", rotary=10_000.0),
     "gate": lambda: HybridAttention(WIDTH, 4, 4, window=5, merge="gate", rotary=10_000.0),
+    "routed": lambda: RoutedAttention(
+        WIDTH, 4, 3, num_kv_heads=2, block_size=4, top_k=2, rotary=10_000.0
+    ),
+    "routed-mean": lambda: RoutedAttention(
+        WIDTH, 4, block_size=5, top_k=1, near=0, sinks=True, softcap=5.0, bias=True
+    ),
 }  # fmt: skip
 
 
@@ -97,8 +108,9 @@ def test_rotary_in_the_hybrid_depends_on_distances_only(name):
     helpers.assert_close(module(x, cache=moved), module(x), 1e-4)
 
 
-def test_a_sample_at_the_end_of_the_cache_beside_one_at_its_beginning():
-    module, x = made("exact-window"), helpers.randn(2, 12, WIDTH)
+@pytest.mark.parametrize("name", ["exact-window", "routed", "routed-mean"])
+def test_a_sample_at_the_end_of_the_cache_beside_one_at_its_beginning(name):
+    module, x = made(name), helpers.randn(2, 12, WIDTH)
     key_mask = torch.zeros(2, 12, dtype=torch.bool)
     key_mask[0, :3] = key_mask[1, 8:] = key_mask[0, 3:10] = True  # 10 and 4 tokens
     cache = module.init_cache(2, 12)
@@ -112,8 +124,9 @@ def test_a_sample_at_the_end_of_the_cache_beside_one_at_its_beginning():
     assert cache.length.tolist() == [12, 12]
 
 
-def test_a_cache_may_have_another_dtype():
-    module, x = made("exact"), helpers.randn(2, N, WIDTH)
+@pytest.mark.parametrize("name", ["exact", "routed"])
+def test_a_cache_may_have_another_dtype(name):
+    module, x = made(name), helpers.randn(2, N, WIDTH)
     cache = module.init_cache(2, N, dtype=torch.bfloat16)
     out = module(x, cache=cache)
     assert out.dtype == torch.float32 and cache.key.dtype == torch.bfloat16
@@ -128,9 +141,13 @@ def test_a_cache_may_have_another_dtype():
         ("exact", lambda m, x: m(x, cache=m.init_cache(3, N)), ValueError, "a batch of 2"),
         ("exact", lambda m, x: m(x, cache=[]), TypeError, "KeyValueCache"),
         ("nystrom", lambda m, x: m(x, cache=m.init_cache(3, N)), ValueError, "a batch of 2"),
+        ("routed", lambda m, x: twice(m, x), ValueError, "expected room for 74 tokens"),
+        ("exact", lambda m, x: m(x, cache=made("routed").init_cache(2, N)), TypeError, "Routed"),
+        ("routed", lambda m, x: m(x, cache=made("exact").init_cache(2, N)), TypeError, "Routed"),
         ("slots", lambda m, x: m(x, cache=[]), TypeError, "StateCache"),
     ],
-    ids=["call-longer-than-cache", "full", "batch", "not-a-cache", "batch-of-state", "not-a-state"],
+    ids=["call-longer-than-cache", "full", "batch", "not-a-cache", "batch-of-state", "routed-full",
+         "routed-for-exact", "exact-for-routed", "not-a-state"],
 )  # fmt: skip
 def test_a_cache_that_does_not_fit(name, call, error, words):
     with pytest.raises(error, match=words):
@@ -148,10 +165,11 @@ def test_a_cache_refuses_gradients(module):
         module(helpers.randn(1, 3, WIDTH, grad=True), cache=module.init_cache(1, 8))
 
 
+@pytest.mark.parametrize("name", ["exact", "routed"])
 @pytest.mark.parametrize("max_length", [0, None, 2.0])
-def test_the_size_of_a_cache_of_keys(max_length):
+def test_the_size_of_a_cache_of_keys(name, max_length):
     with pytest.raises(ValueError, match="max_length: expected an int >= 1"):
-        made("exact").init_cache(1, max_length)
+        made(name).init_cache(1, max_length)
 
 
 def test_no_cache_without_causality():

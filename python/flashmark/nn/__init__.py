@@ -7,6 +7,7 @@ from flashmark.nn.hybrid import HybridAttention
 from flashmark.nn.nystrom import NystromAttention
 from flashmark.nn.projected import ProjectedAttention
 from flashmark.nn.rotary import apply_rotary, rotary_angles
+from flashmark.nn.routed import RoutedAttention, RoutedCache
 
 __all__ = [
     "BlockSparseAttention",
@@ -16,6 +17,8 @@ __all__ = [
     "Memory",
     "NystromAttention",
     "ProjectedAttention",
+    "RoutedAttention",
+    "RoutedCache",
     "StateCache",
     "apply_rotary",
     "rotary_angles",

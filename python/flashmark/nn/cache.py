@@ -171,7 +171,7 @@ def kept_lengths(held: Tensor, length: Tensor | int) -> Tensor:
 
 def check_cache(cache: Any, kind: type[Any], x: Tensor, key_mask: Tensor | None) -> None:
     """Check a cache's class, its batch and room for the tokens, and that no gradient is asked."""
-    if not isinstance(cache, kind):
+    if type(cache) is not kind:
         raise TypeError(
             f"cache: expected the {kind.__name__} of this module's init_cache, "
             f"got {type(cache).__name__}"

@@ -58,7 +58,7 @@ def _tiles(call: Call) -> Iterator[_Tile]:
         return
     places = places_of(q_len, kv_len, call.query_offset, call.starts, size, device)
     width = (call.indices.shape[3] + near + 1) * size
-    dense = kv_len <= DENSE * width
+    dense = kv_len <= min(DENSE, q_len) * width
     row = kv_len * query_heads if dense else kv_heads * width * max(dim, 1)
     count = max(1, TILE_ELEMENTS // max(1, batch * row))
     for begin in range(0, q_len, count):

@@ -219,7 +219,7 @@ def _chosen(
         assert scores is not None
         places = checked.places(query, key, block_size)
         return best_blocks(scores, places, near, None, min(top_k, scores.shape[3]))
-    base = checked.blocks(key, block_size).base
+    base = None if checked.starts is None else checked.blocks(key, block_size).base
     call = Choice(
         query, *state, top_k, block_size, near, checked.scale, key.shape[2], checked.query_offset,
         checked.starts, base,
@@ -231,6 +231,8 @@ def _summaries(
     state: RoutedState | None, key, landmarks, checked: Checked, block_size: int
 ) -> RoutedState:
     """Summaries of all blocks; those in `state` are taken from there."""
+    if state is not None and state.keys.shape[2] * block_size >= key.shape[2]:
+        return state
     blocks = checked.blocks(key, block_size)
     if state is None:
         return summarize(key, landmarks, checked.scale, checked.keep, blocks)

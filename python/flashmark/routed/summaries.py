@@ -58,11 +58,53 @@ def summarize(
         landmarks: (Hkv, M, D) or (B, Hkv, M, D); None: the mean key alone.
         keep: bool (B, Nk), which keys take part; the others may hold anything.
     """
-    wide = torch.promote_types(key.dtype, torch.float32)
     inside = blocks.inside[None, None]  # (1, 1, C, s)
     if keep is not None:
         inside = inside & keep[:, None, blocks.tokens]
-    keys = key[:, :, blocks.tokens].to(wide)  # (B, Hkv, C, s, D)
+    return _summary(key[:, :, blocks.tokens], inside, landmarks, scale)
+
+
+def update_summaries(
+    state: RoutedState, key: Tensor, landmarks: Tensor | None, scale: float, begin: Tensor,
+    end: Tensor, most: int, block_size: int,
+) -> None:  # fmt: skip
+    """Write the summaries of the blocks in which tokens from `begin` on were added into `state`.
+
+    Blocks are summarised from all of their keys so far, which gives what one pass gives. Nothing
+    waits for the device.
+
+    Args:
+        state: of all blocks that fit into `key`.
+        key: (B, Hkv, C * block_size, D), which holds `end` keys a sample.
+        begin, end: integers (B,).
+        most: bound of end - begin.
+    """
+    blocks, device = state.keys.shape[2], key.device
+    count = min((most + block_size - 2) // block_size + 1, blocks) if most else 0
+    if not count:
+        return
+    number = torch.div(begin, block_size, rounding_mode="floor").long()[:, None]
+    number = number + torch.arange(count, device=device)  # (B, T)
+    new = number * block_size < end[:, None]
+    tokens = number[..., None] * block_size + torch.arange(block_size, device=device)
+    inside = tokens < end[:, None, None]  # (B, T, s)
+    tokens = tokens.clamp(max=max(0, key.shape[2] - 1)).flatten(1)
+    found = key.gather(2, tokens[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3]))
+    fresh = _summary(found.unflatten(2, (count, block_size)), inside[:, None], landmarks, scale)
+    # numbers that run over the end come back at the start, where they write what was there
+    row = number % blocks
+    for held, x in zip(state, fresh, strict=True):
+        shape = row.shape[0], 1, count, *(1 for _ in held.shape[3:])
+        at = row.view(shape).expand_as(x)
+        held.scatter_(2, at, torch.where(new.view(shape), x, held.gather(2, at)))
+
+
+def _summary(
+    keys: Tensor, inside: Tensor, landmarks: Tensor | None, scale: float
+) -> RoutedState:  # fmt: skip
+    """Summaries of keys (B, Hkv, C, s, D), of which those `inside` (B | 1, 1, C, s) take part."""
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    wide = keys.dtype
     keys = keys.masked_fill(~inside[..., None], 0.0)
     if landmarks is None:
         shares = inside[..., None].to(wide)
