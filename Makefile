@@ -23,7 +23,7 @@ setup: $(PACKAGE)  ## the environment and the package in it, with the C++ extens
 demo: $(PACKAGE)  ## train a small decoder on real text, then print what is proved about it (3 minutes)
 	$(BIN)/python -m examples.demo
 
-test: test-unit test-interpreter test-compile  ## everything below, one process each
+test: test-unit test-interpreter test-compile test-emulated  ## everything below, one process each
 
 test-unit: $(PACKAGE)  ## the unit suite
 	$(PYTEST) -n $(WORKERS)
@@ -51,15 +51,19 @@ compile-ptxas: $(PACKAGE)  ## the block-sparse kernels through the ptxas of nvid
 host-time: $(PACKAGE)  ## microseconds of a call on the host, through Triton's launcher and a driver without a GPU
 	$(BIN)/python -m tests.compile.driver.host_time
 
-# One in $(EVERY) of the interpreter's tests for each architecture; Triton's cache is that of test-compile.
-EVERY ?= 7
+# One in $(EVERY) of the interpreter's tests, others for each architecture. Most of the time goes to Triton's compiler,
+# whose cache is that of test-compile.
+EVERY ?= 9
 EMULATED = $(PYTEST) -n $(WORKERS) tests/interpreter --device emulated
 TRITON36 := build/triton-3.6.0
 
 test-emulated: $(PACKAGE)  ## compiled kernels run without a GPU, race-checked: the emulator's tests and some of the kernels'
-	@if ! $(HAS_TRITON); then echo "no Triton: nothing to emulate"; \
-	else $(PYTEST) -n $(WORKERS) tests/emulator && \
-	  for arch in 80 90; do $(EMULATED) --arch $$arch --every $(EVERY) || exit 1; done; fi
+	@if ! $(HAS_TRITON); then echo "no Triton: nothing to emulate"; exit 0; fi; \
+	start=$$(date +%s); $(PYTEST) -n $(WORKERS) tests/emulator || exit 1; \
+	for arch in 80 90; do \
+	  echo "$$(( $$(date +%s) - start )) s; next: one in $(EVERY) of the kernels' tests, compiled for sm_$$arch"; \
+	  $(EMULATED) --arch $$arch --every $(EVERY) || exit 1; \
+	done; echo "test-emulated took $$(( $$(date +%s) - start )) s"
 
 emulate-all: $(PACKAGE)  ## all of the kernels' tests for sm_80 and sm_90, and the table under Triton 3.7.1 and 3.6.0 (hours)
 	$(PYTEST) -n $(WORKERS) tests/emulator

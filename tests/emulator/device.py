@@ -42,14 +42,9 @@ class Done:
     conflicts: collections.Counter  # of banks of shared memory, by instruction
     noted: collections.Counter  # faults that are only noted
 
-    def instructions(self) -> collections.Counter:
-        """Instructions executed by warps, by opcode."""
-        total = collections.Counter()
-        for n, count in self.counts.items():
-            block = self.program.blocks[n]
-            for i in self.program.instructions[block.start : block.end]:
-                total[i.base] += count
-        return total
+    @property
+    def warps(self) -> int:
+        return int(np.prod(self.grid)) * -(-self.program.kernel.threads // 32)
 
 
 class Emulated(_Absent):

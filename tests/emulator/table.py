@@ -1,11 +1,13 @@
-"""A table of our kernels in the emulator: kernel x architecture, error beside PyTorch's own.
+"""Kernels in the emulator, a committed table: error beside PyTorch's, faults, instructions.
 
-`python -m tests.emulator.table [sm_80] [sm_90] [--only TEXT] [--csv FILE]`. Error is the largest
-relative error of the outputs and gradients of a call against float64, PyTorch's that of the same
-formula in plain PyTorch and the same dtype. Seconds are of the emulation of all its launches.
+`python -m tests.emulator.table [sm_80] [sm_90] [--only TEXT] [--missing]` runs the calls of
+calls.py and writes them to results.csv, by version of Triton and architecture; `--draw` writes
+docs/gpu.md's table from it. An error is the largest relative one of the outputs and gradients of a
+call against float64; PyTorch's is that of the same formula in plain PyTorch and the same dtype.
+Seconds are of the emulation.
 
 Before 3.7, Triton puts no fence between cp.async and wgmma, which the ISA asks for: those are
-counted in the last column, and end nothing.
+counted in the column `noted`, and end nothing.
 """
 
 from __future__ import annotations
@@ -14,173 +16,142 @@ import argparse
 import csv
 import dataclasses
 import sys
-from collections.abc import Callable
+from pathlib import Path
 
-import torch
 import triton
 
-from flashmark import masks
-from flashmark.kernels.block_sparse import configs
-from tests.helpers import relative_error
-from tests.hybrid.cases import Case as HybridCase
-from tests.interpreter.attention_cases import Call, Case
-from tests.nystrom.cases import Case as NystromCase
-
+from .calls import calls
+from .counts import executed
 from .device import Emulated, emulating
 from .machine import Options
 from .races import EmulationError
 
 NOTED = ("no proxy fence: async read",) if triton.__version__ < "3.7" else ()
-WINDOW = masks.causal() & masks.sliding_window(90)
-PLAIN = Case(mask=WINDOW, kv_heads=1, q_len=150, dim=64, block=64, dtype=torch.bfloat16)
-EXACT = {
-    "causal": dataclasses.replace(PLAIN, mask=masks.causal()),
-    "window": PLAIN,
-    "window D=128": dataclasses.replace(PLAIN, dim=128),
-    "float32": dataclasses.replace(PLAIN, dtype=torch.float32, q_len=70, dim=32, block=32),
-    "dropout": dataclasses.replace(PLAIN, dropout_p=0.2),
-    "dense bias": dataclasses.replace(PLAIN, bias=(1, 2, 150, 150)),
-    "relative bias": dataclasses.replace(PLAIN, bias=(2, 299)),
-    "sinks, softcap": dataclasses.replace(PLAIN, sinks=True, softcap=2.0),
-    "decode": Case(mask=masks.causal(), q_len=2, kv_len=300, rows=300, kv_heads=1, dim=64,
-                   query_offset=(255,), dtype=torch.bfloat16),
-}  # fmt: skip
-NYSTROM = {
-    "nystrom": NystromCase(150, 64, dim=64, v_dim=64),
-    "nystrom decay": NystromCase(150, 16, decay=0.3, state=True),
-    "nystrom mass": NystromCase(100, 16, normalize="mass"),
-    "nystrom bidirectional": NystromCase(100, 16, is_causal=False),
-}
-HYBRID = {
-    "hybrid slots": HybridCase(50, 16, 16, group=2),
-    "hybrid gate": HybridCase(30, 10, 5, "gate", group=2),
-    "hybrid mass": HybridCase(50, 16, 8, "mass", group=2),
-}
+RESULTS = Path(__file__).with_name("results.csv")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
+START, END = "<!-- measured: python -m tests.emulator.table --draw -->", "<!-- end of measured -->"
+TARGETS = {80: "sm_80", 90: "sm_90a"}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One kernel of one call."""
 
-    call: str
+    triton: str
     arch: int
+    call: str
     kernel: str
-    launches: int = 0
-    seconds: float = 0.0
-    instructions: int = 0
-    error: float = float("nan")
-    pytorch: float = float("nan")
-    faults: str = "0"
-    noted: int = 0
-
-
-def exact(case: Case) -> tuple[float, float]:
-    """(largest error, PyTorch's) of the outputs and gradients of block-sparse attention."""
-    call = Call(case, torch.device("cpu"))
-    wanted = call.reference()
-    out, lse = call.forward()
-    got = {"out": out, "lse": lse}
-    if case.query_offset is None:
-        for deterministic in (True, False):
-            for name, tensor in call.backward(out, lse, deterministic).items():
-                got[f"{name}, {deterministic}"] = tensor
-    plain = call.reference(case.dtype)
-    errors = [relative_error(x, wanted[n.split(",")[0]]) for n, x in got.items()]
-    return max(errors), max(
-        relative_error(plain[n.split(",")[0]], wanted[n.split(",")[0]]) for n in got
-    )
-
-
-def form(name: str) -> tuple[float, float]:
-    call = Call(PLAIN, torch.device("cpu"))
-    wanted = call.reference()
-    with configs.using(forward=configs.hopper(name, 64, (64, 64))):
-        got = dict(zip(("out", "lse"), call.forward(), strict=True))
-    plain = call.reference(PLAIN.dtype)
-    return (max(relative_error(got[n], wanted[n]) for n in got),
-            max(relative_error(plain[n], wanted[n]) for n in got))  # fmt: skip
-
-
-def operator(function, case, dtype=torch.bfloat16) -> tuple[float, float]:
-    """Errors of an operator with arguments of its own, by autograd."""
-
-    def results(arguments, **rest):
-        given = {n: x for n, x in arguments.items()}
-        out = function(**given, **rest)
-        leaves = [x for x in given.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        return [out, *torch.autograd.grad(out.double().square().sum(), leaves)]
-
-    def cast(arguments, target):
-        def one(x):
-            if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
-                return x
-            return x.detach().to(target).requires_grad_()
-
-        return {n: one(x) for n, x in arguments.items()}
-
-    arguments = {n: x for n, x in case.arguments(dtype).items() if n != "state"}
-    got = results(arguments, backend="triton")
-    wanted = results(cast(arguments, torch.float64), backend="eager")
-    plain = results(
-        cast(arguments, torch.float32 if dtype == torch.float32 else dtype), backend="eager"
-    )
-    pairs = list(zip(got, plain, wanted, strict=True))
-    return (max(relative_error(g, w) for g, _, w in pairs),
-            max(relative_error(p, w) for _, p, w in pairs))  # fmt: skip
-
-
-def calls(arch: int) -> dict[str, Callable[[], tuple[float, float]]]:
-    from flashmark import hybrid_attention, nystrom_attention
-
-    found = {f"exact {n}": lambda c=c: exact(c) for n, c in EXACT.items()}
-    if arch == 90:
-        found |= {f"exact {n}": lambda n=n: form(n) for n in ("gluon",)}
-    found |= {n: lambda c=c: operator(nystrom_attention, c) for n, c in NYSTROM.items()}
-    return found | {n: lambda c=c: operator(hybrid_attention, c) for n, c in HYBRID.items()}
+    launches: int
+    instructions: int  # of warps
+    seconds: float
+    error: float
+    pytorch: float
+    faults: str  # the first, or 0
+    noted: int
 
 
 def rows_of(name: str, arch: int, device: Emulated, errors, faults: str) -> list[Row]:
-    rows: dict[str, Row] = {}
+    by_kernel: dict[str, list] = {}
     for launch in device.launches:
-        row = rows.setdefault(launch.kernel, Row(name, arch, launch.kernel))
-        row.launches += 1
-        row.seconds += launch.seconds
-        row.instructions += launch.instructions().total()
-        row.error, row.pytorch = errors
-        row.faults = faults
-        row.noted += launch.noted.total()
-    return list(rows.values()) or [Row(name, arch, "-", faults=faults)]
+        by_kernel.setdefault(launch.kernel, []).append(launch)
+    return [
+        Row(
+            triton.__version__,
+            arch,
+            name,
+            kernel,
+            len(launches),
+            sum(executed(launch.program, launch.counts).total() for launch in launches),
+            round(sum(launch.seconds for launch in launches), 2),
+            float(f"{errors[0]:.2e}"),
+            float(f"{errors[1]:.2e}"),
+            faults,
+            sum(launch.noted.total() for launch in launches),
+        )
+        for kernel, launches in by_kernel.items()
+    ]
+
+
+def run(name: str, arch: int) -> list[Row]:
+    """Run a call for an architecture."""
+    errors, faults = (float("nan"), float("nan")), "0"
+    with emulating(arch, Options(only_noted=NOTED)) as device:
+        try:
+            errors = calls(arch)[name]()
+        except EmulationError as error:
+            faults = str(error).splitlines()[0]
+    return rows_of(name, arch, device, errors, faults)
+
+
+def read() -> list[Row]:
+    """The committed table."""
+    if not RESULTS.exists():
+        return []
+    kinds = (str, int, str, str, int, int, float, float, float, str, int)
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [Row(*(kind(x) for kind, x in zip(kinds, row, strict=True))) for row in rows]
+
+
+def write(rows: list[Row]) -> None:
+    order = {name: n for n, name in enumerate(calls(90))}
+    rows = sorted(rows, key=lambda r: (r.triton, r.arch, order.get(r.call, -1)))
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A line a call: its kernels, its error by Triton and architecture, PyTorch's, and faults."""
+    columns = sorted({(r.triton, r.arch) for r in rows}, key=lambda c: (c[0] != "3.7.1", c))
+    titles = [f"{TARGETS[arch]}, Triton {version}" for version, arch in columns]
+    heads = ["call", "kernels", *titles, "PyTorch", "races", "instructions", "seconds"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in dict.fromkeys(row.call for row in rows):
+        some = [row for row in rows if row.call == name]
+        kernels = dict.fromkeys(row.kernel.removesuffix("_kernel") for row in some)
+        errors = {(row.triton, row.arch): f"{row.error:.1e}" for row in some}
+        faults = sum(row.faults != "0" for row in some)
+        most = max(errors, key=lambda c: sum(r.instructions for r in some if (r.triton, r.arch) == c))  # fmt: skip # noqa: E501
+        count = sum(r.instructions for r in some if (r.triton, r.arch) == most)
+        seconds = sum(row.seconds for row in some) / len(errors)
+        cells = [name, ", ".join(kernels), *(errors.get(c, "") for c in columns)]
+        pytorch = f"{max(row.pytorch for row in some):.1e}"
+        lines.append("| " + " | ".join([*cells, pytorch, str(faults), f"{count:,}", f"{seconds:.1f}"]) + " |")  # fmt: skip # noqa: E501
+    return "\n".join(lines)
+
+
+def draw() -> str:
+    """docs/gpu.md with the table as results.csv has it."""
+    before, _, rest = PAGE.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n\n{markdown(read())}\n\n{END}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=["sm_80", "sm_90"])
     parser.add_argument("--only", default="", help="calls whose name holds this text")
-    parser.add_argument("--csv", help="write the table there as well")
+    parser.add_argument("--missing", action="store_true", help="calls that the table lacks")
+    parser.add_argument("--draw", action="store_true", help="write docs/gpu.md, run nothing")
     options = parser.parse_args()
-    print(f"Triton {triton.__version__}\n")
-    titles = "call arch kernel launches seconds instructions error pytorch faults noted".split()
-    print("|", " | ".join(titles), "|\n" + "|---" * len(titles) + "|")
-    table, failed = [], False
-    for arch in (int(t.removeprefix("sm_")) for t in options.targets):
-        for name, run in calls(arch).items():
-            if options.only not in name:
+    if options.draw:
+        PAGE.write_text(draw())
+        return 0
+    failed = False
+    for arch in (int(target.removeprefix("sm_").rstrip("a")) for target in options.targets):
+        for name in calls(arch):
+            kept = read()
+            key = triton.__version__, arch, name
+            known = any((r.triton, r.arch, r.call) == key for r in kept)
+            if options.only not in name or (options.missing and known):
                 continue
-            errors, faults = (float("nan"), float("nan")), "0"
-            with emulating(arch, Options(only_noted=NOTED)) as device:
-                try:
-                    errors = run()
-                except EmulationError as error:
-                    faults, failed = str(error).splitlines()[0], True
-            for row in rows_of(name, arch, device, errors, faults):
-                table.append(row)
-                print(f"| {name} | sm_{arch} | {row.kernel} | {row.launches} | {row.seconds:.2f} "
-                      f"| {row.instructions} | {row.error:.1e} | {row.pytorch:.1e} | {row.faults} | {row.noted} |", flush=True)  # fmt: skip # noqa: E501
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["triton", *titles])
-            writer.writerows([triton.__version__, *dataclasses.astuple(row)] for row in table)
+            now = run(name, arch)
+            failed |= any(row.faults != "0" for row in now)
+            write([r for r in kept if (r.triton, r.arch, r.call) != key] + now)
+            for row in now:
+                print(*dataclasses.astuple(row), sep=", ", flush=True)
     return int(failed)
 
 

@@ -1,0 +1,97 @@
+"""Calls that between them run every kernel: each returns its error and PyTorch's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+
+import flashmark
+from flashmark import hybrid_attention, masks, nystrom_attention
+from flashmark.kernels.block_sparse import configs
+from tests.helpers import relative_error
+from tests.hybrid.cases import Case as HybridCase
+from tests.interpreter.attention_cases import Call, Case
+from tests.nystrom.cases import Case as NystromCase
+
+HALF = torch.bfloat16
+WINDOW = masks.causal() & masks.sliding_window(90)
+PLAIN = Case(mask=WINDOW, kv_heads=1, q_len=150, dim=64, block=64, dtype=HALF)
+EXACT = {
+    "causal": dataclasses.replace(PLAIN, mask=masks.causal()),
+    "window": PLAIN,
+    "window, D=128": dataclasses.replace(PLAIN, dim=128),
+    "window, float32": dataclasses.replace(PLAIN, dtype=torch.float32, q_len=70, dim=32, block=32),
+    "dropout": dataclasses.replace(PLAIN, dropout_p=0.2),
+    "dense bias": dataclasses.replace(PLAIN, bias=(1, 2, 150, 150)),
+    "relative bias": dataclasses.replace(PLAIN, bias=(2, 299)),
+    "sinks, softcap": dataclasses.replace(PLAIN, sinks=True, softcap=2.0),
+    "decode": Case(mask=masks.causal(), q_len=2, kv_len=300, rows=300, kv_heads=1, dim=64,
+                   query_offset=(255,), dtype=HALF),
+}  # fmt: skip
+NYSTROM = {
+    "landmarks": NystromCase(150, 64, dim=64, v_dim=64),
+    "decay, state": NystromCase(150, 16, decay=0.3, state=True),
+    "mass": NystromCase(100, 16, normalize="mass"),
+    "packed": NystromCase(101, 16, packed=True),
+    "bidirectional": NystromCase(100, 16, is_causal=False),
+    "decode": NystromCase(1, 16, group=4, state=True),
+}
+HYBRID = {
+    "slots": HybridCase(50, 16, 16, group=2),
+    "gate": HybridCase(30, 10, 5, "gate", group=2),
+    "mass": HybridCase(50, 16, 8, "mass", group=2),
+}
+Errors = tuple[float, float]  # of a result, against float64: ours, and PyTorch's
+
+
+def calls(arch: int) -> dict[str, Callable[[], Errors]]:
+    """Calls by family and feature."""
+    found = {f"block-sparse: {n}": lambda c=c: block_sparse(c) for n, c in EXACT.items()}
+    if arch == 90:
+        found["block-sparse: window, Gluon"] = lambda: hopper_form("gluon")
+    found |= {f"Nyström: {n}": lambda c=c: operator(nystrom_attention, c) for n, c in NYSTROM.items()}  # fmt: skip # noqa: E501
+    return found | {f"hybrid: {n}": lambda c=c: operator(hybrid_attention, c) for n, c in HYBRID.items()}  # fmt: skip # noqa: E501
+
+
+def block_sparse(case: Case) -> Errors:
+    """Outputs of the kernels, and their gradients by the two-pass and the one-pass form."""
+    call = Call(case, torch.device("cpu"))
+    out, lse = call.forward()
+    got = [("out", out), ("lse", lse)]
+    if case.query_offset is None:
+        for deterministic in (True, False):
+            got += call.backward(out, lse, deterministic).items()
+    return _compare(call, got)
+
+
+def hopper_form(name: str) -> Errors:
+    """The outputs of a forward form of Hopper."""
+    call = Call(PLAIN, torch.device("cpu"))
+    with configs.using(forward=configs.hopper(name, 64, (64, 64))):
+        got = zip(("out", "lse"), call.forward(), strict=True)
+        return _compare(call, got)
+
+
+def _compare(call: Call, got: Iterable[tuple[str, torch.Tensor]]) -> Errors:
+    wanted, plain = call.reference(), call.reference(call.case.dtype)
+    return _worst(
+        (relative_error(tensor, wanted[name]), relative_error(plain[name], wanted[name]))
+        for name, tensor in got
+    )
+
+
+def operator(function, case) -> Errors:
+    """Outputs and gradients of an operator with tensor arguments of its own."""
+    run = functools.wraps(function)(functools.partial(function, backend="triton"))
+    eps = torch.finfo(HALF).eps
+    report = flashmark.check(run, **case.arguments(HALF))
+    # a budget is twice PyTorch's error, and two rounding units
+    return _worst((row.error, row.budget / 2 - eps) for row in report.rows)
+
+
+def _worst(errors: Iterable[Errors]) -> Errors:
+    """Errors of the result where ours is largest beside PyTorch's."""
+    return max(errors, key=lambda pair: pair[0] / (pair[1] + torch.finfo(HALF).eps / 2))
