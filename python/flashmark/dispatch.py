@@ -20,6 +20,7 @@ CPU_KERNELS = {
     "block_sparse": "",
     "nystrom": "is_causal=False runs in plain PyTorch",
     "hybrid": "with gradients, the far field runs in plain PyTorch",
+    "routed": "",
 }
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 #: Triton's interpreter multiplies the bit patterns of bfloat16; a fix of it adds the dtype here
