@@ -4,8 +4,8 @@
     python -m examples.compare --time             # time and memory of the attentions alone
     python -m examples.compare_report             # tables and plot from the CSVs
 
-Two tasks: the source text of Python's standard library, and associative recall. Every attention
-gets the same initial weights, batches and number of steps; then `flashmark.check_causality` probes
+Tasks: the source text of Python's standard library, and associative recall in 48 and in 256
+tokens. Every attention gets the same initial weights, batches and number of steps; then `flashmark.check_causality` probes
 the trained model. One row of the CSV is one training; rows that are there are not trained again, so
 that a run can be stopped, continued and extended. On a GPU the sizes are larger.
 """
@@ -25,25 +25,40 @@ from bench.environment import describe
 from bench.timing import interleaved, peak_memory
 from examples.attention import byte_decoder
 from examples.compare_tasks import Task, loss_in_bits, recall_task, score, text_task
-from examples.compare_variants import LEAKY, VARIANTS, Rotated, TorchExact
+from examples.compare_variants import LEAKY, VARIANTS, Rotated, Routed, TorchExact
 from examples.training import learning_rate
 from flashmark.causality import check_causality
 from flashmark.models import Decoder
+from flashmark.objectives import routing_loss
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_RATE = 4e-3
-LENGTHS = 2048, 8192  # where time and memory are measured, with 8 heads of 64
+LENGTHS = 2048, 8192, 32768  # where time and memory are measured, with 8 heads of 64
+TOP_K = 16  # and with so many blocks of 64 tokens chosen
 
 # width, heads, steps of each task; and the sizes of the task
 SMALL = {
     "text": ((64, 2, 500), lambda: text_task(context=256, window=16, landmarks=16, batch=4)),
     "recall": ((64, 2, 600), recall_task),
+    # hybrids and routed attention read as many keys and slots, 96
+    "recall 256": (
+        (64, 2, 400),
+        lambda: recall_task(
+            context=256, window=16, landmarks=64, batch=8, pairs=16, top_k=4, name="recall 256"
+        ),
+    ),
 }
 LARGE = {
     "text": ((256, 4, 4000), lambda: text_task(context=1024, window=64, landmarks=64, batch=32)),
     "recall": (
         (128, 4, 3000),
         lambda: recall_task(context=256, window=16, landmarks=32, batch=64, pairs=16),
+    ),
+    "recall 256": (
+        (128, 4, 3000),
+        lambda: recall_task(
+            context=256, window=16, landmarks=64, batch=64, pairs=16, top_k=4, name="recall 256"
+        ),
     ),
 }
 
@@ -97,10 +112,10 @@ def build(task: Task, variant: str, seed: int, width: int, heads: int) -> Decode
 
     def decoder(name: str) -> Decoder:
         torch.manual_seed(seed)
-        make, rotary = VARIANTS[name]
+        make, _, rotary = VARIANTS[name]
 
         def attention(heads: int, head_width: int) -> nn.Module:
-            layer = make(heads, head_width, task.window, task.landmarks)
+            layer = make(heads, head_width, task.window, task.landmarks, task.top_k)
             return Rotated(layer) if rotary else layer
 
         return byte_decoder(attention, width=width, heads=heads)
@@ -130,7 +145,7 @@ def train(
         optimizer.param_groups[0]["lr"] = learning_rate(step, step / steps, PEAK_RATE)
         loss = loss_in_bits(model(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + router_loss(model)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 10 == 9:
@@ -148,6 +163,12 @@ def train(
     }  # fmt: skip
 
 
+def router_loss(model: Decoder) -> Tensor | float:
+    """What landmarks that choose blocks learn from; 0 without them."""
+    routed = (x for x in model.modules() if isinstance(x, Routed) and x.routing is not None)
+    return sum(routing_loss(x.routing) for x in routed)
+
+
 def causal(model: Decoder, task: Task, device: torch.device) -> bool:
     """Whether no logit of the trained model moves when a later token does."""
     tokens = next(task.batches(1_001, True))[0][:1].to(device)
@@ -156,10 +177,10 @@ def causal(model: Decoder, task: Task, device: torch.device) -> bool:
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> None:
     """Rows of time and peak memory: the attention alone, forward + backward, side by side."""
-    window, landmarks = 256, 64
+    landmarks = 64
     variants = {"torch": TorchExact().to(device)}
     variants |= {
-        name: VARIANTS[name].make(8, 64, window, landmarks).to(device)
+        name: VARIANTS[name].make(8, 64, window_of(name), landmarks, TOP_K).to(device)
         for name in arguments.variants
         if name != LEAKY  # its cost is of no interest
     }
@@ -172,7 +193,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> None:
         for name, run in runs.items():
             p20, p50, p80 = (round(x, 4) for x in spreads[name])
             row = {
-                "variant": name, "n": n, "window": window, "landmarks": landmarks,
+                "variant": name, "n": n, "window": window_of(name), "landmarks": landmarks,
                 "batch": 1, "heads": 8, "head_dim": 64, "dtype": "float32",
                 "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
                 "peak_bytes": peak_memory(run, device),
@@ -181,9 +202,14 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> None:
     print(f"{len(variants) * len(arguments.lengths)} measurements added to {arguments.out}")
 
 
+def window_of(variant: str) -> int:
+    """Window, or tokens of a block, where time and memory are measured."""
+    return 64 if variant.startswith("routed") else 256
+
+
 def both_ways(module: nn.Module, inputs: list[Tensor], gradient: Tensor):
     """Forward and backward, gradients of the attention's own parameters included."""
-    wanted = [*inputs, *module.parameters()]
+    wanted = [*inputs, *(x for x in module.parameters() if x.requires_grad)]
     return lambda: torch.autograd.grad(module(*inputs), wanted, gradient, allow_unused=True)
 
 

@@ -27,6 +27,7 @@ class Task:
     context: int
     window: int  # of the hybrids; the near field is this to twice this wide
     landmarks: int
+    top_k: int  # blocks of `window` tokens that a routed attention chooses
     batch: int
     batches: Callable[[int, bool], Batches]  # (seed, unseen)
 
@@ -47,12 +48,13 @@ def text_task(context: int = 256, window: int = 16, landmarks: int = 16, batch: 
         for text in random_batches(unseen if held_out else training, batch, context, seed):
             yield text[:, :-1], text[:, 1:]
 
-    return Task("text", "bits", context, window, landmarks, batch, batches)
+    return Task("text", "bits", context, window, landmarks, 2, batch, batches)
 
 
 def recall_task(
-    context: int = 48, window: int = 4, landmarks: int = 16, batch: int = 24, pairs: int = 8
-) -> Task:
+    context: int = 48, window: int = 4, landmarks: int = 16, batch: int = 24, pairs: int = 8,
+    top_k: int = 2, name: str = "recall",
+) -> Task:  # fmt: skip
     """Multi-query associative recall: pairs of a key and its value, later each key once more.
 
     The pairs stand at random places among fillers. The last 2 * `pairs` tokens are the keys in
@@ -68,7 +70,7 @@ def recall_task(
         while True:
             yield _recall(batch, context, pairs, generator)
 
-    return Task("recall", "accuracy", context, window, landmarks, batch, batches)
+    return Task(name, "accuracy", context, window, landmarks, top_k, batch, batches)
 
 
 def _recall(

@@ -86,6 +86,36 @@ class Hybrid(nn.Module):
         )
 
 
+class Routed(nn.Module):
+    """Exact over the own block, the one before, and those that the token chooses.
+
+    `count` landmarks a head summarise a block, its mean key where it is 0. A `learned` router gets
+    `routing` from each call, for `flashmark.objectives.routing_loss`.
+    """
+
+    def __init__(
+        self, heads: int, width: int, count: int, *, block: int, top_k: int, learned: bool = False
+    ):
+        super().__init__()
+        self.landmarks = None
+        if count:
+            marks = flashmark.init_landmarks(heads, count, width)
+            self.landmarks = nn.Parameter(marks, requires_grad=learned)
+        self.block, self.top_k, self.learned = block, top_k, learned
+        self.routing: flashmark.Routing | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        asked = self.learned and torch.is_grad_enabled()
+        found = flashmark.routed_attention(
+            query, key, value, self.landmarks, block_size=self.block, top_k=self.top_k, near=1,
+            return_routing=asked,
+        )  # fmt: skip
+        if not asked:
+            return found
+        out, self.routing = found
+        return out
+
+
 class Function(nn.Module):
     """An attention without parameters of its own."""
 
@@ -108,23 +138,62 @@ LEAKY = "leaky segment means"
 
 
 class Variant(NamedTuple):
-    """`make(heads, head width, window, landmarks)` is the attention of a layer."""
+    """`make(heads, head width, window, landmarks, top_k)` is the attention of a layer.
 
-    make: Callable[[int, int, int, int], nn.Module]
+    `reads(tokens, window, landmarks, top_k)` is how many keys and slots a token reads at most.
+    """
+
+    make: Callable[[int, int, int, int, int], nn.Module]
+    reads: Callable[[int, int, int, int], int]
     rotary: bool = True  # not with learned landmarks alone: they stand at no position
 
 
+def _landmarks(n: int, w: int, m: int, k: int) -> int:
+    return m
+
+
+def _hybrid(n: int, w: int, m: int, k: int) -> int:
+    return 2 * w + m
+
+
+def _routed(n: int, w: int, m: int, k: int) -> int:
+    return min(n, (k + 2) * w)
+
+
 VARIANTS = {
-    "exact": Variant(lambda h, d, w, m: Exact(causal())),
+    "exact": Variant(lambda h, d, w, m, k: Exact(causal()), lambda n, w, m, k: n),
     # as wide as the near field of a hybrid ever gets
-    "window only": Variant(lambda h, d, w, m: Exact(causal() & sliding_window(2 * w))),
-    "landmarks": Variant(lambda h, d, w, m: Nystrom(h, d, m), rotary=False),
-    "landmarks, decay": Variant(lambda h, d, w, m: Nystrom(h, d, m, decay=True), rotary=False),
-    "landmarks, no core": Variant(lambda h, d, w, m: Nystrom(h, d, m, inverse=False), rotary=False),
-    "first-k": Variant(lambda h, d, w, m: Function(variants.first_k_attention, first=m)),
-    "segment": Variant(lambda h, d, w, m: Function(variants.segment_attention, segment=w)),
-    "hybrid slots": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="slots")),
-    "hybrid mass": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="mass")),
-    "hybrid gate": Variant(lambda h, d, w, m: Hybrid(h, d, m, window=w, merge="gate")),
-    LEAKY: Variant(lambda h, d, w, m: Function(leaky_segment_attention, num_landmarks=2 * m)),
+    "window only": Variant(
+        lambda h, d, w, m, k: Exact(causal() & sliding_window(2 * w)), lambda n, w, m, k: 2 * w
+    ),
+    "landmarks": Variant(lambda h, d, w, m, k: Nystrom(h, d, m), _landmarks, rotary=False),
+    "landmarks, decay": Variant(
+        lambda h, d, w, m, k: Nystrom(h, d, m, decay=True), _landmarks, rotary=False
+    ),
+    "landmarks, no core": Variant(
+        lambda h, d, w, m, k: Nystrom(h, d, m, inverse=False), _landmarks, rotary=False
+    ),
+    "first-k": Variant(
+        lambda h, d, w, m, k: Function(variants.first_k_attention, first=m), _landmarks
+    ),
+    "segment": Variant(
+        lambda h, d, w, m, k: Function(variants.segment_attention, segment=w),
+        lambda n, w, m, k: -(-n // w) - 1 + w,
+    ),
+    "hybrid slots": Variant(
+        lambda h, d, w, m, k: Hybrid(h, d, m, window=w, merge="slots"), _hybrid
+    ),
+    "hybrid mass": Variant(lambda h, d, w, m, k: Hybrid(h, d, m, window=w, merge="mass"), _hybrid),
+    "hybrid gate": Variant(lambda h, d, w, m, k: Hybrid(h, d, m, window=w, merge="gate"), _hybrid),
+    "routed mean": Variant(lambda h, d, w, m, k: Routed(h, d, 0, block=w, top_k=k), _routed),
+    "routed 2": Variant(lambda h, d, w, m, k: Routed(h, d, 2, block=w, top_k=k), _routed),
+    "routed 4": Variant(lambda h, d, w, m, k: Routed(h, d, 4, block=w, top_k=k), _routed),
+    "routed 8": Variant(lambda h, d, w, m, k: Routed(h, d, 8, block=w, top_k=k), _routed),
+    "routed 4, trained": Variant(
+        lambda h, d, w, m, k: Routed(h, d, 4, block=w, top_k=k, learned=True), _routed
+    ),
+    LEAKY: Variant(
+        lambda h, d, w, m, k: Function(leaky_segment_attention, num_landmarks=2 * m),
+        lambda n, w, m, k: 2 * m,
+    ),
 }
