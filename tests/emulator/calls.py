@@ -49,11 +49,24 @@ Errors = tuple[float, float]  # of a result, against float64: ours, and PyTorch'
 
 def calls(arch: int) -> dict[str, Callable[[], Errors]]:
     """Calls by family and feature."""
-    found = {f"block-sparse: {n}": lambda c=c: block_sparse(c) for n, c in EXACT.items()}
+    found: dict[str, Callable[[], Errors]] = {}
+    for name, case in EXACT.items():
+        found[f"block-sparse: {name}"] = functools.partial(block_sparse, case)
     if arch == 90:
-        found["block-sparse: window, Gluon"] = lambda: hopper_form("gluon")
-    found |= {f"Nyström: {n}": lambda c=c: operator(nystrom_attention, c) for n, c in NYSTROM.items()}  # fmt: skip # noqa: E501
-    return found | {f"hybrid: {n}": lambda c=c: operator(hybrid_attention, c) for n, c in HYBRID.items()}  # fmt: skip # noqa: E501
+        found["block-sparse: window, Gluon"] = functools.partial(hopper_form, "gluon")
+    for name, case in NYSTROM.items():
+        found[f"Nyström: {name}"] = functools.partial(_nystrom, case)
+    for name, case in HYBRID.items():
+        found[f"hybrid: {name}"] = functools.partial(_hybrid, case)
+    return found
+
+
+def _nystrom(case: NystromCase) -> Errors:
+    return operator(nystrom_attention, case.arguments(HALF))
+
+
+def _hybrid(case: HybridCase) -> Errors:
+    return operator(hybrid_attention, case.arguments(HALF))
 
 
 def block_sparse(case: Case) -> Errors:
@@ -83,11 +96,11 @@ def _compare(call: Call, got: Iterable[tuple[str, torch.Tensor]]) -> Errors:
     )
 
 
-def operator(function, case) -> Errors:
-    """Outputs and gradients of an operator with tensor arguments of its own."""
+def operator(function, arguments: dict) -> Errors:
+    """Outputs and gradients of a public operator."""
     run = functools.wraps(function)(functools.partial(function, backend="triton"))
     eps = torch.finfo(HALF).eps
-    report = flashmark.check(run, **case.arguments(HALF))
+    report = flashmark.check(run, **arguments)
     # a budget is twice PyTorch's error, and two rounding units
     return _worst((row.error, row.budget / 2 - eps) for row in report.rows)
 
