@@ -9,6 +9,7 @@ from .primitives import kept_tokens, load_rows, lower, mm, mm_acc, operand
 from .reading import landmark_dots
 
 RISE = tl.constexpr(90.0)  # largest exponent above the reference; the products add up to 2^97
+MOST_SHIFT = tl.constexpr(45.0)  # of the reference, so that totals, near 2^-45 then, stay exact
 
 
 @triton.jit
@@ -45,16 +46,27 @@ def raised(s, ref, tot, acc, F: tl.constexpr):
 
 
 @triton.jit
-def exponentials(s, keep, ref, tot, F: tl.constexpr):
+def middle(decay2, F: tl.constexpr):
+    """How far decay raises scores up to the middle of a chunk: a whole number, [PAD_M].
+
+    The reference moves up by it. Scores in the chunk's own time rise by decay2 from token to token,
+    over 64 tokens of a fresh module by more than RISE.
+    """
+    return tl.minimum(tl.floor(decay2 * (0.5 * F.CHUNK) + 0.5), MOST_SHIFT)
+
+
+@triton.jit
+def exponentials(s, keep, ref, tot, shift, F: tl.constexpr):
     """(ref, P = 2^(s - ref), first token that rises more than RISE above it, CHUNK if none).
 
-    Where nothing is held, the reference is the first kept key's score: never one that a later
-    token can change. P is 0 where it would rise further, but for the first token of a piece; rows
-    from there on are not computed by it. After a NaN the rest is NaN, in pieces of any length.
+    Where nothing is held, the reference is the first kept key's score plus `shift`: never one that
+    a later token can change. P is 0 where it would rise further, but for the first token of a
+    piece; rows from there on are not computed by it. After a NaN the rest is NaN, in pieces of any
+    length.
     """
     offs = tl.arange(0, F.CHUNK)
     head = tl.min(tl.where(keep, offs, F.CHUNK), 0)
-    ref = tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5), ref)
+    ref = tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5) + shift, ref)
     x = s - ref[:, None]
     calm = x <= RISE  # false for NaN
     if F.STEEP:
@@ -108,7 +120,7 @@ def end_of_chunk(P, v, ref, tot, acc, decay2, length, F: tl.constexpr):
 
 @triton.jit
 def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, F: tl.constexpr):
-    """(keep, v, P, first token that rises too far, state, factor that a piece's state moved by).
+    """(keep, v, P, first token that rises too far, state, factor that totals moved by).
 
     P = e^{s-ref}, [PAD_M, CHUNK], as an operand.
     """
@@ -117,8 +129,12 @@ def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, 
     s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
     v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-    share = 1.0
+    share, shift = 1.0, 0.0
     if F.STEEP:
         ref, tot, acc, share = raised(s, ref, tot, acc, F)
-    ref, P, first = exponentials(s, keep, ref, tot, F)
+    elif F.DECAY:
+        shift = middle(decay2, F)
+        share = tl.exp2(-shift)
+        ref, tot, acc = ref + shift, tot * share, acc * share[:, None]
+    ref, P, first = exponentials(s, keep, ref, tot, shift, F)
     return keep, v, operand(P, F), first, ref, tot, acc, share

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
+from flashmark import HybridState
+from flashmark.hybrid.call import Call
+from flashmark.hybrid.state import tensors_of
 from flashmark.kernels import hybrid
 from flashmark.kernels.hybrid import mass
 
@@ -80,3 +83,32 @@ def test_kernel(target, launch):
             assert launch.dim > 64 or report.spilled == 0, report
             if launch.dtype != SINGLE:
                 assert report.hgmma + report.hmma > 0, report
+
+
+def step(merge: str, dtype: torch.dtype, width: int) -> None:
+    """Launch a decoding step of `width` landmarks and dimensions on CPU tensors."""
+    state = HybridState.empty(2, 2, width, width, window=128, merge=merge, dtype=dtype)
+    held, marks = tensors_of(state), torch.zeros(2, width, width)
+    core = None if merge == "slots" else torch.zeros(2, width, width)
+    held = held if merge == "slots" else (*held[:5], None, held[5])
+    query, key = (torch.zeros(2, heads, 1, width, dtype=dtype) for heads in (4, 2))
+    gate = torch.zeros(2, 4, 1, 1) if merge == "gate" else None
+    call = Call(
+        query, key, key, marks, marks, 128, merge, 0.125, core, gate, None, None, *held, True
+    )
+    hybrid.step(call, torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, SINGLE], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("merge", ["slots", "mass", "gate"])
+def test_a_decoding_step(merge, dtype, width):
+    with compiling_for(90) as launches:
+        step(merge, dtype, width)
+    reports = [inspect(*each) for each in launches]
+    assert [report.kernel for report in reports] == ["step_kernel", "advance_kernel"]
+    for report in reports:
+        assert report.shared <= SHARED_MEMORY[90] // 2, report
+        # exact float32 products keep their operands in registers
+        assert report.spilled <= (0 if dtype != SINGLE or width < 128 else 512), report
+    assert dtype == SINGLE or reports[0].hmma > 0
