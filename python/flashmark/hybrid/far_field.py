@@ -61,8 +61,8 @@ def added(far: Far, left: Totals, right: Totals) -> Totals:
 def running(far: Far, totals: Totals) -> Totals:
     """Inclusive running totals over the chunks."""
     if far.merge == "slots":
-        return tuple(_RunningSums.apply(x) for x in totals)
-    return _RunningStates.apply(*totals)
+        return tuple(_RunningSums.apply(x, far.backend) for x in totals)
+    return _RunningStates.apply(*totals, far.backend)
 
 
 def by_sample(x: Tensor) -> Tensor:
@@ -142,26 +142,29 @@ class _MassRead(torch.autograd.Function):
 
 class _RunningSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        return torch.ops.flashmark.hybrid_running_sums(x, False)
+    def forward(ctx, x, backend):
+        ctx.backend = backend
+        return torch.ops.flashmark.hybrid_running_sums(x, False, backend)
 
     @staticmethod
     @first_order("hybrid_attention")
     def backward(ctx, dtotal):
-        return (torch.ops.flashmark.hybrid_running_sums(dtotal, True),)
+        return torch.ops.flashmark.hybrid_running_sums(dtotal, True, ctx.backend), None
 
 
 class _RunningStates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, own_L, own_R):
-        L, R = torch.ops.flashmark.hybrid_scan_forward(own_L, own_R)
+    def forward(ctx, own_L, own_R, backend):
+        L, R = torch.ops.flashmark.hybrid_scan_forward(own_L, own_R, backend)
         ctx.save_for_backward(own_L, own_R, L, R)
+        ctx.backend = backend
         return L, R
 
     @staticmethod
     @first_order("hybrid_attention")
     def backward(ctx, dL, dR):
-        return torch.ops.flashmark.hybrid_scan_backward(dL, dR, *ctx.saved_tensors)
+        grads = torch.ops.flashmark.hybrid_scan_backward(dL, dR, *ctx.saved_tensors, ctx.backend)
+        return *grads, None
 
 
 _SUMS = "Tensor key, Tensor value, Tensor landmarks, Tensor? keep, float scale, str backend"
@@ -223,16 +226,28 @@ def _mass_backward_fake(dnumerator, dmass, query, landmarks, core, L, R, *_):
     return tuple(x.new_empty(x.shape) for x in (query, landmarks, core, L, R))
 
 
-def _running_fake(x, reverse):
+def _running(x, reverse, backend):
+    return _backend(backend, x).running_sums(x, reverse)
+
+
+def _scan(own_L, own_R, backend):
+    return _backend(backend, own_R).running_states(own_L, own_R)
+
+
+def _scan_backward(dL, dR, own_L, own_R, L, R, backend):
+    return _backend(backend, own_R).running_states_backward(dL, dR, own_L, own_R, L, R)
+
+
+def _running_fake(x, reverse, backend):
     return x.new_empty(x.shape)
 
 
-def _scan_fake(l, r):  # noqa: E741, the letters of the formula
+def _scan_fake(l, r, backend):  # noqa: E741, the letters of the formula
     return l.new_empty(l.shape), r.new_empty(r.shape)
 
 
-def _scan_backward_fake(dL, dR, l, r, L, R):  # noqa: E741
-    return _scan_fake(l, r)
+def _scan_backward_fake(dL, dR, l, r, L, R, backend):  # noqa: E741
+    return _scan_fake(l, r, backend)
 
 
 register(
@@ -246,16 +261,18 @@ register(
     _mass_backward,
     _mass_backward_fake,
 )
-register("hybrid_running_sums(Tensor x, bool reverse) -> Tensor", eager.running_sums, _running_fake)
 register(
-    "hybrid_scan_forward(Tensor l, Tensor r) -> (Tensor L, Tensor R)",
-    eager.running_states,
+    "hybrid_running_sums(Tensor x, bool reverse, str backend) -> Tensor", _running, _running_fake
+)
+register(
+    "hybrid_scan_forward(Tensor l, Tensor r, str backend) -> (Tensor L, Tensor R)",
+    _scan,
     _scan_fake,
 )
 register(
-    "hybrid_scan_backward(Tensor dL, Tensor dR, Tensor l, Tensor r, Tensor L, Tensor R) "
-    "-> (Tensor dl, Tensor dr)",
-    eager.running_states_backward,
+    "hybrid_scan_backward(Tensor dL, Tensor dR, Tensor l, Tensor r, Tensor L, Tensor R, "
+    "str backend) -> (Tensor dl, Tensor dr)",
+    _scan_backward,
     _scan_backward_fake,
 )
 
