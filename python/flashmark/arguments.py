@@ -158,8 +158,10 @@ def _check_offset_range(low: int, high: int, q_len: int, rows: int) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether values may be read: without waiting for a GPU or breaking a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may be read: without waiting for a GPU or breaking a graph or a transform."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def _integers(

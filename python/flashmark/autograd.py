@@ -63,19 +63,17 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def refuse_transforms(name: str) -> None:
-    """Raise inside torch.func transforms, which explicit backwards do not support."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._is_tracing():
+def refuse_tracing(name: str) -> None:
+    """Raise inside torch.jit.trace, which knows nothing of operators with several backends."""
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError(
             f"{name}: expected no torch.jit.trace, got one; use torch.export or torch.compile"
         )
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            f"{name}: expected no transform of torch.func (vmap, grad, jvp, ...), got one; put a "
-            "mapped dimension into the batch, and use torch.autograd for gradients"
-        )
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward mode may be at work: where it may not, calls stay short."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _one_by_one(backward: Callable, ctx, grads: tuple) -> tuple:
@@ -103,33 +101,41 @@ def _one_by_one(backward: Callable, ctx, grads: tuple) -> tuple:
     )
 
 
-def first_order(name: str) -> Callable[[Callable], Callable]:
-    """For an explicit `backward`: differentiating its results again raises an error.
-
-    Stricter than PyTorch's `once_differentiable`, which lets them pass for constants where the
-    incoming gradient is one (that of a plain sum, say).
-    """
-    message = f"{name}: expected first derivatives only, got a second one: it has no formula"
+def explicit(again: Callable) -> Callable[[Callable], Callable]:
+    """For an explicit `backward`: `again` computes the same where the result is to be
+    differentiated, in reverse or in forward mode, and neither derivative may be left out."""
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def run(ctx, *grads):
-            with torch.no_grad():
-                found = _one_by_one(backward, ctx, grads)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return found
-            refuse = torch._C._functions.DelayedError(message.encode(), len(found))
-            return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+            if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transformed()):
+                with torch.no_grad():
+                    return _one_by_one(backward, ctx, grads)
+            return _one_by_one(again, ctx, grads)
 
         return run
 
     return decorate
 
 
+def recomputed(function: Callable, inputs: Sequence, options: Sequence, grads: Sequence) -> tuple:
+    """Gradients of the inputs and options of `function`, by autograd of it: they can be
+    differentiated again."""
+    at = [n for n, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def outputs(*tensors: Tensor):
+        given = list(inputs)
+        for n, x in zip(at, tensors, strict=True):
+            given[n] = x
+        return function(*given, *options)
+
+    outs, pull = torch.func.vjp(outputs, *(inputs[n] for n in at))
+    found = dict(zip(at, pull(grads if isinstance(outs, tuple) else grads[0]), strict=True))
+    return tuple(found.get(n) for n in range(len(inputs) + len(options)))
+
+
 def needs_gradient(flat: Sequence, places: Sequence[int]) -> bool:
     """Whether autograd must see a call: some of the tensors at these places ask for gradients."""
-    if forward_ad._current_level >= 0:
-        return True  # the boundary raises for forward-mode tangents, an operator would drop them
     if not torch.is_grad_enabled():
         return False
     for place in places:
@@ -137,6 +143,13 @@ def needs_gradient(flat: Sequence, places: Sequence[int]) -> bool:
         if x is not None and x.requires_grad:
             return True
     return False
+
+
+def transforms():
+    """`flashmark.transforms`, imported where they are at work alone."""
+    from flashmark import transforms
+
+    return transforms
 
 
 def boundary(operator) -> type[torch.autograd.Function]:
@@ -159,18 +172,34 @@ def boundary(operator) -> type[torch.autograd.Function]:
             return tuple(outputs)
 
         @staticmethod
-        @first_order(f"{operator.name}_attention")
-        def backward(ctx, *douts):
+        def given(ctx) -> tuple[tuple, tuple]:
+            """Saved outputs, and the flat arguments of the call."""
             stored = ctx.saved_tensors
             saved, tensors = stored[: len(kept)], stored[len(kept) :]
             args = tuple(c if x is None else x for x, c in zip(tensors, ctx.constants, strict=True))
             flat, lists = args[: ctx.count], args[ctx.count :]
             if at is not None:
                 flat = (*flat[:at], lists, *flat[at + 1 :])
+            return saved, flat
+
+        @staticmethod
+        def again(ctx, *douts):
+            saved, flat = Boundary.given(ctx)
+            call, outs = operator.unflatten(flat), douts[: len(operator.differentiable)]
+            found = transforms().gradients(operator, call, ctx.backend, saved, outs)
+            grads = [None] * (2 + len(ctx.constants))
+            for place, name in zip(places, operator.wanted, strict=True):
+                grads[2 + place] = found.get(name)
+            return tuple(grads)
+
+        @staticmethod
+        @explicit(lambda ctx, *douts: Boundary.again(ctx, *douts))
+        def backward(ctx, *douts):
+            saved, flat = Boundary.given(ctx)
             dout = flat[0].new_zeros(ctx.like) if douts[0] is None else unit_stride(douts[0])
             rest = douts[1 : len(operator.differentiable)]
             found = operator.backward[ctx.backend](dout, *rest, *saved, *flat)
-            grads = [None] * (2 + len(args))
+            grads = [None] * (2 + len(ctx.constants))
             for place, grad in zip(places, found, strict=True):
                 if flat[place] is not None:
                     grads[2 + place] = grad
@@ -212,6 +241,6 @@ def reached(out: Tensor, *parameters: Tensor | None) -> Tensor:
     DistributedDataParallel waits for the gradient of each parameter.
     """
     given = [x for x in parameters if x is not None and x.requires_grad]
-    if not given or not torch.is_grad_enabled():
+    if not given or not torch.is_grad_enabled() or transformed():
         return out
     return _Reached.apply(out, *given)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from flashmark import cpu
-from flashmark.autograd import autocast_is_on, boundary, boundary_arguments, needs_gradient
+from flashmark.autograd import (
+    autocast_is_on,
+    boundary,
+    boundary_arguments,
+    needs_gradient,
+    transformed,
+    transforms,
+    without_autocast,
+)
 from flashmark.flops import FORMULAS, register_if_counting
 from flashmark.masks.block_mask import BlockMask, pack_mask, unpack_mask
 
@@ -52,6 +60,14 @@ class Operator:
         forward_fake: the outputs of a call, without values.
         kept: outputs that a backward reads; the others are None in its `saved`.
         constants: outputs without a gradient, the last ones.
+        composed: module with the same `forward(call) -> saved` out of differentiable PyTorch
+            functions (constants may be left empty), for what the backends have no formula for:
+            without it forward mode and derivatives of gradients raise an error.
+        dims: letters for the dimensions of every tensor field and output, a choice for each number
+            of dimensions; see `flashmark.folding`.
+        unfoldable: fields that, where they are given, keep a mapped dimension out of "B" or "H".
+        jvp: module of each backend with `jvp(call, tangents) -> (saved, tangents of the
+            differentiable outputs)`, `tangents` a tuple like `grads`; None for one in C++.
         forward_flops, backward_flops: formulas, of a call.
     """
 
@@ -64,6 +80,10 @@ class Operator:
         backends: dict[str, str | None],
         *,
         forward_fake: Callable[[Any], Any],
+        composed: str | None = None,
+        dims: dict[str, tuple[str, ...]] | None = None,
+        unfoldable: dict[str, str] | None = None,
+        jvp: dict[str, str | None] | None = None,
         kept: tuple[str, ...] | None = None,
         constants: tuple[str, ...] = (),
         forward_flops: Callable[[Any], int] | None = None,
@@ -80,10 +100,16 @@ class Operator:
         wanted = [fields.index(x[1:]) for x in grads._fields]  # type: ignore[attr-defined]
         #: places among the flat arguments that have a gradient
         self.gradient_at = [n + 2 if masks and n > masks[0] else n for n in wanted]
+        self.wanted = [fields[place] for place in wanted]  # fields that have one
+        types = typing.get_type_hints(call)
+        self.fields = [name for name in fields if types[name] in (Tensor, Tensor | None)]
+        self.dims, self.unfoldable, self._composed = dims or {}, unfoldable or {}, composed
         self.forward: dict[str, Any] = {}
         self.backward: dict[str, Any] = {}
+        self.jvp: dict[str, Any] = {}
         self._forward_fake = forward_fake
         self._define(backends)
+        self._define_jvp(jvp or {})
         self._boundary = boundary(self)
         if forward_flops is not None:
             FORMULAS[f"{name}_forward"] = lambda *flat, **_: forward_flops(self.unflatten(flat))
@@ -111,13 +137,26 @@ class Operator:
 
     def run(self, call, backend: str):
         """Outputs of a call, differentiable where an argument needs a gradient."""
-        flat = self.flatten(call)
         if not torch.compiler.is_compiling():
             register_if_counting()
+            if transformed():
+                saved = transforms().run(self, call, backend)
+                if saved is not None:
+                    return saved
+        flat = self.flatten(call)
         if needs_gradient(flat, self.gradient_at):
             given = boundary_arguments(flat, self.mask_at, self.gradient_at)
             return self.saved(*self._boundary.apply(backend, *given))
         return self.saved(*self.forward[backend](*flat))
+
+    def composed(self, call):
+        """Outputs of a call out of differentiable PyTorch functions."""
+        if self._composed is None:
+            raise NotImplementedError(
+                f"{self.name}_attention: expected first derivatives alone, got forward mode or a "
+                "derivative of a gradient, for which it has no formula"
+            )
+        return _load(self._composed).forward(call)
 
     def _define(self, backends: dict[str, str | None]) -> None:
         arguments = schema_of(self.call)
@@ -134,6 +173,27 @@ class Operator:
             backward = f"{self.name}_backward.{backend}({given}) -> ({grads})"
             run = functools.partial(self._run_backward, module) if module else None
             self.backward[backend] = overload(backward, run, self._fake_backward)
+
+    def _define_jvp(self, modules: dict[str, str | None]) -> None:
+        tangents = ", ".join(f"Tensor? t{x}" for x in self.wanted)
+        results = [f"Tensor {x}" for x in self.outputs]
+        results += [f"Tensor t{x}" for x in self.differentiable]
+        for backend, module in modules.items():
+            schema = f"{self.name}_jvp.{backend}({tangents}, {schema_of(self.call)})"
+            run = functools.partial(self._run_jvp, module) if module else None
+            schema = f"{schema} -> ({', '.join(results)})"
+            self.jvp[backend] = overload(schema, run, self._fake_jvp)
+
+    def _run_jvp(self, module: str, *flat):
+        count = len(self.wanted)
+        call = self.unflatten(flat[count:])
+        with without_autocast(call.query.device.type):
+            saved, tangents = _load(module).jvp(call, self.grads(*flat[:count]))
+        return (*saved, *tangents)
+
+    def _fake_jvp(self, *flat):
+        outs = self._fake_forward(*flat[len(self.wanted) :])
+        return (*outs, *(torch.empty_like(x) for x in outs[: len(self.differentiable)]))
 
     def _run_forward(self, module: str, *flat):
         call = self.unflatten(flat)

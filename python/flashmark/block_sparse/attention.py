@@ -18,7 +18,7 @@ from flashmark.arguments import (
     check_sinks,
     finite,
 )
-from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
+from flashmark.autograd import refuse_tracing, transformed, transforms, under_autocast, unit_stride
 from flashmark.block_sparse.call import Call, Options
 from flashmark.block_sparse.operator import OPERATOR
 from flashmark.dispatch import choose_backend
@@ -115,7 +115,7 @@ def block_sparse_attention(
     """
     if is_sharded(query, key, value, bias, sinks, query_offset, kv_lengths):
         return call_on_shards(block_sparse_attention, **locals())
-    refuse_transforms("block_sparse_attention")
+    refuse_tracing("block_sparse_attention")
     query, key, value = under_autocast(query, key, value)
     batch, heads, q_len, dim, kv_len = check_qkv(query, key, value)
     backend, device = choose_backend("block_sparse", backend, query), query.device
@@ -146,9 +146,12 @@ def block_sparse_attention(
         )  # fmt: skip
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    compiled = block_mask_for
+    if not torch.compiler.is_compiling() and transformed():
+        compiled = transforms().mask_of
     call = Call(
         unit_stride(query), unit_stride(key), unit_stride(value),
-        block_mask_for(mask, batch, heads, rows, kv_len, device), scale, bias, sinks,
+        compiled(mask, batch, heads, rows, kv_len, device), scale, bias, sinks,
         query_offset, kv_lengths, dropout_seed, softcap, dropout_p, deterministic,
     )  # fmt: skip
     out, lse, _ = OPERATOR.run(call, backend)

@@ -21,7 +21,7 @@ from flashmark.block_sparse.philox import keep_mask
 NEG_INF = float("-inf")
 
 
-class _Scores:
+class Scores:
     """Scores of a call, row by row: both passes form them."""
 
     def __init__(self, call: Call):
@@ -100,7 +100,7 @@ class _Scores:
 def forward(call: Call) -> Saved:
     """Outputs of validated inputs; shapes as in `flashmark.block_sparse_attention`."""
     query, key, value, sinks = call.query, call.key, call.value, call.sinks
-    scores = _Scores(call)
+    scores = Scores(call)
     shape = tuple(query.shape[:3])
     out = query.new_zeros(*shape, value.shape[3])
     lse = query.new_full(shape, NEG_INF, dtype=scores.dtype)
@@ -135,7 +135,7 @@ def forward(call: Call) -> Saved:
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of query, key, value, bias and sinks, summed in a fixed order."""
     query, key, value, sinks = call.query, call.key, call.value, call.sinks
-    scores, (out, lse, residual) = _Scores(call), saved
+    scores, (out, lse, residual) = Scores(call), saved
     dtype = scores.dtype
     dq = torch.zeros_like(query, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
@@ -183,7 +183,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     return Grads(dq, dk.to(key.dtype), dv.to(value.dtype), dbias, dsinks)
 
 
-def _scatter_add(total: Tensor, part: Tensor, row: Row, scores: _Scores) -> None:
+def _scatter_add(total: Tensor, part: Tensor, row: Row, scores: Scores) -> None:
     target, column = total[row.batch, scores.kv_heads(row)], 0
     for start, stop in row.segments:
         target[:, :, start:stop] += part[:, :, column : column + stop - start]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashmark import reference
 from flashmark.arguments import Landmarks, check_key_mask, check_qkv, finite
-from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
+from flashmark.autograd import refuse_tracing, under_autocast, unit_stride
 from flashmark.hybrid import far_field
 from flashmark.hybrid.call import MERGES, Call, Options, check_merge, check_window, parts_of
 from flashmark.hybrid.far_field import Far
@@ -95,7 +95,7 @@ def hybrid_attention(
     """
     if is_sharded(query, key, value, landmarks, gate, core):
         return call_on_shards(hybrid_attention, **locals())
-    refuse_transforms("hybrid_attention")
+    refuse_tracing("hybrid_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     cu_seqlens = check_lengths(query, key, True, cu_seqlens)

@@ -106,35 +106,35 @@ class _Parameters(NamedTuple):
 
 
 def mass_forward(query, landmarks, core, L, R, scale) -> tuple[Tensor, Tensor, Tensor]:
-    given = _parameters(landmarks, core, scale, L.dtype)
+    given = parameters(landmarks, core, scale, L.dtype)
     numerator = L.new_empty(*query.shape[:4], R.shape[-1])
     mass, reference = L.new_empty(query.shape[:4]), L.new_empty(query.shape[:4])
     for part in spans(query, landmarks.shape[-2]):
-        r = _read(query[:, :, part], given, L[:, :, part], R[:, :, part])
+        r = read(query[:, :, part], given, L[:, :, part], R[:, :, part])
         U = r.G * r.held
-        by_head = _by_head(query)
-        numerator[:, :, part] = by_head(U @ r.R)
-        mass[:, :, part] = by_head(U.sum(-1, keepdim=True)).squeeze(-1)
-        reference[:, :, part] = by_head(r.reference).squeeze(-1)
+        back = by_head(query)
+        numerator[:, :, part] = back(U @ r.R)
+        mass[:, :, part] = back(U.sum(-1, keepdim=True)).squeeze(-1)
+        reference[:, :, part] = back(r.reference).squeeze(-1)
     return numerator, mass, reference
 
 
 def mass_backward(
     dnumerator, dmass, query, landmarks, core, L, R, scale
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = _parameters(landmarks, core, scale, L.dtype)
+    given = parameters(landmarks, core, scale, L.dtype)
     dquery, dL, dR = query.new_empty(query.shape), torch.empty_like(L), torch.empty_like(R)
     dx, dhalf, dcore = (torch.zeros_like(x) for x in given)
     heads = L.shape[1]
     for part in spans(query, landmarks.shape[-2]):
-        r = _read(query[:, :, part], given, L[:, :, part], R[:, :, part])
+        r = read(query[:, :, part], given, L[:, :, part], R[:, :, part])
         dn, dm = _by_group(dnumerator[:, :, part], heads), dmass[:, :, part].unsqueeze(-1)
         U, dU = r.G * r.held, dn @ r.R.mT + _by_group(dm, heads)
         dG = dU * r.held
         dreading = r.F * (dG @ given.core.mT)
         pull = (U * dU).sum(-2, keepdim=True)
         dR[:, :, part], dL[:, :, part] = U.mT @ dn, pull.squeeze(-2)
-        dquery[:, :, part] = _by_head(query)(dreading @ given.x)
+        dquery[:, :, part] = by_head(query)(dreading @ given.x)
         dcore += (r.F.mT @ dG).sum_to_size(dcore.shape)
         dx += (dreading.mT @ r.q).sum_to_size(dx.shape)
         dhalf -= (pull + dreading.sum(-2, keepdim=True)).sum_to_size(dhalf.shape)
@@ -144,19 +144,19 @@ def mass_backward(
     )  # fmt: skip
 
 
-def _parameters(landmarks: Tensor, core: Tensor, scale: float, dtype: torch.dtype) -> _Parameters:
+def parameters(landmarks: Tensor, core: Tensor, scale: float, dtype: torch.dtype) -> _Parameters:
     x = landmarks.to(dtype).unsqueeze(-3)
     half = 0.5 * scale * x.square().sum(-1).unsqueeze(-2)
     return _Parameters(scale * x, half, core.to(dtype).unsqueeze(-3))
 
 
-def _read(query: Tensor, given: _Parameters, L: Tensor, R: Tensor) -> _Reading:
+def read(query: Tensor, given: _Parameters, L: Tensor, R: Tensor) -> _Reading:
     q = _by_group(query, L.shape[1]).to(L.dtype)
     reading = q @ given.x.mT - given.half
-    highest = reading.amax(-1, keepdim=True)
+    highest = reading.detach().amax(-1, keepdim=True)
     F = torch.exp(reading - highest)
     held = L.unsqueeze(-2) - given.half
-    top = held.amax(-1, keepdim=True)
+    top = held.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == NEG_INF, 0.0)  # nothing held: mass 0
     return _Reading(q, F, F @ given.core, torch.exp(held - top), highest + top, R)
 
@@ -166,7 +166,7 @@ def _by_group(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, x.shape[1] // heads)).transpose(2, 3).flatten(3, 4)
 
 
-def _by_head(query: Tensor):
+def by_head(query: Tensor):
     """The way back for the shapes of `query`."""
     _, heads, _, width, _ = query.shape
 

@@ -8,14 +8,15 @@ space. The operators `flashmark::hybrid_sums_*`, `hybrid_running_sums`, `hybrid_
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashmark.autograd import first_order, unit_stride
+from flashmark.autograd import explicit, recomputed, transformed, unit_stride
 from flashmark.flops import FORMULAS
-from flashmark.hybrid import eager
+from flashmark.hybrid import eager, far_composed
 from flashmark.hybrid.state import Totals
 from flashmark.library import register
 from flashmark.nystrom import NystromState
@@ -38,7 +39,16 @@ def of_chunks(far: Far, key: Tensor, value: Tensor, keep: Tensor | None) -> Tota
     """Totals of each chunk by itself, from key (B, H, C, w, D), value alike and keep (B, C, w)."""
     if far.merge == "slots":
         key, value = unit_stride(key), unit_stride(value)
-        return _RoutedSums.apply(key, value, far.landmark_queries, keep, far.scale, far.backend)
+        return _applied(
+            _RoutedSums,
+            far_composed.sums,
+            key,
+            value,
+            far.landmark_queries,
+            keep,
+            far.scale,
+            far.backend,
+        )
     batch, heads, chunks, _, _ = key.shape
     query = key.new_empty(batch * chunks, heads, 0, key.shape[4])
     assert far.core is not None
@@ -61,8 +71,10 @@ def added(far: Far, left: Totals, right: Totals) -> Totals:
 def running(far: Far, totals: Totals) -> Totals:
     """Inclusive running totals over the chunks."""
     if far.merge == "slots":
-        return tuple(_RunningSums.apply(x, far.backend) for x in totals)
-    return _RunningStates.apply(*totals, far.backend)
+        return tuple(
+            _applied(_RunningSums, far_composed.running_sums, x, far.backend) for x in totals
+        )
+    return _applied(_RunningStates, far_composed.running_states, *totals, far.backend)
 
 
 def by_sample(x: Tensor) -> Tensor:
@@ -101,7 +113,16 @@ def nystrom_read(far: Far, query: Tensor, totals: Totals) -> Tensor:
 
 def mass_read(far: Far, query: Tensor, totals: Totals) -> tuple[Tensor, Tensor, Tensor]:
     """(numerator, mass, reference) of each row, times e^reference the true ones."""
-    return _MassRead.apply(query, far.landmark_keys, far.core, *totals, far.scale, far.backend)
+    given = query, far.landmark_keys, far.core, *totals, far.scale, far.backend
+    return _applied(_MassRead, far_composed.mass, *given)
+
+
+def _applied(function: type[torch.autograd.Function], composed: Callable, *given):
+    """The function with explicit gradients; under torch.func and in forward mode, what it is
+    composed of."""
+    if not torch.compiler.is_compiling() and transformed():
+        return composed(*given)
+    return function.apply(*given)
 
 
 class _RoutedSums(torch.autograd.Function):
@@ -112,7 +133,9 @@ class _RoutedSums(torch.autograd.Function):
         return torch.ops.flashmark.hybrid_sums_forward(key, value, landmarks, keep, *ctx.options)
 
     @staticmethod
-    @first_order("hybrid_attention")
+    @explicit(
+        lambda ctx, *grads: recomputed(far_composed.sums, ctx.saved_tensors, ctx.options, grads)
+    )
     def backward(ctx, dn, dK, dV):
         grads = torch.ops.flashmark.hybrid_sums_backward(
             *(x.contiguous() for x in (dn, dK, dV)), *ctx.saved_tensors, *ctx.options
@@ -132,7 +155,9 @@ class _MassRead(torch.autograd.Function):
         return numerator, mass, reference
 
     @staticmethod
-    @first_order("hybrid_attention")
+    @explicit(
+        lambda ctx, *grads: recomputed(far_composed.mass, ctx.saved_tensors, ctx.options, grads)
+    )
     def backward(ctx, dnumerator, dmass, _):
         grads = torch.ops.flashmark.hybrid_mass_backward(
             dnumerator, dmass, *ctx.saved_tensors, *ctx.options
@@ -147,7 +172,7 @@ class _RunningSums(torch.autograd.Function):
         return torch.ops.flashmark.hybrid_running_sums(x, False, backend)
 
     @staticmethod
-    @first_order("hybrid_attention")
+    @explicit(lambda ctx, dtotal: (dtotal.flip(2).cumsum(2).flip(2), None))
     def backward(ctx, dtotal):
         return torch.ops.flashmark.hybrid_running_sums(dtotal, True, ctx.backend), None
 
@@ -161,7 +186,11 @@ class _RunningStates(torch.autograd.Function):
         return L, R
 
     @staticmethod
-    @first_order("hybrid_attention")
+    @explicit(
+        lambda ctx, *grads: recomputed(
+            far_composed.running_states, ctx.saved_tensors[:2], (ctx.backend,), grads
+        )
+    )
     def backward(ctx, dL, dR):
         grads = torch.ops.flashmark.hybrid_scan_backward(dL, dR, *ctx.saved_tensors, ctx.backend)
         return *grads, None

@@ -15,7 +15,7 @@ import re
 import torch
 from torch import Tensor
 
-from flashmark.autograd import needs_gradient
+from flashmark.autograd import needs_gradient, transformed
 from flashmark.flops import FORMULAS, register_if_counting
 from flashmark.hybrid import composition
 from flashmark.hybrid.call import Call
@@ -36,8 +36,9 @@ def run(call: Call, parts: tuple[str, str], state_out: HybridState | None):
     if not torch.compiler.is_compiling():
         register_if_counting()
     flat = tuple([getattr(call, name) for name in _FIELDS])
-    if parts[0] != "cpu" or needs_gradient(flat, _DIFFERENTIABLE):
-        if _is_step(call, parts, state_out) and not needs_gradient(flat, _DIFFERENTIABLE):
+    follows = needs_gradient(flat, _DIFFERENTIABLE) or transformed()
+    if parts[0] != "cpu" or follows:
+        if _is_step(call, parts, state_out) and not follows:
             return _step(*flat, None), state_out
         out, state = composition.run(call, parts)
     elif state_out is not None and _in_place(call, state_out):

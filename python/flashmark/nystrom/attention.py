@@ -18,7 +18,7 @@ from flashmark.arguments import (
     finite,
     flag,
 )
-from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
+from flashmark.autograd import refuse_tracing, under_autocast, unit_stride
 from flashmark.dispatch import choose_backend
 from flashmark.nystrom.call import Call, Options
 from flashmark.nystrom.checks import (
@@ -123,7 +123,7 @@ def nystrom_attention(
     """
     if is_sharded(query, key, value, landmarks, core, decay, key_mask, cu_seqlens):
         return call_on_shards(nystrom_attention, **locals())
-    refuse_transforms("nystrom_attention")
+    refuse_tracing("nystrom_attention")
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     if normalize not in NORMALIZATIONS:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import importlib
 
 import torch
-from torch.autograd import forward_ad
 
+from flashmark.autograd import transformed
 from flashmark.flops import FORMULAS, register_if_counting
 from flashmark.library import Operator, overload, schema_of
 from flashmark.nystrom.call import Call, Grads, Saved
@@ -60,6 +60,15 @@ OPERATOR = Operator(
     },
     forward_fake=_forward_fake,
     kept=(),
+    composed="flashmark.nystrom.composed",
+    dims={
+        **dict.fromkeys(("query", "key", "value", "out", "R", "R0"), ("BH..",)),
+        **dict.fromkeys(("landmark_queries", "landmark_keys", "core"), ("H..", "BH..")),
+        **dict.fromkeys(("L", "L0"), ("BH.",)),
+        "decay": ("H.",),
+        "key_mask": ("B.",),
+    },
+    unfoldable={"cu_seqlens": "B"},
     forward_flops=_forward_flops,
     backward_flops=_backward_flops,
 )
@@ -95,8 +104,8 @@ def run(call: Call, backend: str, state_out: NystromState | None = None) -> Save
     """
     if backend == "cpu" and not call.is_causal:
         backend = "eager"
-    traced = torch.compiler.is_compiling() or forward_ad._current_level >= 0
-    if state_out is None or backend not in _update or traced:
+    traced = torch.compiler.is_compiling()
+    if state_out is None or backend not in _update or traced or transformed():
         return OPERATOR.run(call, backend)
     register_if_counting()
     L, R = state_out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashmark import reference
-from flashmark.autograd import refuse_transforms, under_autocast, unit_stride
+from flashmark.autograd import refuse_tracing, under_autocast, unit_stride
 from flashmark.routed.call import Call
 from flashmark.routed.checks import Checked, check_call, check_indices
 from flashmark.routed.operator import OPERATOR
@@ -88,7 +88,7 @@ def block_topk_attention(
         >>> block_topk_attention(query, key, value, chosen, block_size=16, near=1).shape
         torch.Size([1, 2, 64, 16])
     """
-    refuse_transforms("block_topk_attention")
+    refuse_tracing("block_topk_attention")
     query, key, value = under_autocast(query, key, value)
     checked = check_call(
         query, key, value, block_size, near, scale, softcap, sinks,

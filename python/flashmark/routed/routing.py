@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashmark import reference
-from flashmark.autograd import refuse_transforms, under_autocast, without_autocast
+from flashmark.autograd import refuse_tracing, under_autocast, without_autocast
 from flashmark.routed.attention import run
 from flashmark.routed.checks import (
     Checked,
@@ -59,7 +59,7 @@ def block_scores(
         that are near, unfinished or without keys. With `cu_seqlens` blocks count from each
         sequence's start. Memory is Nq x blocks: `routed_attention` never holds all of this.
     """
-    refuse_transforms("block_scores")
+    refuse_tracing("block_scores")
     query, key = under_autocast(query, key)
     checked = check_call(
         query, key, key, block_size, near, scale, None, None, query_offset,
@@ -167,7 +167,7 @@ def routed_attention(
         >>> routed_attention(query, key, value, landmarks, block_size=16, top_k=3).shape
         torch.Size([1, 4, 200, 16])
     """
-    refuse_transforms("routed_attention")
+    refuse_tracing("routed_attention")
     query, key, value = under_autocast(query, key, value)
     checked = check_call(
         query, key, value, block_size, near, scale, softcap, sinks,
