@@ -69,6 +69,25 @@ struct QueryTiles {
   std::vector<int64_t> places;  // of each pair that is under way
 };
 
+template <typename T>
+float row_dot(const T* a, const T* b, int64_t n, float* scratch) {
+  const float *fa, *fb;
+  if constexpr (std::is_same_v<T, float>) {
+    fa = a, fb = b;
+  } else {
+    convert_row(a, scratch, n);
+    convert_row(b, scratch + n, n);
+    fa = scratch, fb = scratch + n;
+  }
+  Vec sum(0.f);
+  int64_t d = 0;
+  for (; d + LANES <= n; d += LANES)
+    sum = at::vec::fmadd(Vec::loadu(fa + d), Vec::loadu(fb + d), sum);
+  float total = sum_lanes(sum);
+  for (; d < n; d++) total += fa[d] * fb[d];
+  return total;
+}
+
 // One operand pair of a tile: the transpose, and the rows where they cannot be read in place.
 template <typename T, typename C, int64_t W>
 void pack_both(const T* from, int64_t ld, const TileColumns& columns, int64_t dim, C* transposed,

@@ -8,6 +8,7 @@
 // threads, and with it the memory.
 #include <atomic>
 
+#include "block_sparse/backward_prepare.h"
 #include "routed/piece.h"
 #include "shared/schedule.h"
 

@@ -7,8 +7,8 @@
 namespace flashmark {
 
 inline int64_t RoutedProblem::chunk() const {
-  // About 64 rows of products a block where choices are spread evenly, in sums that stay in cache.
-  const int64_t each = choices + places.near + 1, rows = 64 * std::max<int64_t>(1, blocks / 2) / each;
+  // About 128 rows of products a block where choices are spread evenly, in sums that stay in cache.
+  const int64_t each = choices + places.near + 1, rows = 64 * blocks / each;
   return std::clamp<int64_t>(std::clamp<int64_t>(rows, 1024, 4096) / group(), 1, q_len);
 }
 

@@ -77,26 +77,6 @@ inline Vec load_floats(const T* from, int64_t n) {
   }
 }
 
-// Dot product of two rows; `scratch` holds 2 n floats.
-template <typename T>
-float row_dot(const T* a, const T* b, int64_t n, float* scratch) {
-  const float *fa, *fb;
-  if constexpr (std::is_same_v<T, float>) {
-    fa = a, fb = b;
-  } else {
-    convert_row(a, scratch, n);
-    convert_row(b, scratch + n, n);
-    fa = scratch, fb = scratch + n;
-  }
-  Vec sum(0.f);
-  int64_t d = 0;
-  for (; d + LANES <= n; d += LANES)
-    sum = at::vec::fmadd(Vec::loadu(fa + d), Vec::loadu(fb + d), sum);
-  float total = sum_lanes(sum);
-  for (; d < n; d++) total += fa[d] * fb[d];
-  return total;
-}
-
 // to[c][r] = from[r][c] for 32-bit words.
 inline void transpose_words(const float* from, int64_t ld_from, int64_t rows, int64_t cols,
                             float* to, int64_t ld_to) {
