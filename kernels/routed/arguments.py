@@ -26,7 +26,6 @@ class Sizes(NamedTuple):
     """
 
     heads: int  # of keys
-    group: int  # query heads to one key head
     q_len: int
     kv_len: int
     near: int
@@ -57,6 +56,7 @@ class Features:
     PAD: int
     PAD_V: int
     SIZE: int  # keys of a block
+    GROUP: int  # query heads to one key head
     BLOCK_M: int
     BLOCK_N: int
     SOFTCAP: bool
@@ -99,7 +99,7 @@ class KernelArguments(NamedTuple):
     def chunks(self, batch: int, width: int, item: int) -> list[Sizes]:
         """Sizes of each chunk, of which a slot takes `width` elements of `item` bytes."""
         sizes = self.sizes
-        row = batch * sizes.heads * sizes.group * sizes.top * width * item
+        row = batch * sizes.heads * self.features.GROUP * sizes.top * width * item
         chunk = max(1, min(sizes.q_len, PART_BYTES // max(1, row)))
         starts = range(0, sizes.q_len, chunk)
         return [sizes._replace(chunk=chunk, start=start) for start in starts]
@@ -110,7 +110,7 @@ def describe(call: Call) -> KernelArguments:
     (heads, q_len, dim), (kv_heads, kv_len, dim_v) = call.query.shape[1:], call.value.shape[1:]
     blocks = triton.cdiv(kv_len, call.block_size)
     near, top = min(call.near, blocks), call.indices.shape[3]
-    sizes = Sizes(kv_heads, heads // kv_heads, q_len, kv_len, near, top, q_len, 0)
+    sizes = Sizes(kv_heads, q_len, kv_len, near, top, q_len, 0)
     softcap, offset = call.softcap, call.query_offset
     modifiers = Modifiers(
         scale=call.scale / softcap if softcap else call.scale * LOG2E,
@@ -128,6 +128,7 @@ def describe(call: Call) -> KernelArguments:
         PAD=padded(dim),
         PAD_V=padded(dim_v),
         SIZE=call.block_size,
+        GROUP=heads // kv_heads,
         BLOCK_M=0,
         BLOCK_N=0,
         SOFTCAP=softcap > 0.0,

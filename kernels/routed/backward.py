@@ -36,7 +36,6 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     described = args.describe(call)
     if dout.stride(-1) != 1 or dout.stride(2) >= WIDE:
         dout = dout.contiguous()
-    (batch, heads, q_len, dim), (kv_len, dim_v) = query.shape, value.shape[2:]
     chunks, lists = [described.sizes], [None]
     with on_device(query):
         rows = Rows(saved.out, saved.lse, saved.lse.new_empty(0))
@@ -46,7 +45,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
             strides(query), strides(key), strides(value), strides(dout),
         )  # fmt: skip
         if described.far:
-            chunks = described.chunks(batch, dim, 4)
+            chunks = described.chunks(query.shape[0], query.shape[3], 4)
             lists = sort_choices(call.indices, described, chunks)
         dkey, dvalue = _keys_and_values(operands, call, described, chunks, lists)
         dquery = _queries(operands, call, described, chunks, lists)
@@ -69,10 +68,10 @@ def _keys_and_values(
     )  # fmt: skip
     if not described.far:
         return dkey, dvalue
-    blocks, group = kv_len // size, described.sizes.group
+    blocks = kv_len // size
     bounds = torch.arange(0, (blocks + 1) * size, size, dtype=torch.int32, device=key.device)
     bounds = bounds.expand(batch * kv_heads, -1).contiguous()
-    share = max(1, SHARE // group)
+    share = max(1, SHARE // features.GROUP)
     for sizes, chosen in zip(chunks, lists, strict=True):
         offsets = torch.searchsorted(chosen.ordered, bounds, out_int32=True)
         lines = triton.cdiv(sizes.chunk * sizes.top, share) if features.ATOMIC else blocks
@@ -97,7 +96,7 @@ def _queries(
         part = torch.empty(shape, dtype=torch.float32, device=query.device)
     for sizes, chosen in zip(chunks, lists, strict=True):
         if chosen is not None:
-            tiles = triton.cdiv(sizes.chunk * sizes.top * sizes.group, features.BLOCK_M)
+            tiles = triton.cdiv(sizes.chunk * sizes.top * features.GROUP, features.BLOCK_M)
             gathered_queries_kernel[(batch * sizes.heads * tiles,)](
                 operands, chosen, part, described.modifiers, *sizes, F=features, **config.options
             )

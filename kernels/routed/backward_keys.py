@@ -41,7 +41,7 @@ def take_queries(
     # [BLOCK_N, BLOCK_M]
     dp_t = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
     # [BLOCK_M]
-    heads = sizes.heads * sizes.group
+    heads = sizes.heads * F.GROUP
     row = (tl.cast(b, tl.int64) * heads + h) * padded_rows(sizes.q_len) + i
     lse2 = tl.load(operands.lse + row, mask=inside, other=float("inf"))
     delta = tl.load(operands.delta + row, mask=inside, other=0.0)
@@ -64,7 +64,6 @@ def near_keys_kernel(
     modifiers,
     scale,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -74,7 +73,7 @@ def near_keys_kernel(
     F: tl.constexpr,
 ):
     """What the near fields of all queries give to dK and dV."""
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     BLOCK_N: tl.constexpr = F.BLOCK_N
     PAD: tl.constexpr = F.PAD
@@ -91,12 +90,12 @@ def near_keys_kernel(
     dv = tl.zeros([BLOCK_N, PAD_V], tl.float32)
     begin = tl.maximum(n - offset, 0)
     stop = tl.minimum(n + BLOCK_N - 1 + (near + 1) * F.SIZE - offset, q_len)
-    for g in range(group):
+    for g in range(F.GROUP):
         for i0 in range(begin, stop, BLOCK_M):
             # [BLOCK_M]
             i = i0 + tl.arange(0, BLOCK_M)
             low, span = near_span(i + offset, end_n, sizes, modifiers, F)
-            h = hk * group + g + tl.zeros_like(i)
+            h = hk * F.GROUP + g + tl.zeros_like(i)
             dk, dv = take_queries(
                 dk, dv, k, v, keep, operands, b, h, i, i < q_len, n, low, span, sizes, modifiers, F
             )
@@ -140,14 +139,14 @@ def gather_block(
     dk = tl.zeros([BLOCK_N, PAD], tl.float32)
     # [BLOCK_N, PAD_V]
     dv = tl.zeros([BLOCK_N, PAD_V], tl.float32)
-    end = entry_end * sizes.group
-    for flat in range(entry * sizes.group, end, F.BLOCK_M):
+    end = entry_end * F.GROUP
+    for flat in range(entry * F.GROUP, end, F.BLOCK_M):
         rows = flat + tl.arange(0, F.BLOCK_M)
-        _, i, _, g = gathered_rows(lists, pair, rows, end, sizes, F)
+        _token, i, g, _line = gathered_rows(lists, pair, rows, end, sizes, F)
         low = token + tl.zeros_like(i)
         span = tl.maximum(tl.minimum(token + F.SIZE, end_n) - low, 0)
         dk, dv = take_queries(
-            dk, dv, k, v, keep, operands, b, hk * sizes.group + g, sizes.start + i, rows < end, n,
+            dk, dv, k, v, keep, operands, b, hk * F.GROUP + g, sizes.start + i, rows < end, n,
             low, span, sizes, modifiers, F,
         )  # fmt: skip
     row = tl.cast(pair, tl.int64) * sizes.kv_len
@@ -167,7 +166,6 @@ def gathered_keys_kernel(
     scale,
     share,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -179,7 +177,7 @@ def gathered_keys_kernel(
     """Add what the queries that chose a block give to its dK and dV: one program to a block, or, if
     ATOMIC, to `share` choices in a row, so that a block that all queries chose is nobody's alone.
     """
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     pid = tl.program_id(0)
     part, rest = pid % F.PARTS, pid // F.PARTS
     blocks, entries = kv_len // F.SIZE, chunk * top

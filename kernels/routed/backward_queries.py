@@ -31,7 +31,7 @@ def load_queries(operands, b, h, i, inside, sizes, F: tl.constexpr):
     dout = load_at(
         pointers(operands.dout, operands.dout_strides, b, h, i), inside, F.DIM_V, F.PAD_V
     )
-    heads = sizes.heads * sizes.group
+    heads = sizes.heads * F.GROUP
     row = (tl.cast(b, tl.int64) * heads + h) * padded_rows(sizes.q_len) + i
     lse2 = tl.load(operands.lse + row, mask=inside, other=float("inf"))
     return q, dout, lse2, tl.load(operands.delta + row, mask=inside, other=0.0)
@@ -60,7 +60,6 @@ def gathered_queries_kernel(
     part_ptr,
     modifiers,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -70,10 +69,10 @@ def gathered_queries_kernel(
     F: tl.constexpr,
 ):
     """dQ / scale of gathered rows, from the block that each of them chose."""
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD: tl.constexpr = F.PAD
-    end = chunk * top * group
+    end = chunk * top * F.GROUP
     tiles = tl.cdiv(end, BLOCK_M)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, hk = pair // heads, pair % heads
@@ -83,9 +82,9 @@ def gathered_queries_kernel(
         return
     _, end_n = bounds_of(b, sizes, modifiers, F)
     # [BLOCK_M]
-    token, i, slot, g = gathered_rows(lists, pair, flat0 + tl.arange(0, BLOCK_M), end, sizes, F)
+    token, i, g, line = gathered_rows(lists, pair, flat0 + tl.arange(0, BLOCK_M), end, sizes, F)
     inside = token < NONE
-    h = hk * group + g
+    h = hk * F.GROUP + g
     q, dout, lse2, delta = load_queries(operands, b, h, start + i, inside, sizes, F)
     # [BLOCK_M, PAD]
     dq = tl.zeros([BLOCK_M, PAD], tl.float32)
@@ -99,7 +98,8 @@ def gathered_queries_kernel(
         if x % F.PARTS == F.PARTS - 1:
             block = tl.min(tl.where(token > block, token, NONE), 0)
     # [BLOCK_M]
-    row = ((tl.cast(b, tl.int64) * heads * group + h) * chunk + i) * top + slot
+    head = tl.cast(b, tl.int64) * heads * F.GROUP + h
+    row = head * chunk * top + tl.load(lists.order + line, mask=inside, other=0)
     store_at(part_ptr + row * F.DIM, dq, inside, F.DIM, PAD)
 
 
@@ -112,7 +112,6 @@ def near_queries_kernel(
     modifiers,
     scale,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -122,13 +121,13 @@ def near_queries_kernel(
     F: tl.constexpr,
 ):
     """dQ of a tile of queries: of their near field, and the sum of their parts."""
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD: tl.constexpr = F.PAD
     tiles = tl.cdiv(chunk, BLOCK_M)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    hq = pair % (heads * group)
-    b = pair // (heads * group)
+    hq = pair % (heads * F.GROUP)
+    b = pair // (heads * F.GROUP)
     row0 = start + tile * BLOCK_M
     if row0 >= q_len:
         return
@@ -147,10 +146,10 @@ def near_queries_kernel(
     stop = tl.minimum(last + offset + 1, end_n)
     if begin < stop:
         for n in range(begin, stop, F.BLOCK_N):
-            k, v, keep = load_keys(operands, b, hq // group, n, stop, sizes, modifiers, F)
+            k, v, keep = load_keys(operands, b, hq // F.GROUP, n, stop, sizes, modifiers, F)
             dq = take_keys(dq, q, dout, lse2, delta, k, v, keep, n, low, span, modifiers, F)
     if lists is not None:
-        choices = tl.cast(pair // group, tl.int64) * chunk * top + local * top
+        choices = tl.cast(pair // F.GROUP, tl.int64) * chunk * top + local * top
         rows = (tl.cast(pair, tl.int64) * chunk + local) * top
         for slot in range(top):
             there = tl.load(lists.tokens + choices + slot, mask=inside, other=NONE) < NONE

@@ -56,7 +56,6 @@ def walk_kernel(
     splits,
     near_steps,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -66,13 +65,13 @@ def walk_kernel(
     F: tl.constexpr,
 ):
     """Attention of one query, for heads of a group, to a share of its keys."""
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
     pid = tl.program_id(0)
     split, rest = pid % splits, pid // splits
     i, rest = rest % q_len, rest // q_len
-    tiles = tl.cdiv(group, BLOCK_M)
+    tiles = tl.cdiv(F.GROUP, BLOCK_M)
     tile, pair = rest % tiles, rest // tiles
     b, hk = pair // heads, pair % heads
     offset, end_n = bounds_of(b, sizes, modifiers, F)
@@ -80,8 +79,8 @@ def walk_kernel(
     low, span = near_span(i + offset, end_n, sizes, modifiers, F)
     # [BLOCK_M]
     g = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = g < group
-    h = hk * group + g
+    inside = g < F.GROUP
+    h = hk * F.GROUP + g
     i_rows = i + tl.zeros_like(g)
     # [BLOCK_M, PAD]
     q = load_at(pointers(inputs.query, inputs.query_strides, b, h, i_rows), inside, F.DIM, F.PAD)
@@ -104,7 +103,7 @@ def walk_kernel(
         )
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     samples = tl.num_programs(0) // (splits * q_len * tiles * heads)
-    row = (tl.cast(split * samples + b, tl.int64) * heads * group + h) * q_len + i
+    row = (tl.cast(split * samples + b, tl.int64) * heads * F.GROUP + h) * q_len + i
     store_at(part_ptr + row * F.DIM_V, acc, inside, F.DIM_V, PAD_V)
     tl.store(part_sums_ptr + 2 * row, m_i, mask=inside)
     tl.store(part_sums_ptr + 2 * row + 1, l_i, mask=inside)
@@ -120,13 +119,13 @@ def decode(call: Call, described: args.KernelArguments) -> Saved:
     query, value, sizes = call.query, call.value, described.sizes
     (batch, heads, q_len, _), dim_v, device = query.shape, value.shape[3], query.device
     features, config = described.fit("decode", query)
-    block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(sizes.group)))
+    block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(features.GROUP)))
     features = dataclasses.replace(features, BLOCK_M=block_m)
     if not described.far:
         sizes = sizes._replace(top=0)
     span = min((sizes.near + 1) * features.SIZE, sizes.kv_len)
     near_steps = triton.cdiv(span, features.BLOCK_N)
-    programs = batch * sizes.heads * q_len * triton.cdiv(sizes.group, block_m)
+    programs = batch * sizes.heads * q_len * triton.cdiv(features.GROUP, block_m)
     splits = number_of_splits(device, programs, near_steps + sizes.top * features.PARTS)
     rows = batch * heads * q_len
     part = torch.empty(splits, rows, dim_v, dtype=torch.float32, device=device)

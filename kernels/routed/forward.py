@@ -26,11 +26,11 @@ from .primitives import (
     store_at,
 )
 
-# Queries of a block are gathered, and the results of each choice go through memory in the dtype of
-# the call: 6 D bytes to a query head and choice in half precision. Programs of a query that walk its
-# own list would read 2 * 2 D * block_size / group bytes of keys and values instead, 256 D / group
-# for blocks of 64, which is less from 43 heads to a group on, and fill 16 rows of a product with
-# `group` of them.
+# Queries of a block are gathered, and what each choice gives goes through memory in the dtype of
+# the call: 6 D bytes to a query head and choice in half precision, with the query. Programs of one
+# query that walk its own list would read 4 D * block_size / group bytes of keys and values instead,
+# 256 D / group for blocks of 64, which is less from 43 heads to a group on; and a product has at
+# least 16 rows, of which they fill as many as a group has heads.
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
@@ -41,7 +41,6 @@ def gathered_kernel(
     part_lse_ptr,
     modifiers,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -53,10 +52,10 @@ def gathered_kernel(
     """Softmax attention of gathered rows over the block that each of them chose, and its lse in the
     log2 domain.
     """
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
-    end = chunk * top * group
+    end = chunk * top * F.GROUP
     tiles = tl.cdiv(end, BLOCK_M)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, hk = pair // heads, pair % heads
@@ -66,9 +65,9 @@ def gathered_kernel(
         return
     _, end_n = bounds_of(b, sizes, modifiers, F)
     # [BLOCK_M]
-    token, i, slot, g = gathered_rows(lists, pair, flat0 + tl.arange(0, BLOCK_M), end, sizes, F)
+    token, i, g, line = gathered_rows(lists, pair, flat0 + tl.arange(0, BLOCK_M), end, sizes, F)
     inside = token < NONE
-    h = hk * group + g
+    h = hk * F.GROUP + g
     # [BLOCK_M, PAD]
     q = load_at(pointers(inputs.query, inputs.query_strides, b, h, start + i), inside, F.DIM, F.PAD)
     # [BLOCK_M, PAD_V]
@@ -87,7 +86,8 @@ def gathered_kernel(
             block = tl.min(tl.where(token > block, token, NONE), 0)
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     # [BLOCK_M]
-    row = ((tl.cast(b, tl.int64) * heads * group + h) * chunk + i) * top + slot
+    head = tl.cast(b, tl.int64) * heads * F.GROUP + h
+    row = head * chunk * top + tl.load(lists.order + line, mask=inside, other=0)
     store_at(part_ptr + row * F.DIM_V, acc, inside, F.DIM_V, PAD_V)
     tl.store(part_lse_ptr + row, m_i + tl.log2(l_i), mask=inside)
 
@@ -96,7 +96,7 @@ def gathered_kernel(
 def merge_parts(acc, l_i, m_i, lists, part_ptr, part_lse_ptr, pair, i, sizes, F: tl.constexpr):
     """Take what queries i of the chunk found in their chosen blocks into the running output."""
     inside = (i < sizes.chunk) & (sizes.start + i < sizes.q_len)
-    choices = tl.cast(pair // sizes.group, tl.int64) * sizes.chunk * sizes.top + i * sizes.top
+    choices = tl.cast(pair // F.GROUP, tl.int64) * sizes.chunk * sizes.top + i * sizes.top
     rows = (tl.cast(pair, tl.int64) * sizes.chunk + i) * sizes.top
     for slot in range(sizes.top):
         there = tl.load(lists.tokens + choices + slot, mask=inside, other=NONE) < NONE
@@ -123,7 +123,6 @@ def near_kernel(
     lse_ptr,
     modifiers,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -133,13 +132,13 @@ def near_kernel(
     F: tl.constexpr,
 ):
     """Attention of a tile of queries to their near field, together with their parts."""
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
     tiles = tl.cdiv(chunk, BLOCK_M)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    hq = pair % (heads * group)
-    b = pair // (heads * group)
+    hq = pair % (heads * F.GROUP)
+    b = pair // (heads * F.GROUP)
     row0 = start + tile * BLOCK_M
     if row0 >= q_len:
         return
@@ -162,7 +161,7 @@ def near_kernel(
     stop = tl.minimum(last + offset + 1, end_n)
     if begin < stop:  # as in the forward of block-sparse attention
         for n in range(begin, stop, F.BLOCK_N):
-            k, v, keep = load_keys(inputs, b, hq // group, n, stop, sizes, modifiers, F)
+            k, v, keep = load_keys(inputs, b, hq // F.GROUP, n, stop, sizes, modifiers, F)
             acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, keep, n, low, span, modifiers, F)
     if lists is not None:
         acc, l_i, m_i = merge_parts(
@@ -204,7 +203,7 @@ def forward(call: Call) -> Saved:
             part_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
         for sizes, chosen in zip(chunks, lists, strict=True):
             if chosen is not None:
-                tiles = triton.cdiv(sizes.chunk * sizes.top * sizes.group, features.BLOCK_M)
+                tiles = triton.cdiv(sizes.chunk * sizes.top * features.GROUP, features.BLOCK_M)
                 gathered_kernel[(batch * sizes.heads * tiles,)](
                     tensors, chosen, part, part_lse, described.modifiers, *sizes, F=features,
                     **config.options,

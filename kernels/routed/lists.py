@@ -24,6 +24,7 @@ class Lists(NamedTuple):
     tokens: Tensor  # int32, a query's choices one after the other
     ordered: Tensor  # int32: `tokens`, ascending
     order: Tensor  # int64: where each of `ordered` stands in `tokens`; equal ones by query
+    queries: Tensor  # int64: whose each of `ordered` is
 
 
 @triton.jit(do_not_specialize=["pairs", *Sizes._fields])
@@ -33,7 +34,6 @@ def tokens_kernel(
     modifiers,
     pairs,
     heads,
-    group,
     q_len,
     kv_len,
     near,
@@ -44,7 +44,7 @@ def tokens_kernel(
     F: tl.constexpr,
 ):
     """First token of each chosen block, chunk by chunk."""
-    sizes = Sizes(heads, group, q_len, kv_len, near, top, chunk, start)
+    sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     tiles = tl.cdiv(chunk * top, BLOCK)
     line, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     pair = line % pairs
@@ -74,19 +74,20 @@ def sort_choices(indices: Tensor, described: args.KernelArguments, chunks: list[
         indices, tokens, described.modifiers, pairs, *sizes, BLOCK=BLOCK, F=described.features
     )
     ordered, order = torch.sort(tokens, dim=-1, stable=True)
-    return [Lists(*each) for each in zip(tokens, ordered, order, strict=True)]
+    queries = order // max(sizes.top, 1)  # once, and not by each program
+    return [Lists(*each) for each in zip(tokens, ordered, order, queries, strict=True)]
 
 
 @triton.jit
 def gathered_rows(lists, pair, flat, end, sizes, F: tl.constexpr):
-    """(first token of the block, query in the chunk, place among its choices, head of the group) of
-    the rows `flat`: the heads of a group one after the other, for each choice in order.
+    """(first token of the block, query in the chunk, head of the group, which entry of the choices
+    it is) of the rows `flat`: the heads of a group one after the other, for each choice in order.
     """
-    entry = flat // sizes.group
+    entry = flat // F.GROUP
     line = tl.cast(pair, tl.int64) * sizes.chunk * sizes.top + entry
     token = tl.load(lists.ordered + line, mask=flat < end, other=NONE)
-    place = tl.load(lists.order + line, mask=token < NONE, other=0).to(tl.int32)
-    return token, place // sizes.top, place % sizes.top, flat % sizes.group
+    i = tl.load(lists.queries + line, mask=token < NONE, other=0).to(tl.int32)
+    return token, i, flat % F.GROUP, line
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def number_of_blocks(lists, pair, flat0, end, sizes, F: tl.constexpr):
     """Number of blocks that the BLOCK_M rows from flat0 on name."""
     flat = flat0 + tl.arange(0, F.BLOCK_M)
     line = lists.ordered + tl.cast(pair, tl.int64) * sizes.chunk * sizes.top
-    token = tl.load(line + flat // sizes.group, mask=flat < end, other=NONE)
-    before = tl.load(line + tl.maximum(flat - 1, flat0) // sizes.group, mask=flat < end, other=NONE)
+    token = tl.load(line + flat // F.GROUP, mask=flat < end, other=NONE)
+    before = tl.load(line + tl.maximum(flat - 1, flat0) // F.GROUP, mask=flat < end, other=NONE)
     changes = tl.sum(((token != before) & (token < NONE)).to(tl.int32), 0)
     return tl.where(tl.min(token, 0) < NONE, changes + 1, 0)

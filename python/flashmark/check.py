@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from flashmark import reference
+from flashmark.reference.routed import choose
 
 FORWARD_BUDGET, GRADIENT_BUDGET = 1e-5, 5e-5  # float32, relative
 LEAST_GRADIENT = (
@@ -73,6 +74,9 @@ def check(op: Callable, *args, **kwargs) -> Report:
         Half precision: twice the error of the reference computed in that dtype, plus 2 rounding
         units.
         float64: the budget of float32 scaled by the ratio of their rounding units.
+        `routed_attention` is held to the reference on the blocks that it chose itself; the row
+        "choice" says how far, in float64, the worst chosen score lies below the best one that was
+        not chosen, relative to the largest score.
 
     Memory is quadratic in the sequence length: check on small inputs.
 
@@ -82,13 +86,17 @@ def check(op: Callable, *args, **kwargs) -> Report:
     oracle = getattr(reference, getattr(op, "__name__", ""), None)
     if oracle is None:
         raise TypeError(f"op: expected an operator with a reference, got {op!r}")
+    run, routed = op, None
+    if op.__name__ == "routed_attention" and kwargs.get("backend") != "reference":
+        routed = _Routed(op)
+        run, oracle = routed.run, routed.definition
     if kwargs.get("dropout_p") and kwargs.get("dropout_seed") is None:
         kwargs["dropout_seed"] = int(torch.randint(2**62, ()))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     names = _names(op, args, kwargs)
     dtype = _dtype(leaves)
     cotangents: list[Tensor] = []
-    found = _run(op, leaves, spec, names, cotangents, None)
+    found = _run(run, leaves, spec, names, cotangents, None)
     truth = _run(oracle, leaves, spec, names, cotangents, torch.float64)
     plain = None
     if dtype in (torch.float16, torch.bfloat16):
@@ -108,7 +116,83 @@ def check(op: Callable, *args, **kwargs) -> Report:
         if torch.finfo(own).eps > eps:  # a parameter kept in lower precision than query
             allowed += 2 * torch.finfo(own).eps
         rows.append(Row(name, _error(found[name], exact, least), allowed))
+    if routed is not None:
+        rows.append(routed.choice(args, kwargs, dtype, slack))
     return Report(op.__name__, dtype, tuple(rows))
+
+
+class _Routed:
+    """`routed_attention`, and what its results should be: given its own choice of blocks, because
+    scores that differ by rounding may be chosen either way.
+    """
+
+    def __init__(self, op: Callable):
+        self.op = op
+        self.indices: Tensor | None = None
+
+    def run(self, *args, **kwargs) -> Tensor:
+        results = self.op(*args, **kwargs | {"return_routing": True})
+        self.indices = results[-1].indices
+        return results[0]
+
+    def definition(self, *args, **kwargs) -> Tensor:
+        given = self._given(args, kwargs)
+        options = {
+            n: x for n, x in given.items() if n in _parameters(reference.block_topk_attention)
+        }
+        return reference.block_topk_attention(**options, indices=self.indices)
+
+    def choice(self, args, kwargs, dtype: torch.dtype, slack: float) -> Row:
+        """Row of the choice, against float64 scores."""
+        given, indices = self._given(args, kwargs), self.indices
+        assert indices is not None
+        exact = _scores(given, torch.float64)
+        names = ("block_size", "near", "query_offset", "cu_seqlens")
+        # all blocks that can be chosen, best first, then -1
+        order = choose(
+            exact, exact.shape[3], given["query"].shape[2], given["key"].shape[2],
+            **{name: given[name] for name in names},
+        ).long()  # fmt: skip
+        there = order >= 0
+        ranked = exact.gather(3, order.clamp(min=0)).masked_fill(~there, -math.inf)
+        chosen = (order[..., None] == indices[..., None, :]).any(-1) & there
+        worst = ranked.masked_fill(~chosen, math.inf).amin(-1) if order.numel() else ranked.sum(-1)
+        best = ranked.masked_fill(chosen, -math.inf).amax(-1) if order.numel() else worst
+        most = min(int(given["top_k"]), exact.shape[3])
+        wanted = there.sum(-1).clamp(max=most)
+        if not torch.equal(chosen.sum(-1), wanted) or not torch.equal(
+            (indices >= 0).sum(-1), wanted
+        ):
+            return Row("choice", math.inf, 0.0)
+        gap = torch.where((best > worst) & (wanted > 0), best - worst, 0.0)
+        eps = torch.finfo(dtype).eps
+        if dtype in (torch.float16, torch.bfloat16):
+            allowed = 2 * _error(_scores(given, dtype), exact, 0.0) + 2 * eps
+        else:
+            allowed = (FORWARD_BUDGET + slack) * eps / torch.finfo(torch.float32).eps
+        error = float(gap.max()) / (_largest(ranked) or 1.0) if gap.numel() else 0.0
+        return Row("choice", error, allowed)
+
+    def _given(self, args, kwargs) -> dict:
+        bound = inspect.signature(self.op).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+
+@torch.no_grad()
+def _scores(given: dict, dtype: torch.dtype) -> Tensor:
+    """The scores by which a call of `routed_attention` chooses, by the definition."""
+    if given["scores"] is not None:
+        return given["scores"].detach().to(dtype)
+    options = {n: x for n, x in given.items() if n in _parameters(reference.block_scores)}
+    for name in ("query", "key", "landmarks"):
+        if options[name] is not None:
+            options[name] = options[name].detach().to(dtype)
+    return reference.block_scores(**options)
+
+
+def _parameters(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)
 
 
 def _names(op: Callable, args, kwargs) -> list[str]:

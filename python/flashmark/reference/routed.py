@@ -97,9 +97,11 @@ def block_summaries(
         shares = torch.softmax(factor * key @ landmarks.to(key.dtype).mT, -1)  # (B, Hkv, Nk, M)
     if key_mask is not None:
         shares = shares.masked_fill(~key_mask[:, None, :, None], 0.0)
-    weights = member[:, None] * shares.mT[:, :, None]  # (B, Hkv, blocks, M, Nk)
+    # zeros by selection: tokens of other blocks may be NaN, and no block depends on them
+    weights = torch.where(member[:, None], shares.mT[:, :, None], 0.0)  # (B, Hkv, blocks, M, Nk)
     counts = weights.sum(-1)
-    means = weights @ key[:, :, None] / counts.masked_fill(counts == 0, 1.0)[..., None]
+    own = torch.where(member[..., None], key[:, :, None], 0.0)  # (B, Hkv, blocks, Nk, D)
+    means = weights @ own / counts.masked_fill(counts == 0, 1.0)[..., None]
     return means, counts.log(), member
 
 
