@@ -5,9 +5,10 @@
     python -m examples.compare_report             # tables and plot from the CSVs
 
 Tasks: the source text of Python's standard library, and associative recall in 48 and in 256
-tokens. Every attention gets the same initial weights, batches and number of steps; then `flashmark.check_causality` probes
-the trained model. One row of the CSV is one training; rows that are there are not trained again, so
-that a run can be stopped, continued and extended. On a GPU the sizes are larger.
+tokens. Every attention gets the same initial weights, batches and number of steps; then
+`flashmark.check_causality` probes the trained model. One row of the CSV is one training; rows that
+are there are not trained again, so that a run can be stopped, continued and extended. On a GPU the
+sizes are larger.
 """
 
 from __future__ import annotations
