@@ -7,7 +7,7 @@ import torch
 
 from flashmark import reference, routed_attention
 from flashmark.objectives import routing_loss
-from flashmark.routed import Routing
+from flashmark.routed import Routing, mass
 
 SIZES = {"block_size": 4, "near": 1}
 
@@ -49,16 +49,19 @@ def dense(query, key, value, landmarks, top_k: int):
         read &= torch.arange(tokens) <= i
         group = slice(h * (heads // kv_heads), (h + 1) * (heads // kv_heads))
         shares = torch.softmax(logits[b, group, i].masked_fill(~read, float("-inf")), -1).mean(0)
-        mass = torch.stack([shares[block == c].sum() for c in picked]).detach()
+        found = torch.stack([shares[block == c].sum() for c in picked]).detach()
         guess = torch.log_softmax(scores[b, h, i, picked], -1)
-        target = mass / mass.sum()
+        target = found / found.sum()
         terms.append((target * (target.log() - guess)).sum())
     return torch.stack(terms).mean()
 
 
+@pytest.mark.parametrize("products", ["of all keys", "of gathered keys"])
 @pytest.mark.parametrize("top_k", [1, 3, 20])
 @pytest.mark.parametrize("marks", ["mean", "landmarks"])
-def test_equals_the_dense_divergence(top_k, marks):
+def test_equals_the_dense_divergence(top_k, marks, products, monkeypatch):
+    if products == "of gathered keys":
+        monkeypatch.setattr(mass, "DENSE", 0)
     query, key, value, landmarks = inputs()
     landmarks = None if marks == "mean" else landmarks
     expected = dense(query, key, value, landmarks, top_k)

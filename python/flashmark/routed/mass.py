@@ -15,6 +15,7 @@ from flashmark.routed.summaries import summarize
 
 NEG_INF = float("-inf")
 TILE_ELEMENTS = 2**22  # of the keys that a tile of queries gathers
+DENSE = 16  # a gathered key costs more than this many in a product with all of them
 
 
 class Routing(NamedTuple):
@@ -89,8 +90,24 @@ def _mass(
     grouped = query.unflatten(1, (key.shape[1], -1)).to(lse.dtype)
     totals = lse.unflatten(1, (key.shape[1], -1))  # (B, Hkv, G, n)
     totals = totals.masked_fill(totals == NEG_INF, float("inf"))
+    (rows, chosen), size = number.shape[2:], blocks.tokens.shape[1]
+    if key.shape[2] <= min(DENSE, rows) * chosen * size:
+        k = key.to(lse.dtype)
+        if keep is not None:
+            k = k.masked_fill(~keep[:, None, :, None], 0.0)
+        s = scale * torch.einsum("bhgnd,bhtd->bhgnt", grouped, k)
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+        # no key that was read is above the total; the others must not overflow
+        p = torch.exp((s - totals[..., None]).clamp(max=0.0)).mean(2)
+        if keep is not None:
+            p = p.masked_fill(~keep[:, None, None], 0.0)
+        count = blocks.tokens.shape[0]
+        member = torch.zeros(count, key.shape[2], dtype=p.dtype, device=p.device)
+        member.scatter_add_(1, blocks.tokens, blocks.inside.to(p.dtype))
+        return (p @ member.mT).gather(3, number)
     found = []
-    for n in range(number.shape[3]):
+    for n in range(chosen):
         tokens = blocks.tokens[number[..., n]]  # (B, Hkv, n, s)
         inside = blocks.inside[number[..., n]]
         if keep is not None:
