@@ -14,6 +14,7 @@ from flashmark.kernels.block_sparse import configs
 from tests.helpers import relative_error
 from tests.hybrid.cases import Case as HybridCase
 from tests.interpreter.attention_cases import Call, Case
+from tests.nystrom.cases import PACKED
 from tests.nystrom.cases import Case as NystromCase
 
 HALF = torch.bfloat16
@@ -35,7 +36,7 @@ NYSTROM = {
     "landmarks": NystromCase(150, 64, dim=64, v_dim=64),
     "decay, state": NystromCase(150, 16, decay=0.3, state=True),
     "mass": NystromCase(100, 16, normalize="mass"),
-    "packed": NystromCase(101, 16, packed=True),
+    "packed": NystromCase(PACKED, 16, packed=True),
     "bidirectional": NystromCase(100, 16, is_causal=False),
     "decode": NystromCase(1, 16, group=4, state=True),
 }
