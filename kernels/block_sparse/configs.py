@@ -125,7 +125,7 @@ _TF32 = {
 # `choose` does not choose it. A call takes it with `using(forward=hopper(...))`.
 HOPPER = {
     ("gluon", 64): Config(128, 128, 4, 3, "gluon"),
-    ("gluon", 128): Config(128, 128, 4, 2, "gluon"),
+    ("gluon", 128): Config(128, 128, 4, 3, "gluon", lazy=True),
 }
 
 _IN_USE: dict[str, Config] = {}

@@ -1,6 +1,6 @@
 """The forward pass for Hopper in Gluon: one warp loads tiles through TMA, two warpgroups of 64 rows
 each (one, where BLOCK_M is 64) compute, and they meet over rings of STAGES buffers, the stages.
-Compiled, not run on a GPU.
+Run in emulation, race-checked; not yet run on a GPU.
 
 A stage has two barriers. The loader waits until the stage is empty and starts a copy that completes
 `full`; a warpgroup waits for `full` and, when its product is done, arrives at `empty`, which
@@ -46,8 +46,8 @@ from . import arguments as args
 from . import configs
 from .arguments import LaunchSizes
 from .attend import normalise
-from .line import any_tile, bit_words, shown
-from .primitives import log2_factor, logits, online_softmax
+from .line import any_tile
+from .primitives import keep_seen, log2_factor, logits, online_softmax, visible
 from .walk import next_tile, place, walk_keys
 
 REGISTERS = gl.constexpr(240)  # of a thread that computes
@@ -141,17 +141,49 @@ def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def softmax(s, m_i, l_i, t, r2, work, MASKED: gl.constexpr, F: gl.constexpr):
+def keep_bits(s, bits_ptr, bits, start_n, first_row, F: gl.constexpr):
+    """The scores of a tile whose bits are set, else -inf; all of them where `bits` is -1.
+
+    A word of 32 keys becomes a dimension: a thread has as many words as S has registers to 8
+    columns, and the compiler knows the bit of each register but for a shift.
+    """
+    WIDTH: gl.constexpr = F.BLOCK_N if F.BLOCK_N < 32 else 32
+    WORDS: gl.constexpr = F.BLOCK_N // WIDTH
+    layout: gl.constexpr = s.type.layout
+    # [ROWS, WORDS, WIDTH]
+    parts = gl.reshape(s, [ROWS, WORDS, WIDTH])
+    by_word: gl.constexpr = gl.SliceLayout(2, parts.type.layout)
+    # [ROWS], [WORDS], [WIDTH]
+    r = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, by_word))
+    w = gl.arange(0, WORDS, gl.SliceLayout(0, by_word))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, parts.type.layout)))
+    per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32
+    rows = bits_ptr + (bits.to(gl.int64) * F.BLOCK_Q + r % F.BLOCK_Q) * per_row
+    rows += (start_n % F.BLOCK_KV) // 32
+    # [ROWS, WORDS]
+    word = gl.load(rows[:, None] + w[None, :], mask=bits >= 0, other=-1)
+    if F.BLOCK_N < 32:
+        word >>= start_n % F.BLOCK_KV % 32
+    # [ROWS, WORDS, WIDTH], as `tile_bits`
+    seen = (word[:, :, None] >> (c % 8)[None, None, :], (1 << (c // 8 * 8))[None, None, :])
+    kept = keep_seen(seen, parts, float("-inf"), True, F)
+    return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), layout)
+
+
+@gluon.jit
+def softmax(s, m_i, l_i, t, first_row, work, MASKED: gl.constexpr, F: gl.constexpr):
     """`online_softmax` of the scores of tile t."""
     line = work.line
     n, bits = any_tile(work.lists, t, line.n_full, line.n_masked, line.first, line.start, F)
-    # [1, BLOCK_N]
+    # [1, BLOCK_N], [ROWS, 1]
     n2 = (n + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
+    r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s.type.layout)))[:, None]
     s, _ = logits(s, None, r2, n2, 0, work.sizes, work.modifiers, F)
-    if MASKED:
-        words = bit_words(work.lists.bits, bits, n, r2, F)
-        seen = shown(words, n, r2, n2, work.end_n, work.sizes, F)
-        s = gl.where(seen, s, float("-inf"))
+    if MASKED and F.KIND == "sparse":
+        s = keep_bits(s, work.lists.bits, bits, n, first_row, F)
+    elif MASKED:
+        seen = visible(None, 0, n, r2, n2, work.end_n, work.sizes, MASKED, F)
+        s = keep_seen(seen, s, float("-inf"), MASKED, F)
     return online_softmax(s, log2_factor(work.modifiers, F), m_i, l_i, MASKED, F.SLACK)
 
 
@@ -164,7 +196,7 @@ def add_tile(
     t,
     q,
     rings,
-    r2,
+    first_row,
     work,
     MASKED: gl.constexpr,
     F: gl.constexpr,
@@ -172,7 +204,7 @@ def add_tile(
 ):
     """Take the scores of tile t into the running sums; O + P V is in flight, and P must live."""
     # weights [ROWS, BLOCK_N]; alpha, m_i, l_i [ROWS]
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, t, r2, work, MASKED, F)
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, t, first_row, work, MASKED, F)
     if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
         acc = acc * rows_of(alpha, acc)[:, None]
     p = operand(weights, acc, q.dtype)
@@ -180,31 +212,31 @@ def add_tile(
 
 
 @gluon.jit
-def add_tiles(
+def step(
     s,
     acc,
     l_i,
     m_i,
-    t0,
-    t1,
+    t,
     q,
     rings,
-    r2,
+    first_row,
     work,
     MASKED: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Tiles t0 .. t1, none of them the last, each while the scores of the next are computed."""
+    """Add tile t, not the last, while the scores of the next are computed, which it returns."""
     layout: gl.constexpr = s.type.layout
-    for t in range(t0, t1):
-        # [ROWS, BLOCK_N]
-        following = issue_scores(q, rings, t + 1, layout, F, STAGES)
-        acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, t, q, rings, r2, work, MASKED, F, STAGES)
-        s, acc, p = warpgroup_mma_wait(0, [following, acc, p])
-        mbarrier.arrive(rings.k_empty.index((t + 1) % STAGES), count=1)
-        mbarrier.arrive(rings.v_empty.index(t % STAGES), count=1)
-    return s, acc, l_i, m_i
+    # [ROWS, BLOCK_N]
+    following = issue_scores(q, rings, t + 1, layout, F, STAGES)
+    acc, p, l_i, m_i = add_tile(
+        s, acc, l_i, m_i, t, q, rings, first_row, work, MASKED, F, STAGES
+    )  # fmt: skip
+    following, acc, p = warpgroup_mma_wait(0, [following, acc, p])
+    mbarrier.arrive(rings.k_empty.index((t + 1) % STAGES), count=1)
+    mbarrier.arrive(rings.v_empty.index(t % STAGES), count=1)
+    return following, acc, l_i, m_i
 
 
 @gluon.jit
@@ -242,8 +274,6 @@ def compute(
     l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
     line, sizes = work.line, work.sizes
     first_row = work.row0 + w * ROWS
-    # [ROWS, 1]
-    r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)))[:, None]
     # [ROWS, PAD], in shared memory
     q = q_tiles.index(w).reshape([ROWS, F.PAD])
     mbarrier.wait(q_full.index(w), 0)
@@ -253,14 +283,21 @@ def compute(
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(rings.k_empty.index(0), count=1)
         last = line.n_tiles - 1
-        full = gl.minimum(line.n_full, last)
-        s, acc, l_i, m_i = add_tiles(
-            s, acc, l_i, m_i, 0, full, q, rings, r2, work, False, F, STAGES
+        # two at a time, so that the next scores end where the first were, and nothing is copied; a
+        # FULL tile that is left has no bits and goes with the PARTIAL ones
+        pairs = gl.minimum(line.n_full, last) // 2
+        for t in range(0, 2 * pairs, 2):
+            for more in gl.static_range(2):
+                s, acc, l_i, m_i = step(
+                    s, acc, l_i, m_i, t + more, q, rings, first_row, work, False, F, STAGES
+                )  # fmt: skip
+        for t in range(2 * pairs, last):
+            s, acc, l_i, m_i = step(
+                s, acc, l_i, m_i, t, q, rings, first_row, work, True, F, STAGES
+            )  # fmt: skip
+        acc, p, l_i, m_i = add_tile(
+            s, acc, l_i, m_i, last, q, rings, first_row, work, True, F, STAGES
         )
-        s, acc, l_i, m_i = add_tiles(
-            s, acc, l_i, m_i, full, last, q, rings, r2, work, True, F, STAGES
-        )
-        acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, last, q, rings, r2, work, True, F, STAGES)
         acc, p = warpgroup_mma_wait(0, [acc, p])
 
     acc, lse, _ = normalise(acc, rows_of(l_i, acc), rows_of(m_i, acc), work.h, work.modifiers)

@@ -39,8 +39,8 @@ HEADLINES = (
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One kernel. Of `full` and `partial`, instructions of the loops over FULL and PARTIAL tiles, 0
-    where there is no such loop.
+    """One kernel. `full` and `partial` are the instructions of a FULL and of a PARTIAL tile in
+    their loops, 0 where there is no such loop.
     """
 
     registers: int
@@ -79,7 +79,10 @@ def measure(name: str, kernel) -> Figures:
     """The figures of a compiled kernel."""
     code = machine_code.disassemble(kernel.asm["cubin"])
     report = inspect(name, kernel)
-    full, partial = (*code.product_loops(), 0, 0)[:2]
+    loops = code.product_loops()
+    full, partial = (*(len(loop.body) for loop in loops), 0, 0)[:2]
+    if len(loops) > 1:  # the first may be unrolled
+        full //= max(1, loops[0].products // loops[1].products)
     return Figures(
         report.registers, report.spilled, int(machine_code.serialised(code)), full, partial
     )

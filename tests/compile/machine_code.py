@@ -76,6 +76,18 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loop:
+    """The instructions of one turn of a loop."""
+
+    body: list[Instruction]
+
+    @property
+    def products(self) -> int:
+        """Matrix products among them."""
+        return sum(x.name in ("HGMMA", "HMMA", "IMMA") for x in self.body)
+
+
+@dataclasses.dataclass(frozen=True)
 class Code:
     """A kernel: its instructions, and the index of the one at each label."""
 
@@ -100,8 +112,8 @@ class Code:
                 bodies.append(self.instructions[first : i + 1])
         return bodies
 
-    def product_loops(self) -> list[int]:
-        """Instructions of each innermost loop with matrix products, in the order of the code."""
+    def product_loops(self) -> list[Loop]:
+        """The innermost loops with matrix products, in the order of the code."""
         spans = [
             (first, i)
             for i, x in enumerate(self.instructions)
@@ -110,12 +122,21 @@ class Code:
         inner = [
             a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] for b in spans if a != b)
         ]
-        products = ("HGMMA", "HMMA", "IMMA")
-        return [
-            last + 1 - first
-            for first, last in inner
-            if any(x.name in products for x in self.instructions[first : last + 1])
-        ]
+        loops = [self._loop(first, last) for first, last in inner]
+        return [loop for loop in loops if loop.products]
+
+    def _loop(self, first: int, last: int) -> Loop:
+        """The loop of these instructions. A long stretch that a branch may jump over is rare: it is
+        left out.
+        """
+        body, i = [], first
+        while i <= last:
+            x = self.instructions[i]
+            body.append(x)
+            to = self.target(x)
+            jumps = to is not None and x.predicated and i + LEAST < to <= last
+            i = to if jumps else i + 1
+        return Loop(body)
 
     def successors(self) -> list[list[int]]:
         """Indices of the instructions that may follow each."""

@@ -37,19 +37,20 @@ class Launch:
     v_dim: int = 0  # 0: dim
     dtype: torch.dtype = torch.bfloat16
     sinks: bool = False
-    lazy: bool = False
+    lazy: bool | None = None  # None: as the config that ships
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"D{self.dim}" + (f"-DV{self.v_dim}" if self.v_dim else "")
-        extras = "".join(f"-{name}" for name in ("sinks", "lazy") if getattr(self, name))
+        extras = "-sinks" if self.sinks else ""
+        extras += {None: "", True: "-lazy", False: "-eager"}[self.lazy]
         return f"{self.form}-{shape}-{self.kind}{self.block}-{dtype}{extras}"
 
     @property
     def config(self) -> configs.Config:
         block = (self.block, self.block) if self.kind == "sparse" else None
         config = configs.hopper(self.form, max(self.dim, self.v_dim), block)
-        return dataclasses.replace(config, lazy=self.lazy)
+        return config if self.lazy is None else dataclasses.replace(config, lazy=self.lazy)
 
     def run(self) -> None:
         query = torch.zeros(1, HEADS, LENGTH, self.dim, dtype=self.dtype)
@@ -64,10 +65,14 @@ class Launch:
 
 LAUNCHES = [
     *(Launch(f, d, "sparse") for f, d in itertools.product(FORMS, (64, 128))),
-    *(Launch(f, d, k) for f, (d, k) in itertools.product(FORMS, ((64, "causal"), (128, "dense")))),
+    *(
+        Launch(f, d, k)
+        for f, (d, k) in itertools.product(FORMS, ((64, "causal"), (128, "causal"), (128, "dense")))
+    ),
     *(Launch(f, 128, "sparse", 64) for f in FORMS),
     *(Launch(f, 72, "sparse", 128, 40, torch.float16, True) for f in FORMS),
-    Launch("gluon", 128, "sparse", lazy=True),
+    Launch("gluon", 64, "sparse", lazy=True),
+    Launch("gluon", 128, "sparse", lazy=False),
 ]
 
 

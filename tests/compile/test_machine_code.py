@@ -32,6 +32,11 @@ def code(*lines: str) -> machine_code.Code:
     return machine_code.parse("\n".join(listing))
 
 
+def turns(found: machine_code.Code) -> list[tuple[int, int]]:
+    """(instructions, products) of a turn of each loop with products."""
+    return [(len(loop.body), loop.products) for loop in found.product_loops()]
+
+
 def faults(*lines: str) -> list[str]:
     return machine_code.hazards(code(*lines, "EXIT"))
 
@@ -96,7 +101,15 @@ def test_loops_are_the_inner_ones_with_products():
     inner = [".L_x_1:", ARRIVE, SCORES, WAIT, *idle, "@P0 BRA `(.L_x_1)"]
     empty = [".L_x_2:", *idle, "@P0 BRA `(.L_x_2)"]
     whole = code(".L_x_0:", *empty, *inner, "@P0 BRA `(.L_x_0)", "EXIT")
-    assert whole.product_loops() == [len(inner) - 1]
+    assert turns(whole) == [(len(inner) - 1, 1)]
+
+
+def test_a_long_stretch_that_is_jumped_over_is_rare():
+    rare = ["FMUL R1, R2, R3"] * 20
+    inner = [ARRIVE, SCORES, WAIT, "@P1 BRA `(.L_x_1)", *rare, ".L_x_1:", "@P0 BRA `(.L_x_0)"]
+    assert turns(code(".L_x_0:", *inner, "EXIT")) == [(5, 1)]
+    inner[3] = "NOP"
+    assert turns(code(".L_x_0:", *inner, "EXIT")) == [(25, 1)]
 
 
 @pytest.mark.parametrize("name", ["spilled", "serialised", "full", "partial"])

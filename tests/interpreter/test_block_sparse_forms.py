@@ -107,6 +107,13 @@ def test_runs_of_full_tiles(form, block, device):
     check(form, Case(mask=mask, heads=1, q_len=256, kv_len=640, block=block), device)
 
 
+@pytest.mark.parametrize("q_len", [520, 700], ids=str)
+def test_more_tiles_than_stages(form, q_len, device):
+    """The widest heads: up to four FULL tiles to a line, an even number and an odd one."""
+    mask = masks.causal() & masks.sliding_window(600)
+    check(form, Case(mask=mask, heads=1, q_len=q_len, dim=128, v_dim=128, block=128), device)
+
+
 def test_fully_masked_rows(form, device):
     visible = random_bits(1, 2, 140, 140)
     visible[:, 1] = False
