@@ -68,7 +68,7 @@ def compare(
     rounds: int,
     *,
     budget: float = math.inf,
-    ahead: bool = False,
+    ahead: bool = True,
 ) -> Job:
     """Time the contenders that passed their checks. A column "flops" becomes "tflops".
 

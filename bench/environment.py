@@ -23,6 +23,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
+        "ptxas": ptxas_version(),
         "flashmark": version("flashmark"),
     }
 
@@ -39,6 +40,16 @@ def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def ptxas_version() -> str:
+    """Version of the assembler that Triton runs, "none" without one."""
+    try:
+        from triton import knobs
+
+        return knobs.nvidia.ptxas.version
+    except (ImportError, AttributeError, RuntimeError):
         return "none"
 
 

@@ -12,7 +12,10 @@ import flashmark
 from bench.compare import Job, Prepare, Settings, compare, forward_and_backward, verdict
 from bench.oracle import Oracle
 from bench.patterns import PATTERNS, Formula
-from bench.peers import Contender, Work, contenders, tuned_contenders
+from bench.peers import Contender, Work, contenders, gluon, ours, tuned_contenders
+
+# masks, at D = 128, for which a GPU run compiles FlexAttention: each takes a quarter of a minute
+FLEX_ON_GPU = ("causal", "window", "documents")
 
 
 def masks(settings: Settings) -> Iterator[Job]:
@@ -28,7 +31,24 @@ def masks(settings: Settings) -> Iterator[Job]:
                     batch, heads = (max(1, 16384 // n), 2048 // dim) if settings.on_gpu else (1, 8)
                     for backward in (False, True):
                         work = Work(pattern, batch, heads, n, dim, dtype, settings.device, backward)
-                        yield attention_job(work, contenders(work.device), settings.rounds)
+                        with_flex = not settings.on_gpu or (
+                            name in FLEX_ON_GPU and dim == 128 and n == 16384
+                        )
+                        fighters = contenders(work.device, with_flex)
+                        yield attention_job(work, fighters, settings.rounds)
+
+
+def forms(settings: Settings) -> Iterator[Job]:
+    """On a GPU: both forms of the forward kernel. To be run last: no GPU has run the second."""
+    for name in settings.patterns or ("causal", "window"):
+        for n in settings.choose_lengths(cpu=(1024,), gpu=(16384,)):
+            pattern = PATTERNS[name](n, settings.device)
+            for dim in (64, 128):
+                work = Work(
+                    pattern, 1, 2048 // dim, n, dim, torch.bfloat16, settings.device, False
+                )  # fmt: skip
+                both = [ours("triton"), gluon()]
+                yield attention_job(work, both, settings.rounds, suite="forms")
 
 
 def tuned(settings: Settings) -> Iterator[Job]:
@@ -89,7 +109,9 @@ def _build_job(name: str, n: int, settings: Settings) -> Job:
 
     common = {"suite": "mask_build", "case": pattern.name, "n": n, "direction": "build"}
     both = {"flashmark": ours, "create_block_mask": flex}
-    return compare(f"building {pattern.name}, N={n}", common, both, device, settings.rounds)
+    # on the host, so the GPU is not kept busy meanwhile
+    title = f"building {pattern.name}, N={n}"
+    return compare(title, common, both, device, settings.rounds, ahead=False)
 
 
 def _compile(pattern, n: int, device: torch.device, block_size: int = 128) -> flashmark.BlockMask:

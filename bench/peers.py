@@ -96,6 +96,24 @@ def ours(backend: str) -> Contender:
     return Contender(f"flashmark {backend}", prepare)
 
 
+def gluon() -> Contender:
+    """Our kernels with the forward kernel's Hopper form."""
+
+    def prepare(work: Work) -> Attention:
+        from flashmark.kernels.block_sparse import configs
+
+        attention = ours("triton").prepare(work)
+        config = configs.hopper("gluon", work.dim, (work.block_size,) * 2)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with configs.using(forward=config):
+                return attention(q, k, v)
+
+        return run
+
+    return Contender("flashmark gluon", prepare)
+
+
 def sdpa(kind: SDPBackend | None = None) -> Contender:
     """`scaled_dot_product_attention(is_causal=True)`, PyTorch's attention without a mask."""
 
@@ -184,12 +202,14 @@ def tuned_contenders() -> list[Contender]:
     ]
 
 
-def contenders(device: torch.device) -> list[Contender]:
+def contenders(device: torch.device, with_flex: bool = True) -> list[Contender]:
+    """Everything that computes attention under a mask on a device."""
+    flexes = [flex()] if with_flex else []
     if device.type == "cuda":
         kinds = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
-        others = [*(sdpa(getattr(SDPBackend, kind)) for kind in kinds), flex(), flash_sparse()]
+        others = [*(sdpa(getattr(SDPBackend, kind)) for kind in kinds), *flexes, flash_sparse()]
         return [ours("triton"), *others]
-    return [ours("eager"), ours("cpu"), sdpa(), flex()]
+    return [ours("eager"), ours("cpu"), sdpa(), *flexes]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
