@@ -66,7 +66,7 @@ def _typed(kind: str, text: str) -> tuple[str, str]:
 def load_shared(M, i, address, size: int, count: int, s, m) -> list:  # noqa: N803
     at = M.shared_at(i, address, size * count, s, m)
     if M.options.check_races:
-        M.races.read(i, at, size * count, s, m)
+        M.races.read(i, at, i.used or size * count, s, m)
     return gather(M.words[size], at, size, count)
 
 

@@ -62,6 +62,7 @@ class Instruction:
     source: str  # file:line of the kernel's source
     text: str
     index: int = 0
+    used: int | None = None  # leading bytes of a load's result that are used, where it is said
 
     def __post_init__(self):
         self.parts = tuple(self.op.replace("::", "__").split("."))
@@ -189,6 +190,8 @@ def _parse_body(name: str, target: str, body: str, first_line: int) -> Kernel:
     label = re.compile(r"([\w$%]+)\s*:(?!:)")
     table = re.compile(r"\.branchtargets\s+([^;]*);")
     waiting_table = None
+    used_bytes = re.compile(r'\.pragma\s+"used_bytes_mask (0x[0-9a-f]+)";')
+    used = None
 
     local = _Scopes(scopes, kernel.registers)
 
@@ -204,6 +207,10 @@ def _parse_body(name: str, target: str, body: str, first_line: int) -> Kernel:
         if loc := _LOC.match(body, position):
             source = loc[1] or source
             position = loc.end()
+            continue
+        if mask := used_bytes.match(body, position):  # LLVM widens a load, and says by how much
+            used = int(mask[1], 16).bit_length()
+            position = mask.end()
             continue
         if body.startswith((".file", ".section", ".pragma"), position):
             position = min(x for x in (body.find("\n", position), len(body)) if x >= 0)
@@ -235,7 +242,9 @@ def _parse_body(name: str, target: str, body: str, first_line: int) -> Kernel:
         elif statement.startswith(".local") or statement.startswith(".param"):
             raise NotImplementedError(f"line {line()}: {statement}")
         elif statement:
-            kernel.instructions.append(_instruction(statement, line(), source, local))
+            instruction = _instruction(statement, line(), source, local)
+            instruction.used, used = used, None
+            kernel.instructions.append(instruction)
         position = end + 1
     for index, instruction in enumerate(kernel.instructions):
         instruction.index = index

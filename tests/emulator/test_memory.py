@@ -78,6 +78,20 @@ def test_fault(kind):
         one(FAULTS[kind], X, output="u4", shared=1024)
 
 
+@pytest.mark.parametrize("used", ["0xff", "0xffff"])
+def test_only_the_bytes_that_a_load_uses_must_be_written(used):
+    """LLVM loads four words where the last ones are not needed."""
+    body = f"""mov.u32 %s9, space; setp.eq.u32 %p0, %t, 0;
+               @%p0 st.shared.v2.b32 [%s9], {{%x0, %t}}; bar.sync 0;
+               .pragma "used_bytes_mask {used}";
+               ld.shared.v4.b32 {{%y0, %s1, %s2, %s3}}, [%s9];"""
+    if used == "0xff":
+        assert (one(body, X, output="u4", shared=1024) == X[0]).all()
+    else:
+        with pytest.raises(EmulationError, match="uninitialised shared memory"):
+            one(body, X, output="u4", shared=1024)
+
+
 def test_lanes_off_a_guard_may_hold_any_address():
     body = """setp.lt.u32 %p0, %t, 40; mov.b32 %y0, 5; ld.param.b64 %d0, [k_0];
               mul.wide.u32 %d1, %t, 4;
