@@ -2,8 +2,8 @@
 
 One library lies next to this file where the package was built with a compiler. It reads torch
 through its stable ABI only, so one build runs with torch 2.11 and later. Everything here has a twin
-in plain PyTorch that is used where the library is missing. On a GPU the operators run when they are
-called, and nothing of flashmark calls them by itself.
+in plain PyTorch that is used where the library is missing. On a GPU flashmark itself calls those of
+the landmark core alone; the others run when they are called.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def has_cuda() -> bool:
 def preferred(device: torch.device) -> bool:
     """Whether flashmark itself takes the operators for tensors on `device`."""
     return device.type == "cpu" and available()
+
+
+def solves_cores(device: torch.device) -> bool:
+    """Whether flashmark itself takes `tied_core` and `tikhonov_core` for tensors on `device`."""
+    return preferred(device) or device.type == "cuda" and has_cuda()
 
 
 def _operators():

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmark import native, nystrom_attention, reference
 from flashmark.nystrom import landmark_core as landmarks
@@ -203,6 +204,65 @@ def test_no_jitter_is_exact_or_an_error(monkeypatch, path, method, kind):
     X[1] = X[1, :1]
     with pytest.raises(ValueError, match="jitter: expected a number > 0 for .* got 0"):
         landmark_core(X, method=method, kind=kind, jitter=0)
+
+
+class Products(TorchDispatchMode):
+    """Operators that compute, by name, and the dtypes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        free = "view _unsafe_view expand transpose detach t promote_types fill_"
+        if name not in free.split():
+            self.names.append(name)
+        if name in ("mm", "bmm", "baddbmm"):
+            self.dtypes.add(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", ["native", "pytorch"])
+@pytest.mark.parametrize("method", ["cholesky", "tikhonov", "newton_schulz"])
+def test_on_a_gpu_no_product_depends_on_the_precision_of_float32(monkeypatch, path, method):
+    """As on a GPU, whose setting may be tf32: all products are float64, the core is float32."""
+    if path == "pytorch":
+        monkeypatch.setattr(native, "preferred", lambda device: False)
+    monkeypatch.setattr(landmarks, "_in_float64", lambda device: True)
+    X = init_landmarks(2, 8, 16).bfloat16().requires_grad_()
+    with Products() as products:
+        core = landmark_core(X, method=method)
+        core.square().sum().backward()
+    assert core.dtype == torch.float32 and X.grad.dtype == torch.bfloat16
+    assert products.dtypes == {torch.float64}
+    wanted = landmark_core(X.detach().double(), method=method)
+    helpers.assert_close(core, wanted, 1e-6)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native operators are not built")
+def test_the_core_on_a_gpu_is_few_launches(monkeypatch):
+    """Counted where the C++ operator stands for the CUDA one: a cast each way, the scores, a core;
+    their gradients.
+    """
+    monkeypatch.setattr(native, "preferred", lambda device: False)
+    monkeypatch.setattr(native, "solves_cores", lambda device: True)
+    monkeypatch.setattr(landmarks, "_in_float64", lambda device: True)
+    X = init_landmarks(2, 8, 16).requires_grad_()
+    with Products() as forward:
+        core = landmark_core(X)
+    with Products() as backward:
+        torch.autograd.grad(core, X, torch.ones_like(core))
+    assert forward.names == ["_to_copy", "mul", "bmm", "tied_core", "_to_copy"]
+    assert backward.names.count("tied_core_backward") == 1
+    assert len(backward.names) <= 8
+
+
+def test_cuda_tensors_take_the_cuda_operator_where_it_is_built(monkeypatch):
+    for built in (True, False):
+        monkeypatch.setattr(native, "has_cuda", lambda built=built: built)
+        assert native.solves_cores(torch.device("cuda")) is built
+    assert not native.solves_cores(torch.device("meta"))
 
 
 @pytest.mark.parametrize("count", [1, 8, 16, 40])

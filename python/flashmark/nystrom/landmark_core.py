@@ -103,11 +103,24 @@ def solve_core(
                 landmark_queries, landmark_keys, scale, method, kind, jitter, iterations
             )
     dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
-    X = landmark_queries if landmark_queries.dtype == dtype else landmark_queries.to(dtype)
-    Y = X if landmark_keys is None else landmark_keys.to(dtype)
+    # where products in float32 may be in tf32, of 10 bits: cores cancel
+    inner = torch.float64 if _in_float64(landmark_queries.device) else dtype
+    X = landmark_queries if landmark_queries.dtype == inner else landmark_queries.to(inner)
+    Y = X if landmark_keys is None else landmark_keys.to(inner)
+    return _core_of(X, Y, scale, method, kind, jitter, iterations, landmark_keys is None).to(dtype)
+
+
+def _in_float64(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _core_of(
+    X: Tensor, Y: Tensor, scale: float, method: str, kind: str, jitter: float, iterations: int,
+    tied: bool,
+) -> Tensor:  # fmt: skip
     scores = (X * scale) @ Y.mT
     if method == "identity":
-        eye = torch.eye(scores.shape[-1], dtype=dtype, device=scores.device)
+        eye = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
         return eye.expand(scores.shape).clone()
     softmax = kind == "softmax"
     if method == "cholesky":
@@ -116,7 +129,7 @@ def solve_core(
     if method == "newton_schulz":
         columns, rows = (matrix.sum(dim).amax(-1)[..., None, None] for dim in (-2, -1))
         return newton_schulz(matrix, matrix.mT / (columns * rows), iterations)  # entries >= 0
-    if landmark_keys is not None:
+    if not tied:
         _warn_once(matrix)
     return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, softmax)
 
@@ -140,7 +153,7 @@ def _solved(in_native_code, in_pytorch, matrix: Tensor, jitter: float, softmax: 
         return in_pytorch(x, jitter, softmax).contiguous()
 
     fits = 1 <= matrix.shape[-1] <= native.MOST_LANDMARKS
-    if not fits or not native.preferred(matrix.device):
+    if not fits or not native.solves_cores(matrix.device):
         return plain(matrix)
     if torch.compiler.is_compiling():
         return in_native_code(matrix, jitter, softmax)
