@@ -32,13 +32,13 @@ COLOURS = {
 def plot(frame: pd.DataFrame, csv: Path) -> list[Path]:
     """Draw each suite of a CSV beside it, as `<name>-<suite>.png`: the rows that ran and passed.
 
-    The suite `curves` has its CSV to itself and is drawn as `<name>.png`.
+    A suite that has its CSV to itself is drawn as `<name>.png`.
     """
     paths = []
     for suite, rows in frame[frame.status == "ok"].groupby("suite", sort=False):
-        alone = suite == "curves"
+        alone = csv.stem.endswith(f"_{suite}")
         path = csv.with_suffix(".png") if alone else csv.with_name(f"{csv.stem}-{suite}.png")
-        (_draw_curves if alone else _draw)(rows).savefig(path, dpi=120)
+        (_draw_curves if suite == "curves" else _draw)(rows).savefig(path, dpi=120)
         plt.close("all")
         paths.append(path)
     return paths

@@ -18,7 +18,7 @@ from flashmark.routed.checks import (
 )
 from flashmark.routed.choice import Choice, best_blocks, choose_by
 from flashmark.routed.mass import routing_of
-from flashmark.routed.places import Blocks
+from flashmark.routed.places import blocks_of
 from flashmark.routed.summaries import RoutedState, scores_of, summarize
 from flashmark.sharded import over_shards
 
@@ -230,12 +230,12 @@ def _chosen(
 def _summaries(
     state: RoutedState | None, key, landmarks, checked: Checked, block_size: int
 ) -> RoutedState:
-    """Summaries of all blocks; those in `state` are taken from there."""
-    if state is not None and state.keys.shape[2] * block_size >= key.shape[2]:
-        return state
-    blocks = checked.blocks(key, block_size)
+    """Summaries of all finished blocks at least; those in `state` are taken from there."""
     if state is None:
+        blocks = checked.blocks(key, block_size)
         return summarize(key, landmarks, checked.scale, checked.keep, blocks)
     known = state.keys.shape[2]
-    rest = Blocks(blocks.tokens[known:], blocks.inside[known:], None)
+    if known >= key.shape[2] // block_size:  # the last block, where unfinished, is never chosen
+        return state
+    rest = blocks_of(key.shape[2], None, 1, block_size, key.device, known)
     return state.merge(summarize(key, landmarks, checked.scale, checked.keep, rest))
