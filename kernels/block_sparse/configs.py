@@ -197,7 +197,7 @@ def _chosen(
         config = _HALF[pass_][width, extras]
     if block is not None:
         config = _divide(config, block, pass_, width, extras)
-    return _fit(config, arch, width, dtype)
+    return fit(config, arch, width, dtype)
 
 
 def hopper(form: str, head_dim: int, block: tuple[int, int] | None = None) -> Config:
@@ -221,7 +221,7 @@ def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extr
     return divided
 
 
-def _fit(config: Config, arch: int | str, width: int, dtype: torch.dtype) -> Config:
+def fit(config: Config, arch: int | str, width: int, dtype: torch.dtype) -> Config:
     """Fit a config to another GPU: no register cap except on Hopper, where it was chosen; fewer
     stages, then smaller tiles, where shared memory is less than 227 KiB.
     """

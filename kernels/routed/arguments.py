@@ -12,8 +12,9 @@ from torch import Tensor
 
 from flashmark.routed.call import Call
 
-from ..block_sparse import configs
+from ..block_sparse import configs as shared
 from ..block_sparse.arguments import WIDE, dot_precision, padded
+from . import configs
 
 LOG2E = math.log2(math.e)
 # bytes of what the queries of one chunk find in their chosen blocks
@@ -84,14 +85,10 @@ class KernelArguments(NamedTuple):
     far: bool  # some query has blocks to choose from
 
     def fit(self, pass_: str, query: Tensor, **features) -> tuple[Features, configs.Config]:
-        """Features and config of a kernel that holds and walks tiles as `pass_` of block-sparse
-        attention does."""
+        """Features and config of the kernels of a pass."""
         F = self.features
-        exact = F.PRECISION == "ieee"
-        config = configs.choose(
-            configs.device_arch(query.device), query.dtype, max(F.PAD, F.PAD_V), None, pass_, True,
-            exact,
-        )  # fmt: skip
+        arch, width = shared.device_arch(query.device), max(F.PAD, F.PAD_V)
+        config = configs.choose(arch, query.dtype, width, pass_, F.PRECISION == "ieee")
         block_n = min(config.block_n, padded(F.SIZE))
         F = dataclasses.replace(F, BLOCK_M=config.block_m, BLOCK_N=block_n, **features)
         return F, config

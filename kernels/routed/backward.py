@@ -60,7 +60,7 @@ def _keys_and_values(
     (batch, kv_heads, kv_len, _), size = key.shape, call.block_size
     dtype = torch.float32 if described.far else key.dtype
     dkey, dvalue = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (key, value))
-    features, config = described.fit("backward_grouped", key, ATOMIC=not call.deterministic)
+    features, config = described.fit("keys", key, ATOMIC=not call.deterministic)
     near = dataclasses.replace(features, ATOMIC=False)
     near_keys_kernel[(batch * kv_heads * triton.cdiv(kv_len, features.BLOCK_N),)](
         operands, dkey, dvalue, described.modifiers, call.scale, *described.sizes, F=near,
@@ -89,7 +89,7 @@ def _queries(
     query = operands.query
     batch, heads, _, dim = query.shape
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    features, config = described.fit("backward_q", query)
+    features, config = described.fit("queries", query)
     part = None
     if described.far:
         shape = batch, heads, chunks[0].chunk, described.sizes.top, dim

@@ -72,7 +72,7 @@ def near_keys_kernel(
     start,
     F: tl.constexpr,
 ):
-    """What the near fields of all queries give to dK and dV."""
+    """dK and dV, as far as they come from the near fields of queries."""
     sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     BLOCK_N: tl.constexpr = F.BLOCK_N

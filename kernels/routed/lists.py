@@ -1,4 +1,4 @@
-"""Which queries chose a block: the choices of all queries, sorted by block."""
+"""The choices of all queries, sorted by block: from block to the queries that chose it."""
 
 from __future__ import annotations
 

@@ -137,10 +137,13 @@ class _Routed:
 
     def definition(self, *args, **kwargs) -> Tensor:
         given = self._given(args, kwargs)
+        assert self.indices is not None
         options = {
             n: x for n, x in given.items() if n in _parameters(reference.block_topk_attention)
         }
-        return reference.block_topk_attention(**options, indices=self.indices)
+        out = reference.block_topk_attention(**options, indices=self.indices)
+        assert isinstance(out, Tensor)
+        return out
 
     def choice(self, args, kwargs, dtype: torch.dtype, slack: float) -> Row:
         """Row of the choice, against float64 scores."""

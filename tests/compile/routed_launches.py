@@ -55,3 +55,26 @@ class Launch:
                 routed.backward(call, Saved(query, torch.zeros(1, HEADS, rows)), query, None)
         finally:
             torch.set_float32_matmul_precision(plain)
+
+    def spill_allowed(self, kernel: str) -> int:
+        """Bytes to a thread."""
+        return SPILLS.get((str(self), kernel), 0)
+
+
+# bytes to a thread that kernels spill; they may only get fewer
+SPILLS: dict[tuple[str, str], int] = {}
+
+
+def all_launches() -> list[Launch]:
+    """Every config for half precision up to D = 128, and a few of everything else."""
+    return [
+        *(Launch(p, d) for p in ("forward", "backward", "atomic", "decode") for d in (64, 128)),
+        *(Launch(p, 256) for p in ("forward", "backward", "decode")),
+        *(Launch(p, 128, 16) for p in ("forward", "backward")),
+        Launch("backward", 64, 100),
+        *(Launch(p, 64, 64, "softcap") for p in ("forward", "backward", "decode")),
+        *(Launch(p, 64, 64, f) for p in ("forward", "backward") for f in ("mask", "packed")),
+        *(Launch(p, 64, 64, "lengths") for p in ("forward", "backward", "decode")),
+        *(Launch(p, 64, dtype=SINGLE) for p in ("forward", "backward", "decode")),
+        Launch("backward", 64, dtype=SINGLE, precision="high"),
+    ]
