@@ -15,6 +15,7 @@ from .lists import gathered_rows
 from .primitives import (
     NONE,
     bounds_of,
+    hide,
     load_at,
     load_keys,
     near_span,
@@ -25,10 +26,10 @@ from .primitives import (
 
 @triton.jit
 def take_queries(
-    dk, dv, k, v, keep, operands, b, h, i, inside, n, low, span, sizes, modifiers, F: tl.constexpr
+    dk, dv, k, v, operands, b, h, i, inside, distance, span2, sizes, modifiers, F: tl.constexpr
 ):
     """Take queries i of heads h, vectors, into dK [BLOCK_N, PAD] and dV [BLOCK_N, PAD_V]; each sees
-    `span` keys from `low` on.
+    the keys whose distance, [BLOCK_N, 1 or BLOCK_M], is below its span, [1, 1 or BLOCK_M].
     """
     # [BLOCK_M, PAD]
     q = load_at(pointers(operands.query, operands.query_strides, b, h, i), inside, F.DIM, F.PAD)
@@ -45,11 +46,8 @@ def take_queries(
     row = (tl.cast(b, tl.int64) * heads + h) * padded_rows(sizes.q_len) + i
     lse2 = tl.load(operands.lse + row, mask=inside, other=float("inf"))
     delta = tl.load(operands.delta + row, mask=inside, other=0.0)
-    distance = (n + tl.arange(0, F.BLOCK_N))[:, None] - low[None, :]
-    if F.KEEP:
-        distance = tl.where(keep[:, None], distance, -1)
     p_t, ds_t = score_gradient(
-        qk_t, dp_t, lse2[None, :], delta[None, :], distance, span[None, :], modifiers, F
+        qk_t, dp_t, lse2[None, :], delta[None, :], distance, span2, modifiers, F
     )
     dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=F.PRECISION)
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=F.PRECISION)
@@ -96,9 +94,13 @@ def near_keys_kernel(
             i = i0 + tl.arange(0, BLOCK_M)
             low, span = near_span(i + offset, end_n, sizes, modifiers, F)
             h = hk * F.GROUP + g + tl.zeros_like(i)
+            # [BLOCK_N, BLOCK_M]
+            distance = (n + tl.arange(0, BLOCK_N))[:, None] - low[None, :]
+            distance = hide(distance, keep, 1, F)
             dk, dv = take_queries(
-                dk, dv, k, v, keep, operands, b, h, i, i < q_len, n, low, span, sizes, modifiers, F
-            )
+                dk, dv, k, v, operands, b, h, i, i < q_len, distance, span[None, :], sizes,
+                modifiers, F,
+            )  # fmt: skip
     row = tl.cast(pair, tl.int64) * kv_len
     store_tile(dk_ptr + row * F.DIM, n, F.DIM, kv_len, dk * scale, BLOCK_N, F.DIM, PAD)
     store_tile(dv_ptr + row * F.DIM_V, n, F.DIM_V, kv_len, dv, BLOCK_N, F.DIM_V, PAD_V)
@@ -132,25 +134,24 @@ def gather_block(
     b, hk = pair // sizes.heads, pair % sizes.heads
     _, end_n = bounds_of(b, sizes, modifiers, F)
     n = token + part * BLOCK_N
-    k, v, keep = load_keys(
-        operands, b, hk, n, tl.minimum(token + F.SIZE, end_n), sizes, modifiers, F
-    )
+    stop = tl.minimum(token + F.SIZE, end_n)
+    k, v, keep = load_keys(operands, b, hk, n, stop, sizes, modifiers, F)
     # [BLOCK_N, PAD]
     dk = tl.zeros([BLOCK_N, PAD], tl.float32)
     # [BLOCK_N, PAD_V]
     dv = tl.zeros([BLOCK_N, PAD_V], tl.float32)
+    # [BLOCK_N, 1]
+    distance = hide((n - token + tl.arange(0, BLOCK_N))[:, None], keep, 1, F)
+    span = tl.full([1, 1], 0, tl.int32) + tl.maximum(stop - token, 0)
     end = entry_end * F.GROUP
     for flat in range(entry * F.GROUP, end, F.BLOCK_M):
         rows = flat + tl.arange(0, F.BLOCK_M)
         _token, i, g, _line = gathered_rows(lists, pair, rows, end, sizes, F)
-        low = token + tl.zeros_like(i)
-        span = tl.maximum(tl.minimum(token + F.SIZE, end_n) - low, 0)
         dk, dv = take_queries(
-            dk, dv, k, v, keep, operands, b, hk * F.GROUP + g, sizes.start + i, rows < end, n,
-            low, span, sizes, modifiers, F,
+            dk, dv, k, v, operands, b, hk * F.GROUP + g, sizes.start + i, rows < end, distance,
+            span, sizes, modifiers, F,
         )  # fmt: skip
     row = tl.cast(pair, tl.int64) * sizes.kv_len
-    stop = token + F.SIZE
     add_tile(dk_ptr + row * F.DIM, n, stop, dk * scale, BLOCK_N, F.DIM, PAD, F.ATOMIC)
     add_tile(dv_ptr + row * F.DIM_V, n, stop, dv, BLOCK_N, F.DIM_V, PAD_V, F.ATOMIC)
 

@@ -13,6 +13,7 @@ from .lists import gathered_rows, number_of_blocks
 from .primitives import (
     NONE,
     bounds_of,
+    hide,
     load_at,
     load_keys,
     near_span,
@@ -38,14 +39,11 @@ def load_queries(operands, b, h, i, inside, sizes, F: tl.constexpr):
 
 
 @triton.jit
-def take_keys(dq, q, dout, lse2, delta, k, v, keep, n, low, span, modifiers, F: tl.constexpr):
-    """Take keys n .. n + BLOCK_N into dQ [BLOCK_M, PAD]."""
+def take_keys(dq, q, dout, lse2, delta, k, v, distance, span, modifiers, F: tl.constexpr):
+    """Take a tile of keys into dQ [BLOCK_M, PAD]; distances and spans as for `attend`."""
     # [BLOCK_M, BLOCK_N]
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=F.PRECISION)
-    distance = (n + tl.arange(0, F.BLOCK_N))[None, :] - low[:, None]
-    if F.KEEP:
-        distance = tl.where(keep[None, :], distance, -1)
     _, ds = score_gradient(
         qk, dp, lse2[:, None], delta[:, None], distance, span[:, None], modifiers, F
     )
@@ -93,8 +91,10 @@ def gathered_queries_kernel(
         n = block + x % F.PARTS * F.BLOCK_N
         stop = tl.minimum(block + F.SIZE, end_n)
         k, v, keep = load_keys(operands, b, hk, n, stop, sizes, modifiers, F)
+        # [1, BLOCK_N]
+        distance = hide((n - block + tl.arange(0, F.BLOCK_N))[None, :], keep, 0, F)
         span = tl.where(token == block, tl.maximum(stop - block, 0), 0)
-        dq = take_keys(dq, q, dout, lse2, delta, k, v, keep, n, token, span, modifiers, F)
+        dq = take_keys(dq, q, dout, lse2, delta, k, v, distance, span, modifiers, F)
         if x % F.PARTS == F.PARTS - 1:
             block = tl.min(tl.where(token > block, token, NONE), 0)
     # [BLOCK_M]
@@ -147,7 +147,10 @@ def near_queries_kernel(
     if begin < stop:
         for n in range(begin, stop, F.BLOCK_N):
             k, v, keep = load_keys(operands, b, hq // F.GROUP, n, stop, sizes, modifiers, F)
-            dq = take_keys(dq, q, dout, lse2, delta, k, v, keep, n, low, span, modifiers, F)
+            # [BLOCK_M, BLOCK_N]
+            distance = (n + tl.arange(0, F.BLOCK_N))[None, :] - low[:, None]
+            distance = hide(distance, keep, 0, F)
+            dq = take_keys(dq, q, dout, lse2, delta, k, v, distance, span, modifiers, F)
     if lists is not None:
         choices = tl.cast(pair // F.GROUP, tl.int64) * chunk * top + local * top
         rows = (tl.cast(pair, tl.int64) * chunk + local) * top

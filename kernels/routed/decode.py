@@ -19,6 +19,7 @@ from .arguments import Sizes
 from .primitives import (
     attend,
     bounds_of,
+    hide,
     load_at,
     load_keys,
     near_span,
@@ -98,9 +99,9 @@ def walk_kernel(
         )
         k, v, keep = load_keys(inputs, b, hk, n, stop, sizes, modifiers, F)
         width = tl.maximum(stop - begin, 0) + tl.zeros_like(g)
-        acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k, v, keep, n, begin + tl.zeros_like(g), width, modifiers, F
-        )
+        # [1, BLOCK_N]
+        distance = hide((n - begin + tl.arange(0, F.BLOCK_N))[None, :], keep, 0, F)
+        acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, distance, width, modifiers, F)
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     samples = tl.num_programs(0) // (splits * q_len * tiles * heads)
     row = (tl.cast(split * samples + b, tl.int64) * heads * F.GROUP + h) * q_len + i

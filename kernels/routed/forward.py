@@ -19,6 +19,7 @@ from .primitives import (
     NONE,
     attend,
     bounds_of,
+    hide,
     load_at,
     load_keys,
     near_span,
@@ -80,8 +81,10 @@ def gathered_kernel(
         n = block + x % F.PARTS * F.BLOCK_N
         stop = tl.minimum(block + F.SIZE, end_n)
         k, v, keep = load_keys(inputs, b, hk, n, stop, sizes, modifiers, F)
+        # [1, BLOCK_N]
+        distance = hide((n - block + tl.arange(0, F.BLOCK_N))[None, :], keep, 0, F)
         span = tl.where(token == block, tl.maximum(stop - block, 0), 0)
-        acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, keep, n, token, span, modifiers, F)
+        acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, distance, span, modifiers, F)
         if x % F.PARTS == F.PARTS - 1:
             block = tl.min(tl.where(token > block, token, NONE), 0)
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
@@ -162,7 +165,10 @@ def near_kernel(
     if begin < stop:  # as in the forward of block-sparse attention
         for n in range(begin, stop, F.BLOCK_N):
             k, v, keep = load_keys(inputs, b, hq // F.GROUP, n, stop, sizes, modifiers, F)
-            acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, keep, n, low, span, modifiers, F)
+            # [BLOCK_M, BLOCK_N]
+            distance = (n + tl.arange(0, F.BLOCK_N))[None, :] - low[:, None]
+            distance = hide(distance, keep, 0, F)
+            acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, distance, span, modifiers, F)
     if lists is not None:
         acc, l_i, m_i = merge_parts(
             acc, l_i, m_i, lists, part_ptr, part_lse_ptr, pair, local, sizes, F

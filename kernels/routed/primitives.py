@@ -117,6 +117,14 @@ def keep_within(distance, span, x, OTHER: tl.constexpr):
 
 
 @triton.jit
+def hide(distance, keep, AXIS: tl.constexpr, F: tl.constexpr):
+    """Distances of keys, beyond all spans where a key takes no part; `keep` lacks axis AXIS."""
+    if F.KEEP:
+        distance = tl.where(tl.expand_dims(keep, AXIS), distance, -1)  # the largest unsigned number
+    return distance
+
+
+@triton.jit
 def logits(qk, modifiers, F: tl.constexpr):
     """Logits, up to the `factor` of a plain score, and d capped / d scaled score."""
     slope = 1.0
@@ -132,16 +140,13 @@ def logits(qk, modifiers, F: tl.constexpr):
 
 
 @triton.jit
-def attend(acc, l_i, m_i, q, k, v, keep, n, low, span, modifiers, F: tl.constexpr):
-    """Take keys n .. n + BLOCK_N into the running output [BLOCK_M, PAD_V], row sums and row maxima;
-    a row sees `span` keys from `low` on.
+def attend(acc, l_i, m_i, q, k, v, distance, span, modifiers, F: tl.constexpr):
+    """Take a tile of keys into the running output [BLOCK_M, PAD_V], row sums and row maxima; a row
+    sees those whose distance, [1 or BLOCK_M, BLOCK_N], is below its span.
     """
     # [BLOCK_M, BLOCK_N]
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     s, _ = logits(qk, modifiers, F)
-    distance = (n + tl.arange(0, F.BLOCK_N))[None, :] - low[:, None]
-    if F.KEEP:
-        distance = tl.where(keep[None, :], distance, -1)  # the largest unsigned number
     s = keep_within(distance, span[:, None], s, float("-inf"))
     p, alpha, m_i, l_i = online_softmax(s, log2_factor(modifiers, F), m_i, l_i, True)
     # [BLOCK_M, PAD_V]
