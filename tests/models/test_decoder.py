@@ -28,6 +28,15 @@ CAUSAL = {
     "hybrid-slots": {"attention": "hybrid"},
     "hybrid-mass": {"attention": "hybrid", "merge": "mass"},
     "hybrid-gate": {"attention": "hybrid", "merge": "gate"},
+    "routed": {"attention": "routed", "block_size": 4, "top_k": 2, "block_landmarks": 3},
+    "routed-mean": {
+        "attention": "routed",
+        "block_size": 8,
+        "top_k": 1,
+        "near": 0,
+        "block_landmarks": None,
+        "convolution": 3,
+    },
     "mixed-learned": {"attention": ("window", "nystrom"), "positions": "learned"},
 }
 GPT2 = {"norm": "layer", "activation": "gelu_tanh", "gated": False, "bias": True, "tied": False}

@@ -25,6 +25,7 @@ ATTENTIONS = {
     "sinks": {"mask": masks.causal() & (masks.sliding_window(6) | masks.prefix(2))},
     "nystrom": {"attention": "nystrom", "convolution": 3},
     "hybrid": {"attention": "hybrid"},
+    "routed": {"attention": "routed", "block_size": 4, "top_k": 2, "near": 0, "block_landmarks": 3},
     "all-three": {"attention": ("exact", "nystrom", "hybrid"), "layers": 3},
 }
 

@@ -4,6 +4,7 @@ from flashmark.models.convert import from_huggingface
 from flashmark.models.decoder import Decoder, DecoderConfig
 from flashmark.models.decoder_cache import DecoderCache, GivenMemory
 from flashmark.models.masked_lm import MaskedLM
+from flashmark.models.routed import record_routing, routing_losses, to_routed
 from flashmark.models.t5 import T5, GivenSource, T5Cache, T5Output
 from flashmark.models.t5_layers import T5Config
 
@@ -19,4 +20,7 @@ __all__ = [
     "T5Config",
     "T5Output",
     "from_huggingface",
+    "record_routing",
+    "routing_losses",
+    "to_routed",
 ]

@@ -29,6 +29,7 @@ from flashmark.nn import (
     HybridAttention,
     Memory,
     NystromAttention,
+    RoutedAttention,
 )
 from flashmark.nn.tokens import check_packed, check_tokens, packed_places
 
@@ -39,12 +40,13 @@ Attention = str | Callable[["DecoderConfig"], nn.Module]
 class DecoderConfig:
     """Sizes and choices of a Decoder; the defaults are Llama's.
 
-    attention: "exact", "window", "nystrom", "hybrid", "bidirectional" or a function from this
-        config to a module like those of `flashmark.nn`; or a sequence of these, one a layer.
+    attention: "exact", "window", "nystrom", "hybrid", "routed", "bidirectional" or a function from
+        this config to a module like those of `flashmark.nn`; or a sequence of these, one a layer.
     mask: what "exact" layers show; plain causal when None. All of them hold the one object. The
         other kinds cannot follow one, and a function that makes an attention reads it itself.
     memory_dim: width of an encoder's output that each layer reads by cross-attention; None: none.
-    positions: "rotary" (in layers of exact, window and hybrid attention), "learned" or "none".
+    positions: "rotary" (in layers of exact, window, hybrid and routed attention), "learned" or
+        "none".
     convolution: taps of a short causal convolution before each attention, 0 for none.
     """
 
@@ -61,6 +63,10 @@ class DecoderConfig:
     landmarks: int = 32  # of "nystrom" and "hybrid", per key head
     merge: str = "slots"  # of "hybrid"
     decay: bool = True  # of "nystrom"
+    block_size: int = 64  # of "routed", in tokens
+    top_k: int = 16  # of "routed": blocks that a token chooses
+    near: int = 1  # of "routed": blocks before its own that a token always reads
+    block_landmarks: int | None = 4  # of "routed", per key head; None: mean keys of blocks
     memory_dim: int | None = None
     positions: str = "rotary"
     rotary_theta: float = 10_000.0
@@ -132,6 +138,14 @@ def _hybrid(config: DecoderConfig) -> nn.Module:
     )  # fmt: skip
 
 
+def _routed(config: DecoderConfig) -> nn.Module:
+    return RoutedAttention(
+        config.width, config.heads, config.block_landmarks, num_kv_heads=config.kv_heads,
+        head_dim=config.head_dim, block_size=config.block_size, top_k=config.top_k,
+        near=config.near, rotary=_rotary(config), rotary_dim=config.rotary_dim, bias=config.bias,
+    )  # fmt: skip
+
+
 def _rotary(config: DecoderConfig) -> float | bool:
     return config.rotary_theta if config.positions == "rotary" else False
 
@@ -141,6 +155,7 @@ ATTENTIONS: dict[str, Callable[[DecoderConfig], nn.Module]] = {
     "window": lambda config: _exact(config, _window(config.window)),
     "nystrom": _nystrom,
     "hybrid": _hybrid,
+    "routed": _routed,
     "bidirectional": lambda config: _exact(config, None, is_causal=False),
 }
 

@@ -31,7 +31,8 @@ __all__ = ["attention", "attention_mask", "register"]
 
 
 def register(name: str = "flashmark") -> None:
-    """Make `attn_implementation=name` known to transformers: the attention and its masks.
+    """Make `attn_implementation=name` known to transformers: the attention and its masks; and
+    "flashmark_routed", as `register_routed` does.
 
     Both are needed: without a mask function transformers passes no mask, and models whose layers do
     not ask for causality themselves would see the future. transformers takes every name with
@@ -40,11 +41,20 @@ def register(name: str = "flashmark") -> None:
     From then on a model whose configuration records a conversion (`to_nystrom`, `to_hybrid`) is
     built and loaded as one; without it, transformers refuses to load one.
     """
-    AttentionInterface.register(name, attention)
+    from flashmark.integrations.huggingface.routed import register_routed
+
+    make_known(name, attention)
+    if "flashmark_routed" not in names:
+        register_routed()
+    extend_transformers()
+
+
+def make_known(name: str, function: Callable) -> None:
+    """Register an attention function, and our masks with it."""
+    AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, attention_mask)
     if name not in names:
         names.append(name)
-    extend_transformers()
     if generic.is_flash_attention_requested is not _is_flash_attention_requested:
         _replace(generic.is_flash_attention_requested, _is_flash_attention_requested)
 
@@ -109,12 +119,7 @@ def attention(
     Raises:
         NotImplementedError: `output_attentions`, or the paged cache of continuous batching.
     """
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError(
-            "output_attentions: expected False with flashmark, which forms no attention weights"
-        )
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError("cache: expected no paged cache with flashmark, got one")
+    refuse(kwargs)
     if is_converted(module):
         out = attend(
             module, query, key, value, attention_mask, scaling, flashmark, softcap=softcap,
@@ -131,6 +136,16 @@ def attention(
         sinks=s_aux, dropout_p=dropout,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def refuse(options: dict[str, Any]) -> None:
+    """Raise for what no implementation of flashmark can do."""
+    if options.get("output_attentions"):
+        raise NotImplementedError(
+            "output_attentions: expected False with flashmark, which forms no attention weights"
+        )
+    if options.get("cache") is not None:
+        raise NotImplementedError("cache: expected no paged cache with flashmark, got one")
 
 
 def _without_mask(causal: bool, sliding_window: int | None) -> Mask | None:

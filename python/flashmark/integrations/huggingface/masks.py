@@ -160,6 +160,11 @@ def _causal() -> Mask:
     return masks.causal()
 
 
+def is_plain_causal(mask: LazyMask) -> bool:
+    """Whether a query sees all keys up to its own, but for padding."""
+    return mask.pattern is _causal()
+
+
 @functools.lru_cache(maxsize=64)
 def _known_both(left: Mask, right: Mask) -> Mask:
     return left & right
