@@ -45,7 +45,7 @@ SMALL = {
     "recall 256": (
         (64, 2, 400),
         lambda: recall_task(
-            context=256, window=16, landmarks=64, batch=8, pairs=16, top_k=4, name="recall 256"
+            context=256, window=16, landmarks=64, batch=16, pairs=16, top_k=4, name="recall 256"
         ),
     ),
 }

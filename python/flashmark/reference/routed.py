@@ -131,12 +131,14 @@ def block_scores(
     grouped = query.unflatten(1, (kv_heads, -1))  # (B, Hkv, G, Nq, D)
     each = factor * torch.einsum("bhgid,bhcmd->bhgicm", grouped, means)
     each = each + logs[:, :, None, None]
+    empty = logs.amax(3) == NEG_INF  # (B, Hkv, blocks): hidden keys alone
+    each = each.masked_fill(empty[:, :, None, None, :, None], 0.0)
     scores = torch.logsumexp(each, (2, 5))  # (B, Hkv, Nq, blocks)
+    scores = scores.masked_fill(empty[:, :, None], NEG_INF)
     at, first = _places(q_len, kv_len, query_offset, cu_seqlens, query.device)
     own = (at - first).div(block_size, rounding_mode="floor")[..., None]
     starts = _starts(kv_len, cu_seqlens, query.device)
-    longest = int((starts.bincount(minlength=1).max() + block_size - 1) // block_size)
-    number = torch.arange(longest, device=query.device)
+    number = torch.arange(-(-kv_len // block_size), device=query.device)
     base = (member.int().argmax(0) if len(member) else starts)[first.clamp(0)]  # its first block
     pick = (base[..., None] + number).clamp(max=max(0, len(member) - 1))
     scores = scores.gather(3, pick[:, None].expand(batch, kv_heads, -1, -1))

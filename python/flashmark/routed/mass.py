@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from flashmark.autograd import reached, without_autocast
 from flashmark.routed.checks import Checked
 from flashmark.routed.places import Blocks
-from flashmark.routed.summaries import summarize
+from flashmark.routed.summaries import log_total, summarize
 
 NEG_INF = float("-inf")
 TILE_ELEMENTS = 2**22  # of the keys that a tile of queries gathers
@@ -78,7 +78,7 @@ def _scores(query: Tensor, keys: Tensor, logs: Tensor, number: Tensor, scale: fl
     grouped = query.unflatten(1, (keys.shape[1], -1)).to(keys.dtype)  # (B, Hkv, G, n, D)
     near = keys[batch, head, number]  # (B, Hkv, n, K, M, D)
     each = scale * torch.einsum("bhgnd,bhnkmd->bhnkgm", grouped, near)
-    return torch.logsumexp(each + logs[batch, head, number][..., None, :], (-2, -1))
+    return log_total(each + logs[batch, head, number][..., None, :], (-2, -1))
 
 
 def _mass(

@@ -129,6 +129,16 @@ def scores_of(query: Tensor, state: RoutedState, scale: float) -> Tensor:
     each = scale * grouped.flatten(2, 3) @ keys.flatten(2, 3).mT  # (B, Hkv, G n, C M)
     each = each.unflatten(3, (blocks, marks)) + logs[:, :, None]
     each = each.unflatten(2, grouped.shape[2:4])  # (B, Hkv, G, n, C, M)
-    top = each.detach().amax((2, 5), keepdim=True)
+    return log_total(each, (2, 5))
+
+
+def log_total(each: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """`torch.logsumexp`, without a gradient of NaN where all are -inf, as for a block without keys.
+
+    +inf and NaN pass.
+    """
+    top = each.detach().amax(dims, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)
-    return (each - top).exp().sum((2, 5)).log() + top[:, :, 0, ..., 0]
+    total = (each - top).exp().sum(dims)
+    none = total == 0.0
+    return (total.masked_fill(none, 1.0).log() + top.squeeze(dims)).masked_fill(none, -math.inf)
