@@ -1,5 +1,5 @@
-"""Committed figures of the machine code of the block-sparse kernels for sm_90, which may only get
-better: tests/compile/budgets.csv, by the versions of Triton and ptxas.
+"""Committed figures of the kernels' machine code for sm_90, which may only get better:
+tests/compile/budgets.csv, by the versions of Triton and ptxas.
 
 python tests/compile/budgets.py [part of a launch's name] measures the launches of HEADLINES, or
 with --all every launch of the suite, and writes what is new or better; with --worse what is worse,
@@ -24,7 +24,8 @@ from bench.offline import compiling_for, inspect
 from tests.compile import machine_code
 
 TABLE = Path(__file__).with_name("budgets.csv")
-SMALL = ("delta_kernel", "merge_kernel")  # no matrix products in them
+# no matrix products in them
+SMALL = ("delta_kernel", "merge_kernel", "scan_kernel", "reverse_scan_kernel")
 HEADLINES = (
     "forward-bf16-D64-causal-plain", "forward-bf16-D64-block128-plain",
     "forward-bf16-D128-causal-plain", "forward-bf16-D128-block128-plain",
@@ -34,6 +35,11 @@ HEADLINES = (
     "two-pass-bf16-D64-block128-relative", "two-pass-bf16-D128-block128-relative",
     "one-pass-bf16-D64-block128-plain", "one-pass-bf16-D128-block128-plain",
     "gluon-D64-sparse128-bfloat16", "gluon-D128-sparse128-bfloat16",
+    "forward-bf16-M64-D64-plain", "forward-bf16-M64-D128-plain", "forward-bf16-M128-D128-plain",
+    "backward-bf16-M64-D64-plain", "backward-bf16-M128-D128-plain",
+    "decode-bf16-M64-D64-plain", "bidirectional-bf16-M64-D64-plain",
+    "slots-bf16-M64-D64", "masked-bf16-M64-D128", "slots-bf16-M128-D128",
+    "mass-bf16-M64-D64", "mass-bf16-M128-D128",
 )  # fmt: skip
 
 
@@ -98,6 +104,18 @@ def table() -> dict[Key, Figures]:
     return {(a, b, c, d): Figures(*map(int, rest)) for a, b, c, d, *rest in rows}
 
 
+def distinct(launches: list) -> list:
+    """The kernels of a call, each once; further forms of one are numbered from 2."""
+    forms: dict[str, list[str]] = {}
+    found = []
+    for name, kernel in launches:
+        seen = forms.setdefault(name, [])
+        if kernel.hash not in seen:
+            seen.append(kernel.hash)
+            found.append((name if len(seen) == 1 else f"{name} {len(seen)}", kernel))
+    return found
+
+
 def complaints(launch: str, name: str, kernel) -> list[str]:
     """Faults in the machine code of a kernel, and figures worse than the committed ones."""
     code = machine_code.disassemble(kernel.asm["cubin"])
@@ -107,10 +125,20 @@ def complaints(launch: str, name: str, kernel) -> list[str]:
 
 
 def all_launches() -> list:
-    """The launches of the suite, of both forms."""
-    from tests.compile import block_sparse_launches, test_hopper_forms
+    """The launches of the suite, of all operators."""
+    from tests.compile import (
+        block_sparse_launches,
+        test_hopper_forms,
+        test_hybrid_kernels,
+        test_nystrom_kernels,
+    )
 
-    return [*block_sparse_launches.all_launches(), *test_hopper_forms.LAUNCHES]
+    return [
+        *block_sparse_launches.all_launches(),
+        *test_hopper_forms.LAUNCHES,
+        *test_nystrom_kernels.SUITE,
+        *test_hybrid_kernels.SUITE,
+    ]
 
 
 def main(part: str, everything: bool, worse: bool) -> int:
@@ -121,8 +149,8 @@ def main(part: str, everything: bool, worse: bool) -> int:
             continue
         with compiling_for(90) as launches:
             launch.run()
-        for name, kernel in launches:
-            if name in SMALL:
+        for name, kernel in distinct(launches):
+            if name.partition(" ")[0] in SMALL:
                 continue
             key = (*tools(), str(launch), name)
             now, before = measure(name, kernel), rows.get(key)
@@ -132,12 +160,16 @@ def main(part: str, everything: bool, worse: bool) -> int:
                 left = 1
             else:
                 rows[key] = now
+        write(rows)
+    return left
+
+
+def write(rows: dict[Key, Figures]) -> None:
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         names = [field.name for field in dataclasses.fields(Figures)]
         writer.writerow(["triton", "ptxas", "launch", "kernel", *names])
         writer.writerows([*key, *dataclasses.astuple(rows[key])] for key in sorted(rows))
-    return left
 
 
 if __name__ == "__main__":

@@ -176,19 +176,20 @@ def serialised(code: Code) -> bool:
     """Whether ptxas gave up running products of wgmma side by side (its message C7515): then each
     has an arrival, and a wait, of its own.
     """
-    products = code.count("HGMMA")
+    products = sum(x.name == "HGMMA" and bool(product(x).accumulator) for x in code.instructions)
     return products > 1 and code.count("WARPGROUP.ARRIVE") >= products
 
 
 def product(x: Instruction) -> Product:
-    """Registers of an HGMMA."""
+    """Registers of an HGMMA. One that writes RZ computes nothing: it closes a group."""
     n, kind = re.match(r"HGMMA\.\d+x(\d+)x\d+\.(\w+)", x.operation).groups()
     accumulator, _, rest = x.operands.partition(",")
-    first = int(REGISTER.search(accumulator)[1])
+    first = REGISTER.search(accumulator)
     width = int(n) // (2 if kind == "F32" else 4)
+    own = range(int(first[1]), int(first[1]) + width) if first else ()
     left = REGISTER.match(rest.strip())
     held = range(int(left[1]), int(left[1]) + 4) if left else ()
-    return Product(frozenset(range(first, first + width)), frozenset(held), "gsb" in rest)
+    return Product(frozenset(own), frozenset(held), "gsb" in rest)
 
 
 def written(x: Instruction) -> frozenset[int]:

@@ -15,6 +15,7 @@ from flashmark.hybrid.call import Call
 from flashmark.hybrid.state import tensors_of
 from flashmark.kernels import hybrid
 from flashmark.kernels.hybrid import mass
+from tests.compile import budgets
 
 TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -77,6 +78,9 @@ def test_kernel(target, launch):
         launch.run()
     reports = [inspect(*each) for each in launches]
     assert reports
+    if arch == 90:
+        for name, kernel in budgets.distinct(launches):
+            assert budgets.complaints(str(launch), name, kernel) == [], name
     for report in reports:
         assert report.shared <= SHARED_MEMORY[arch], report
         if arch == 90:

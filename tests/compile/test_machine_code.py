@@ -88,6 +88,15 @@ def test_products_that_wait_for_each_other_are_serialised():
     assert machine_code.serialised(apart) and not machine_code.serialised(together)
 
 
+def test_a_product_that_writes_nothing_closes_a_group():
+    closing = "HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0"
+    left_open = SCORES.replace(", gsb0", "")
+    assert len(faults(ARRIVE, left_open, closing, "FADD R2, R24, R1", WAIT)) == 1
+    assert faults(ARRIVE, left_open, closing, WAIT, "FADD R2, R24, R1") == []
+    apart = ARRIVE, SCORES, WAIT, ARRIVE, OUTPUT, WAIT
+    assert machine_code.serialised(code(*apart, closing))
+
+
 def test_registers_beyond_a_grant_are_found():
     lines = ("USETMAXREG.DEALLOC.CTAPOOL 0x18", "FADD R23, R1, R2", "USETMAXREG.TRY_ALLOC 0xf0")
     assert machine_code.beyond_grants(code(*lines, "FADD R239, R1, R2")) == []

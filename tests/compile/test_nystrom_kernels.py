@@ -11,6 +11,7 @@ import triton
 
 from bench.offline import SHARED_MEMORY, Report, compiling_for, inspect, parse_target
 from flashmark.kernels.nystrom import configs
+from tests.compile import budgets
 from tests.compile.nystrom_launches import HALF, SINGLE, Launch, all_launches
 
 ASKED = os.environ.get("FLASHMARK_COMPILE_TARGETS")
@@ -106,6 +107,9 @@ def test_kernel(target, launch):
         launch.run()
     reports = [inspect(*each) for each in launches]
     assert reports
+    if arch == 90:
+        for name, kernel in budgets.distinct(launches):
+            assert budgets.complaints(str(launch), name, kernel) == [], name
     for report, pieces in roles(reports, launch.pass_ == "decode"):
         assert report.shared <= SHARED_MEMORY[arch], report
         if arch != 90:
