@@ -2,7 +2,8 @@
 
 FLASHMARK_BUILD_EXT=0 builds no extension; =1 makes a failed build an error; =cuda does so with the
 CUDA sources. Unset, each part is built where torch and its compiler are there, and the package
-installs without it otherwise.
+installs without it otherwise. FLASHMARK_CPU=all builds the CPU kernels for every instruction set,
+not for this machine's alone.
 """
 
 from __future__ import annotations
@@ -44,5 +45,6 @@ setup(
     package_data={"flashmark": ["py.typed"]},
     include_package_data=False,
     zip_safe=False,
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # the libraries call no Python
     **extension_options(),
 )

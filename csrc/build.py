@@ -1,7 +1,9 @@
 """Builds the C++ kernels for CPUs; setup.py calls `setup_options`.
 
 One shared library per instruction set, from the same sources: `flashmark.cpu` loads the one that
-fits the machine. Run as a script to build in place: `python csrc/build.py [--only avx512]`.
+fits the machine. FLASHMARK_CPU chooses them: "native", the machine's own alone (unless given), or
+"all", for a wheel that other machines take. Run as a script to build in place:
+`python csrc/build.py [--only avx512]`.
 """
 
 from __future__ import annotations
@@ -22,16 +24,23 @@ LOST = {  # what a package without a library misses
     "cpu": "CPU tensors take the slower backend='eager' and backend='cpu' raises an error",
     "native": "the operators of flashmark.native run in plain PyTorch",
 }
-COMMON = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+# -g0: Python's own flags ask for debug information, which doubles the time of a build.
+COMMON = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+# Apple's compiler has no OpenMP: there the kernels run in one thread.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 QUIET = ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
 CAPABILITIES = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
     "avx512": [
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
         *("-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     ],
+    # NEON on ARM; on x86-64 too slow to be of use, but it runs the tests of the same lines there
+    "default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
 }
-WIDE = ["-mprefer-vector-width=512"] if platform.machine().lower() in ("x86_64", "amd64") else []
+WIDE = ["-mprefer-vector-width=512"] if X86 else []
 STABLE = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch that may load the library: 2.11
 )
@@ -42,16 +51,29 @@ SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointe
 
 def unsupported() -> str:
     """Why the kernels cannot be built on this machine; empty where they can."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"the C++ CPU kernels need an x86-64 processor, got {platform.machine()}"
-    if sys.platform != "linux":
-        return f"the C++ CPU kernels are built on Linux only, got {sys.platform}"
+    if not (X86 or ARM):
+        return f"the C++ CPU kernels need an x86-64 or ARM processor, got {platform.machine()}"
+    if sys.platform not in ("linux", "darwin"):
+        return f"the C++ CPU kernels are built on Linux and macOS only, got {sys.platform}"
+    if not capabilities():
+        return "the C++ CPU kernels need AVX2 or AVX-512 on x86-64, which this machine lacks"
     return ""
 
 
+def capabilities() -> list[str]:
+    """Instruction sets to build for: those of FLASHMARK_CPU, that of this machine if unset."""
+    wish = os.environ.get("FLASHMARK_CPU") or "native"
+    if wish not in ("native", "all"):
+        raise ValueError(f"FLASHMARK_CPU: expected native or all, got {wish!r}")
+    if not X86:
+        return ["default"]
+    mine = torch.backends.cpu.get_cpu_capability().lower()
+    return [name for name in ("avx2", "avx512") if wish == "all" or name == mine]
+
+
 def cpu_extension(*, sanitize: bool = False, only: str | None = None) -> list[CppExtension]:
-    """The libraries _cpu_avx2.so and _cpu_avx512.so (or `only` one), if any can run here."""
-    if unsupported():
+    """The libraries _cpu_<instruction set>.so that are wanted, or `only` that one."""
+    if only is None and unsupported():
         return []
     sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cpu").rglob("*.cpp"))
     headers = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cpu").rglob("*.h"))
@@ -62,12 +84,11 @@ def cpu_extension(*, sanitize: bool = False, only: str | None = None) -> list[Cp
             sources,
             depends=headers,
             include_dirs=[str(ROOT / "csrc" / "cpu")],
-            extra_compile_args=[*COMMON, *QUIET, *flags, *extra],
-            extra_link_args=["-fopenmp", *extra],
+            extra_compile_args=[*COMMON, *OPENMP, *QUIET, *CAPABILITIES[name], *extra],
+            extra_link_args=[*OPENMP, *extra],
             py_limited_api=True,
         )
-        for name, flags in CAPABILITIES.items()
-        if only in (None, name)
+        for name in ([only] if only else capabilities())
     ]
 
 
@@ -92,8 +113,7 @@ def native_extension(*, sanitize: bool = False, cuda: bool = False) -> CppExtens
     headers = [*csrc.glob("*.h"), *(p for root in roots for p in root.glob("*.*h"))]
     extra = SANITIZE if sanitize else []
     define = ["-DUSE_CUDA", "-DFLASHMARK_CUDA"] if cuda else []
-    common = [f"{f}-simd" if f == "-fopenmp" else f for f in COMMON]  # threads are torch's
-    flags = {"cxx": [*common, *WIDE, STABLE, *define, *extra]}
+    flags = {"cxx": [*COMMON, "-fopenmp-simd", *WIDE, STABLE, *define, *extra]}
     if cuda:
         flags["nvcc"] = [*NVCC, *architectures(), STABLE, *define]
     return (CUDAExtension if cuda else CppExtension)(

@@ -1,7 +1,7 @@
 // Hybrid attention: from tensors to the kernels' problem.
 #include "hybrid/hybrid.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 

@@ -1,7 +1,9 @@
 // The operators flashmark::nystrom_forward.cpu and nystrom_backward.cpu: from the arguments to what
 // the kernels are given, and from their sums to the parameters' gradients.
-#include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "nystrom/parts.h"

@@ -1,8 +1,8 @@
 #include "shared/arguments.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/Functions.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/zeros.h>
 
 #include <cmath>
 

@@ -1,5 +1,5 @@
-// Operands for brgemm: conversion, transposition and the pairing of rows that bfloat16 products
-// need.
+// Products, and their operands: conversion, transposition and the pairing of rows that bfloat16
+// products need.
 #pragma once
 #include <ATen/native/CPUBlas.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -9,6 +9,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "shared/product.h"
 #include "shared/vec_math.h"
 
 namespace flashmark {
@@ -43,12 +44,18 @@ class Scratch {
 template <typename C>
 inline void product(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b,
                     int64_t ldb, float* c, int64_t ldc, bool add) {
+#if defined(__x86_64__) && !defined(CPU_CAPABILITY_DEFAULT)
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, PAIRED<C>);
+#else
+  vector_product(m, n, k, a, lda, b, ldb, c, ldc, add);
+#endif
 }
 
 template <typename C>
 inline void release_products() {
+#if defined(__x86_64__) && !defined(CPU_CAPABILITY_DEFAULT)
   at::native::cpublas::brgemm_release(PAIRED<C>);
+#endif
 }
 
 template <typename T, typename C>
