@@ -20,16 +20,15 @@ def show_config() -> str:
     Returns the text; `print(flashmark.show_config())` shows it.
     """
     lines = [f"flashmark {_version('flashmark')}", f"python    {platform.python_version()}"]
+    lines.append(f"system    {platform.system()}, {platform.machine()}")
     lines += [f"torch     {torch.__version__}", f"triton    {_version('triton')}"]
     capability = torch.backends.cpu.get_cpu_capability()
     lines.append(f"cpu       {capability}, {torch.get_num_threads()} threads")
-    devices = [torch.device("cpu")]
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        major, minor = torch.cuda.get_device_capability(index)
-        lines.append(f"cuda:{index}    {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-        devices.append(torch.device("cuda", index))
+    for device in devices()[1:]:
+        major, minor = torch.cuda.get_device_capability(device)
+        lines.append(f"{device}    {torch.cuda.get_device_name(device)}, sm_{major}{minor}")
     for operator in OPERATORS:
-        for device in devices:
+        for device in devices():
             lines.append(f"{operator} on {device}")
             sample = torch.empty(1, 1, 1, 1, device=device)
             for backend in CAN_RUN:
@@ -37,6 +36,12 @@ def show_config() -> str:
     reason = native.why_not()
     lines.append(f"native mask and core operators on cpu: {'no: ' + reason if reason else 'yes'}")
     return "\n".join(lines)
+
+
+def devices() -> list[torch.device]:
+    """The CPU, then the GPUs."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(gpus))]
 
 
 def _answer(operator: str, backend: str, sample: torch.Tensor) -> str:
