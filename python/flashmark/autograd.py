@@ -53,7 +53,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as distinct objects: torch.compile refuses one object that is passed twice."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or transformed():
         return tensors
     return tuple(x.view_as(x) for x in tensors)
 
@@ -73,7 +73,12 @@ def refuse_tracing(name: str) -> None:
 
 def transformed() -> bool:
     """Whether torch.func or forward mode may be at work: where it may not, calls stay short."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
+@constant_when_traced
+def _in_torch_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _one_by_one(backward: Callable, ctx, grads: tuple) -> tuple:
@@ -99,6 +104,13 @@ def _one_by_one(backward: Callable, ctx, grads: tuple) -> tuple:
         None if x[0] is None else torch._add_batch_dim(torch.stack(x), 0, level)
         for x in zip(*results, strict=True)
     )
+
+
+def untraced():
+    """`flashmark.untraced`, imported where it is needed."""
+    from flashmark import untraced
+
+    return untraced
 
 
 def explicit(again: Callable) -> Callable[[Callable], Callable]:

@@ -21,6 +21,7 @@ from flashmark.autograd import (
     needs_gradient,
     transformed,
     transforms,
+    untraced,
     without_autocast,
 )
 from flashmark.flops import FORMULAS, register_if_counting
@@ -143,6 +144,8 @@ class Operator:
                 saved = transforms().run(self, call, backend)
                 if saved is not None:
                     return saved
+        elif transformed():
+            return untraced().run(self, call, backend)
         flat = self.flatten(call)
         if needs_gradient(flat, self.gradient_at):
             given = boundary_arguments(flat, self.mask_at, self.gradient_at)

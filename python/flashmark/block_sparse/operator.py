@@ -64,7 +64,11 @@ OPERATOR = Operator(
         "residual": ("BH.",),
     },
     unfoldable={"dropout_seed": "BH"},
-    jvp=dict.fromkeys(("eager", "triton", "cpu"), "flashmark.block_sparse.eager_jvp"),
+    jvp={  # tiled PyTorch on GPUs too
+        "eager": "flashmark.block_sparse.eager_jvp",
+        "triton": "flashmark.block_sparse.eager_jvp",
+        "cpu": None,
+    },
     forward_flops=_forward_flops,
     backward_flops=_backward_flops,
 )

@@ -120,7 +120,7 @@ def mass_read(far: Far, query: Tensor, totals: Totals) -> tuple[Tensor, Tensor, 
 def _applied(function: type[torch.autograd.Function], composed: Callable, *given):
     """The function with explicit gradients; under torch.func and in forward mode, what it is
     composed of."""
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         return composed(*given)
     return function.apply(*given)
 
