@@ -10,11 +10,12 @@ import torch
 from bench.offline import compiling_for
 from flashmark import masks
 from flashmark.block_sparse.call import Call
-from flashmark.kernels import block_sparse, hybrid, nystrom
+from flashmark.kernels import block_sparse, hybrid, nystrom, routed
 from flashmark.kernels.hybrid import configs as hybrid_configs
 from flashmark.kernels.hybrid import mass
 from flashmark.kernels.nystrom import configs as nystrom_configs
 from flashmark.nystrom.call import Call as NystromCall
+from flashmark.routed.call import Call as RoutedCall
 
 # multiples of 16 and not, one slot to a program and several
 SIZES = [(2, 1024), (2, 1037), (3, 1600), (1, 4100), (16, 1008)]
@@ -89,6 +90,24 @@ def masses(batch: int, length: int):
     mass.backward(numerator, read, *call)
 
 
+def chosen(batch: int, length: int, *, packed: bool = False, deterministic: bool = True):
+    query = tokens(batch, length)
+    starts = torch.zeros(length, dtype=torch.int32) if packed else None
+    top = 3 + length % 16  # fewer blocks to choose from give a narrower choice
+    indices = torch.zeros(batch, HEADS, length, top, dtype=torch.int32)
+    call = RoutedCall(
+        query, query, query, indices, 64, 1, 0.125, starts=starts, deterministic=deterministic
+    )
+    saved = routed.forward(call)
+    routed.backward(call, saved, saved.out, None)
+
+
+def chosen_step(batch: int, length: int):
+    cache, query = tokens(batch, length), tokens(batch, 1)
+    indices = torch.zeros(batch, HEADS, 1, 6 + length % 2, dtype=torch.int32)
+    routed.forward(RoutedCall(query, cache, cache, indices, 64, 1, 0.125))
+
+
 CALLS: dict[str, Callable] = {
     "causal": lambda *size: exact(*size, masks.causal()),
     "mask": lambda *size: exact(*size, masks.causal() & masks.sliding_window(300)),
@@ -102,6 +121,10 @@ CALLS: dict[str, Callable] = {
     "nystrom-decode": step,
     "hybrid-slots": slots,
     "hybrid-mass": masses,
+    "routed": chosen,
+    "routed-packed": lambda *size: chosen(*size, packed=True),
+    "routed-atomic": lambda *size: chosen(*size, deterministic=False),
+    "routed-decode": chosen_step,
 }
 
 
@@ -110,7 +133,7 @@ def test_another_size_compiles_nothing(name, asked, monkeypatch):
     for configs in (nystrom_configs, hybrid_configs):
         monkeypatch.setattr(configs, "PROGRAMS", 8)
     known: set[tuple[str, str]] = set()
-    for size in DECODE_SIZES if name == "decode" else SIZES:
+    for size in DECODE_SIZES if name in ("decode", "routed-decode") else SIZES:
         asked.clear()
         with compiling_for(90):
             CALLS[name](*size)

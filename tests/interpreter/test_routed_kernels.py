@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 
+import flashmark
 from flashmark.kernels.routed import arguments, decode, forward
 from flashmark.kernels.routed.lists import sort_choices
+from tests.helpers import qkv
 from tests.interpreter.routed_cases import Call, Case, check, run
+from tests.interpreter.running import INTERPRETED
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 EITHER = (True, False)  # deterministic, or atomic
@@ -148,3 +152,16 @@ def test_choices_are_sorted_by_block_and_then_by_query(device):
     assert torch.equal(lists.tokens[0][lists.order[0]], lists.ordered[0])
     same = lists.ordered[0].diff() == 0
     assert (lists.order[0].diff()[same] > 0).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the public functions take CPU tensors as such")
+def test_public_functions_on_the_triton_backend():
+    """The choice, the attention, and that neither depends on later tokens."""
+    query, key, value = qkv(1, 2, 26, 16, kv_heads=1, grad=False)
+    options = {"block_size": 4, "top_k": 2, "backend": "triton"}
+    report = flashmark.check(flashmark.routed_attention, query, key, value, **options)
+    assert report.ok and report.rows[-1].name == "choice", str(report)
+    attention = functools.partial(flashmark.routed_attention, **options)
+    inputs = {"query": query, "key": key, "value": value}
+    causality = flashmark.check_causality(attention, positions=[11], gradients=False, **inputs)
+    assert causality.ok, str(causality)
