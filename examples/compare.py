@@ -43,7 +43,7 @@ SMALL = {
     "recall": ((64, 2, 600), recall_task),
     # hybrids and routed attention read as many keys and slots, 96
     "recall 256": (
-        (64, 2, 400),
+        (64, 2, 300),
         lambda: recall_task(
             context=256, window=16, landmarks=64, batch=16, pairs=16, top_k=4, name="recall 256"
         ),
