@@ -193,7 +193,9 @@ def gather_head(
         sizes, lists, line, start_n, offset, end_n, F
     )
     full_start = start
-    if F.GROUPED or n_full > 0:  # as in the forward; where heads are walked too it costs registers
+    # as in the forward; where heads are walked too, or are wide, it costs registers and, under
+    # Triton 3.6, makes ptxas wait for every product
+    if F.GROUPED or F.PAD > 64 or n_full > 0:
         for _ in range(n_full):
             dk, dv = gather_queries(
                 dk, dv, k, v, q_ptr, dout_ptr, operands.lse, delta_ptr, dq_ptr, row_strides,
