@@ -1,5 +1,5 @@
-"""What a CUDA graph does, on CPU tensors: operators are noted with the tensors that they read and
-write, and replayed on the same memory. A number that the host kept is the same at every replay.
+"""Stand-in for a CUDA graph on CPU tensors: operators are noted with the tensors that they read
+and write, and replayed on the same memory. A number that the host kept is the same at every replay.
 """
 
 from __future__ import annotations

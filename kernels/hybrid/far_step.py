@@ -79,8 +79,10 @@ def read_features(inputs, b, h, F: tl.constexpr):
 
 @triton.jit
 def scan_landmarks(inputs, state, k, b, h, pair, F: tl.constexpr):
-    """Of "slots", (highest score of the key, log2 of the sum of its weights); of "mass", (highest
-    mass of a landmark, 0), in log2 units.
+    """Maximum and sum that the landmarks need before they are taken in tiles, in log2 units.
+
+    Of "slots", the highest score of the key and the sum of its weights relative to it; of "mass",
+    the highest mass of a landmark.
     """
     top, norm = float("-inf"), 0.0
     if F.MERGE != "gate":

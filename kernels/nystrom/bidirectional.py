@@ -68,7 +68,7 @@ def read_kernel(q_ptr, out_ptr, q_strides, marks, ends, table, heads, parts, gro
     out_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM_V + v0
     lk = landmark_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     line = tl.cast(row, tl.int64) * problem.heads + h
-    ref, tot, acc = incoming_state(ends.L, ends.R, line, v0, F)
+    ref, tot, acc = incoming_state(ends.L, ends.R, line, v0, 0, F.PAD_M, F)
     R = operand(acc * reciprocal(tot)[:, None], F)
     norm = (ref + tl.log2(tot))[None, :] + zeros(F.CHUNK, F.PAD_M)
     for t0 in range(start, stop, F.CHUNK):
@@ -98,7 +98,7 @@ def read_backward_kernel(q_ptr, dout_ptr, dq_ptr, q_strides, dout_strides, marks
                       tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(row, tl.int64) * problem.heads + h
-        ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, F)
+        ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, 0, F.PAD_M, F)
         R = operand(acc * reciprocal(tot)[:, None], F)
         norm = (ref + tl.log2(tot))[:, None] + zeros(F.PAD_M, F.CHUNK)
         G, pull = 0.0, 0.0
@@ -148,7 +148,7 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
                       tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(row, tl.int64) * problem.heads + h
-        ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, F)
+        ref, tot, acc = incoming_state(ends.L, ends.R, line, 0, 0, F.PAD_M, F)
         pull = tl.load(vector_ptrs(reverse.pull, line, F))
         G = tl.load(state_ptrs(reverse.G, line, 0, F))
         share = reciprocal(tot)

@@ -47,7 +47,7 @@ def raised(s, ref, tot, acc, F: tl.constexpr):
 
 @triton.jit
 def middle(decay2, F: tl.constexpr):
-    """How far decay raises scores up to the middle of a chunk: a whole number, [PAD_M].
+    """Rise of scores by decay up to the middle of a chunk, a whole number, [PAD_M].
 
     The reference moves up by it. Scores in the chunk's own time rise by decay2 from token to token,
     over 64 tokens of a fresh module by more than RISE.

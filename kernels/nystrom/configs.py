@@ -82,6 +82,7 @@ def choose(
     return Config(chunk, block_v, block_d, 8 if width > 64 else 4, 1, shares)
 
 
+SCAN_ROWS = 8  # landmarks of a program that walks all stretches of a sequence
 FORWARD_SPAN = 512  # tokens between states that are stored
 BACKWARD_SPAN = 256  # likewise; the backward walks again from one to each of its chunks
 READ_SPAN = 256  # queries of a program, where all read one state

@@ -74,7 +74,7 @@ def output_chunk(queries, keys, values, keep_ptr, out_ptr, t0, since, stop, stat
 def start_state(saved, ends, line, stretch_line, v0, F: tl.constexpr):
     """(ref, tot, acc) at a stretch's first token."""
     if F.ONE_PASS:
-        state = incoming_state(ends.L0, ends.R0, line, v0, F)
+        state = incoming_state(ends.L0, ends.R0, line, v0, 0, F.PAD_M, F)
     else:
         state = load_state(saved, stretch_line, v0, F)
     return state
@@ -147,7 +147,7 @@ def output_kernel(
                 rise = tl.minimum(rise, end)
         tl.store(rises + stretch_line, rise)
     if F.ONE_PASS:
-        store_end_state(ends.L, ends.R, line, v0, state[0], state[1], state[2], F)
+        store_end_state(ends.L, ends.R, line, v0, 0, state[0], state[1], state[2], F.PAD_M, F)
 
 
 def causal_forward(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..block_sparse.arguments import on_device
 from . import arguments as args
+from . import configs
 from .arguments import Problem
-from .primitives import full, locate, state_ptrs, vector_ptrs
+from .primitives import locate
 
 
 class Reverse(NamedTuple):
@@ -37,44 +38,59 @@ class KeyPartials(NamedTuple):
     ddecay: Tensor
 
 
+@triton.jit
+def load_added(own, line, r0, there, ROWS: tl.constexpr, F: tl.constexpr):
+    """(pull, ratio, G) of ROWS landmarks of a line from r0 on; of no use unless `there`."""
+    at = line * F.PAD_M + r0 + tl.arange(0, ROWS)
+    on = there & (at >= 0)
+    pull = tl.load(own.pull + at, mask=on, other=0.0)
+    ratio = tl.load(own.ratio + at, mask=on, other=0.0)
+    ptrs = own.G + at[:, None] * F.PAD_V + tl.arange(0, F.PAD_V)[None, :]
+    # [ROWS, PAD_V]
+    return pull, ratio, tl.load(ptrs, mask=on[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=Problem._fields)
 def reverse_scan_kernel(own, pull_ptr, G_ptr, sequences, heads, parts, groups, stretches, units,
-                        span, tokens, F: tl.constexpr):  # fmt: skip
+                        span, tokens, ROWS: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Replace what each stretch adds by the reverse state at its end; (pull_ptr, G_ptr) goes from
-    the reverse state after the last token to that before the first."""
+    the reverse state after the last token to that before the first.
+
+    A program has ROWS landmarks; loads run three stretches ahead.
+    """
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
-    part, row, h = locate(problem)
+    block, row, h = locate(problem)
     b = row
     first, count = 0, problem.stretches
     if F.PACKED:
         b = 0
         first = tl.load(sequences + 2 * row)
         count = tl.load(sequences + 2 * row + 1)
-    v0 = part * F.BLOCK_V
-    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.stretches
-    end_line = tl.cast(row, tl.int64) * problem.heads + h
-    end_pull_ptrs = vector_ptrs(pull_ptr, end_line, F)
-    end_G_ptrs = state_ptrs(G_ptr, end_line, v0, F)
-    G = tl.load(end_G_ptrs)
-    pull = full(F.PAD_M, 0.0)
-    if part == 0:
-        pull = tl.load(end_pull_ptrs)
+    r0 = block * ROWS
+    # [ROWS]
+    rows = r0 + tl.arange(0, ROWS)
+    cols = tl.arange(0, F.PAD_V)
+    last = (tl.cast(b, tl.int64) * problem.heads + h) * problem.stretches + first + count - 1
+    end = (tl.cast(row, tl.int64) * problem.heads + h) * F.PAD_M + rows
+    # [ROWS, PAD_V]
+    G = tl.load(G_ptr + end[:, None] * F.PAD_V + cols[None, :])
+    pull = tl.load(pull_ptr + end)
+    one = load_added(own, last, r0, count > 0, ROWS, F)
+    two = load_added(own, last - 1, r0, count > 1, ROWS, F)
+    three = load_added(own, last - 2, r0, count > 2, ROWS, F)
     for n in range(count):
-        line = line0 + first + count - 1 - n
-        G_ptrs = state_ptrs(own.G, line, v0, F)
-        own_G, ratio = tl.load(G_ptrs), tl.load(vector_ptrs(own.ratio, line, F))
+        four = load_added(own, last - n - 3, r0, n + 3 < count, ROWS, F)
+        own_pull, ratio, own_G = one
         tl.debug_barrier()  # several threads read an element that one of them overwrites
-        tl.store(G_ptrs, G)
+        at = (last - n) * F.PAD_M + rows
+        tl.store(own.pull + at, pull)
+        tl.store(own.G + at[:, None] * F.PAD_V + cols[None, :], G)
+        pull = pull * ratio + own_pull
         G = G * ratio[:, None] + own_G
-        if part == 0:  # the other parts would race for it
-            pull_ptrs = vector_ptrs(own.pull, line, F)
-            own_pull = tl.load(pull_ptrs)
-            tl.debug_barrier()
-            tl.store(pull_ptrs, pull)
-            pull = pull * ratio + own_pull
-    tl.store(end_G_ptrs, G)
-    if part == 0:
-        tl.store(end_pull_ptrs, pull)
+        one, two, three = two, three, four
+    tl.debug_barrier()
+    tl.store(pull_ptr + end, pull)
+    tl.store(G_ptr + end[:, None] * F.PAD_V + cols[None, :], G)
 
 
 def outgoing(call: args.Inputs, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Tensor]:
@@ -95,10 +111,11 @@ def reverse_scan(
     problem: args.Problem, F: args.Features,
 ) -> None:  # fmt: skip
     """In place: stretches to the reverse states at their ends, (pull, G) to that before all."""
-    problem = problem._replace(parts=1, groups=call.rows)
+    blocks = F.PAD_M // configs.SCAN_ROWS
+    problem = problem._replace(parts=blocks, groups=call.rows)
     with on_device(call.query):
-        reverse_scan_kernel[(call.rows * problem.heads,)](
-            reverse, pull, G, stretches.sequences, *problem, F
+        reverse_scan_kernel[(call.rows * problem.heads * blocks,)](
+            reverse, pull, G, stretches.sequences, *problem, configs.SCAN_ROWS, F, num_warps=1
         )
 
 

@@ -246,9 +246,11 @@ def lower(t0, F: tl.constexpr):
 
 
 @triton.jit
-def incoming_state(L_ptr, R_ptr, line, v0, F: tl.constexpr):
-    """(ref, tot, acc) from a user's L and R; nothing held without them or where L = -inf."""
-    offs_m = tl.arange(0, F.PAD_M)
+def incoming_state(L_ptr, R_ptr, line, v0, r0, ROWS: tl.constexpr, F: tl.constexpr):
+    """(ref, tot, acc) of ROWS landmarks from r0 on, from a user's L and R; nothing held without
+    them or where L = -inf.
+    """
+    offs_m = r0 + tl.arange(0, ROWS)
     offs_v = v0 + tl.arange(0, F.BLOCK_V)
     if F.STATE:
         L = tl.load(L_ptr + line * F.MARKS + offs_m, mask=offs_m < F.MARKS, other=float("-inf"))
@@ -258,22 +260,27 @@ def incoming_state(L_ptr, R_ptr, line, v0, F: tl.constexpr):
         tot = tl.where(empty, 0.0, tl.exp2(L - ref))
         ptrs = R_ptr + (line * F.MARKS + offs_m[:, None]) * F.DIM_V + offs_v[None, :]
         inside = ((offs_m < F.MARKS) & ~empty)[:, None] & (offs_v < F.DIM_V)[None, :]
+        # [ROWS, BLOCK_V]
         acc = tl.load(ptrs, mask=inside, other=0.0) * tot[:, None]
     else:
-        ref = full(F.PAD_M, 0.0)
-        tot = full(F.PAD_M, 0.0)
-        acc = zeros(F.PAD_M, F.BLOCK_V)
+        ref = full(ROWS, 0.0)
+        tot = full(ROWS, 0.0)
+        acc = zeros(ROWS, F.BLOCK_V)
     return ref, tot, acc
 
 
 @triton.jit
-def store_end_state(L_ptr, R_ptr, line, v0, ref, tot, acc, F: tl.constexpr):
-    """Store (ref, tot, acc) as a user sees it: L natural, -inf where nothing is held, and R."""
-    offs_m = tl.arange(0, F.PAD_M)
+def store_end_state(L_ptr, R_ptr, line, v0, r0, ref, tot, acc, ROWS: tl.constexpr,
+                    F: tl.constexpr):  # fmt: skip
+    """Store (ref, tot, acc) of ROWS landmarks from r0 on as a user sees it: L natural, -inf where
+    nothing is held, and R.
+    """
+    offs_m = r0 + tl.arange(0, ROWS)
     offs_v = v0 + tl.arange(0, F.BLOCK_V)
     known = offs_m < F.MARKS
     L = tl.where(tot == 0.0, float("-inf"), (ref + tl.log2(tot)) * LN2)
     tl.store(L_ptr + line * F.MARKS + offs_m, L, mask=known)
+    # [ROWS, BLOCK_V]
     R = acc / tl.where(tot == 0.0, 1.0, tot)[:, None]
     ptrs = R_ptr + (line * F.MARKS + offs_m[:, None]) * F.DIM_V + offs_v[None, :]
     tl.store(ptrs, R, mask=known[:, None] & (offs_v < F.DIM_V)[None, :])

@@ -8,13 +8,14 @@ import triton.language as tl
 
 from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
+from . import configs
 from .arguments import Problem
 from .primitives import (
+    LOG2E,
     full,
     incoming_state,
     kept_tokens,
     load_rows,
-    load_state,
     locate,
     mm_acc,
     operand,
@@ -84,31 +85,57 @@ def states_kernel(
     store_state(saved, line, v0, ref, tot, acc, F)
 
 
+@triton.jit
+def load_rows_of(own, line, v0, r0, there, ROWS: tl.constexpr, F: tl.constexpr):
+    """(ref, tot, acc) of ROWS landmarks of a line from r0 on; of no use unless `there`."""
+    at = line * F.PAD_M + r0 + tl.arange(0, ROWS)
+    ptrs = own.acc + at[:, None] * F.PAD_V + (v0 + tl.arange(0, F.BLOCK_V))[None, :]
+    on = there & (at >= 0)
+    ref, tot = tl.load(own.ref + at, mask=on, other=0.0), tl.load(own.tot + at, mask=on, other=0.0)
+    # [ROWS, BLOCK_V]
+    return ref, tot, tl.load(ptrs, mask=on[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=Problem._fields)
 def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups, stretches, units,
-                span, tokens, F: tl.constexpr):  # fmt: skip
+                span, tokens, ROWS: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """From what each stretch holds by itself to the state at its start, and the states at the end.
 
-    `own` and `saved` share acc, whose columns belong to one program; ref and tot belong to all.
+    A program has ROWS landmarks and BLOCK_V columns. `own` and `saved` share acc, of which each
+    element belongs to one thread of one program; loads run three stretches ahead.
     """
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, row, h = locate(problem)
+    BLOCKS: tl.constexpr = F.PAD_M // ROWS
+    v0, r0 = part // BLOCKS * F.BLOCK_V, part % BLOCKS * ROWS
     b = row
     first, count = 0, problem.stretches
     if F.PACKED:
         b = 0
         first = tl.load(sequences + 2 * row)
         count = tl.load(sequences + 2 * row + 1)
-    v0 = part * F.BLOCK_V
-    decay2 = load_decay(marks, h, F)
-    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.stretches
+    # [ROWS]
+    rows = r0 + tl.arange(0, ROWS)
+    if F.DECAY:
+        decay2 = tl.load(
+            marks.decay + h * marks.decay_stride + rows, mask=rows < F.MARKS, other=0.0
+        )
+        decay2 = decay2.to(tl.float32) * LOG2E
+    line0 = (tl.cast(b, tl.int64) * problem.heads + h) * problem.stretches + first
     end_line = tl.cast(row, tl.int64) * problem.heads + h
-    ref, tot, acc = incoming_state(ends.L0, ends.R0, end_line, v0, F)
-    for stretch in range(first, first + count):
-        own_ref, own_tot, own_acc = load_state(own, line0 + stretch, v0, F)
-        store_state(saved, line0 + stretch, v0, ref, tot, acc, F)
+    ref, tot, acc = incoming_state(ends.L0, ends.R0, end_line, v0, r0, ROWS, F)
+    one = load_rows_of(own, line0, v0, r0, count > 0, ROWS, F)
+    two = load_rows_of(own, line0 + 1, v0, r0, count > 1, ROWS, F)
+    three = load_rows_of(own, line0 + 2, v0, r0, count > 2, ROWS, F)
+    for n in range(count):
+        four = load_rows_of(own, line0 + n + 3, v0, r0, n + 3 < count, ROWS, F)
+        own_ref, own_tot, own_acc = one
+        at = (line0 + n) * F.PAD_M + rows
+        tl.store(saved.ref + at, ref)
+        tl.store(saved.tot + at, tot)
+        tl.store(saved.acc + at[:, None] * F.PAD_V + (v0 + tl.arange(0, F.BLOCK_V))[None, :], acc)
         if F.DECAY:
-            start, stop, _ = span_of(stretch, b, problem, table, F)
+            start, stop, _ = span_of(first + n, b, problem, table, F)
             fall = decay2 * (stop - start)
             whole = tl.floor(fall + 0.5)
             ref -= whole
@@ -127,7 +154,8 @@ def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups,
         ref = top + bits
         tot *= shrink
         acc = acc * (past * shrink)[:, None] + own_acc * (new * shrink)[:, None]
-    store_end_state(ends.L, ends.R, end_line, v0, ref, tot, acc, F)
+        one, two, three = two, three, four
+    store_end_state(ends.L, ends.R, end_line, v0, r0, ref, tot, acc, ROWS, F)
 
 
 def start_states(call: args.Inputs, stretches: args.Stretches) -> tuple[args.Saved, args.Ends]:
@@ -144,8 +172,10 @@ def start_states(call: args.Inputs, stretches: args.Stretches) -> tuple[args.Sav
             call.key, call.value, strides(call.key), strides(call.value), call.marks, call.keep,
             own, stretches.table, *problem, F, **config.options,
         )  # fmt: skip
+        parts *= F.PAD_M // configs.SCAN_ROWS
         scan_kernel[(call.rows * heads * parts,)](
             own, saved, ends, call.marks, stretches.table, stretches.sequences,
-            *problem._replace(groups=call.rows), F, **config.options,
+            *problem._replace(parts=parts, groups=call.rows), configs.SCAN_ROWS, F,
+            num_warps=max(1, F.BLOCK_V // 64),
         )  # fmt: skip
     return saved, ends
