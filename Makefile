@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 HAS_TRITON = $(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all test-emulated emulate-all compile-ptxas host-time bench docs lint format sanitize clean
+.PHONY: help setup demo test test-unit test-interpreter test-compile compile-all test-emulated emulate-all compile-ptxas host-time wheel test-wheel test-oldest bench docs lint format sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,10 @@ setup: $(PACKAGE)  ## the environment and the package in it, with the C++ extens
 demo: $(PACKAGE)  ## train a small decoder on real text, then print what is proved about it (3 minutes)
 	$(BIN)/python -m examples.demo
 
-test: test-unit test-interpreter test-compile test-emulated  ## everything below, one process each
+test: $(PACKAGE)  ## everything below, one process each; says how long each took
+	@took=""; for part in test-unit test-interpreter test-compile test-emulated; do \
+	  start=$$(date +%s); $(MAKE) --no-print-directory $$part || exit 1; \
+	  took="$$took $$part $$(( $$(date +%s) - start )) s;"; done; echo "took:$$took"
 
 test-unit: $(PACKAGE)  ## the unit suite
 	$(PYTEST) -n $(WORKERS)
@@ -71,6 +74,31 @@ emulate-all: $(PACKAGE)  ## all of the kernels' tests for sm_80 and sm_90, and t
 	$(BIN)/python -m tests.emulator.table
 	test -d $(TRITON36) || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) triton==3.6.0
 	PYTHONPATH=$(TRITON36) $(BIN)/python -m tests.emulator.table
+
+# The libraries of torch stay torch's own; build/wheel holds what auditwheel has not seen yet.
+wheel: $(READY)  ## dist/: a wheel for any x86-64 Linux (AVX2 and AVX-512), and the source archive
+	rm -rf build/wheel build/lib.* dist && mkdir -p dist
+	FLASHMARK_BUILD_EXT=1 FLASHMARK_CPU=all $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel .
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --exclude libgomp.so.1 --wheel-dir dist build/wheel/flashmark-*.whl
+	$(BIN)/python setup.py --quiet sdist --dist-dir dist
+	ls -l dist
+
+test-wheel: wheel  ## the wheel in a new environment with no compiler on its path: the self-check of the kernels
+	tests/try_wheel.sh $(BIN)/python dist/flashmark-*.whl
+
+# The checkout's files in a folder of their own: a build for another torch would replace that of .venv.
+OLDEST := build/oldest
+test-oldest:  ## the unit suite on the oldest torch that is supported, in an environment of its own
+	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
+	git ls-files -co --exclude-standard | tar -cT - | tar -xC $(OLDEST)/source
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 $$(grep -h '^setuptools\|^wheel' requirements-torch.txt)
+	grep -v '^triton' requirements-dev.txt > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -r $(OLDEST)/requirements.txt
+	FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps --no-build-isolation $(OLDEST)/source
+	cd $(OLDEST)/source && OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(WORKERS)
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
 	$(BIN)/python -m bench $(BENCH)

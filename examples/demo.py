@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import flashmark
 from bench.environment import machine
 from bench.timing import interleaved, peak_memory
 from examples.attention import byte_decoder
+from examples.progress import progress_bar
 from examples.text import random_batches, standard_library
 from examples.training import Training, bits_per_byte, learning_rate
 from flashmark.dispatch import choose_backend
@@ -121,22 +121,38 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     where = f"{machine(torch.device('cpu'))}, torch {torch.__version__}"
-    print(f"flashmark {flashmark.__version__} on {where}\n")
+    print(f"flashmark {flashmark.__version__} on {where}")
+    print(f"backends: exact {backend('block_sparse')}, Nyström {backend('nystrom')}\n")
+
+    rows: dict[str, dict] = {name: {} for name in ATTENTIONS}
+    first, *others = arguments.lengths
+    measure(rows, first)
+    print(f"One attention over {first} tokens, forward + backward:")
+    for name, row in rows.items():
+        print(f"  {name:<24}{row[first][0]:8.1f} ms")
+    print(
+        f"\nNow {len(rows)} small decoders are trained, one with each attention, for at most "
+        f"{arguments.seconds:.0f} s;\nthen each is held to its float64 definition, and the "
+        "table follows.\n"
+    )
 
     training, validation = standard_library()
     models, steps = train_side_by_side(training, arguments.seconds)
-    rows = {name: prove(model, validation) for name, model in models.items()}
-    for n in tqdm(arguments.lengths, desc="measuring speed and memory", leave=False):
+    for name, model in models.items():
+        rows[name] |= prove(model, validation)
+    for n in others:
         measure(rows, n)
     measure_decoding(rows, max(arguments.lengths))
 
-    print_table(rows, arguments.lengths)
+    print_table(rows, arguments.lengths, steps)
     text = steps * BATCH * CONTEXT / 1e6
     print(
-        f"\nTrained {steps} steps on {text:.2f} million bytes, 2 layers, context {CONTEXT}. "
-        f"Times: medians, float32, {HEADS} heads of {WIDTH}.\n"
-        f"Backends: exact {backend('block_sparse')}, Nyström "
-        f"{backend('nystrom')}; {where}; {time.perf_counter() - start:.0f} s in all."
+        f"\nEvery model: 2 layers, context {CONTEXT}, the same first weights and the same "
+        f"{text:.2f} million bytes.\n"
+        f"So few steps show that a model learns, not how well it can: docs/comparison.md does.\n"
+        f"Times: medians of the attention alone, float32, {HEADS} heads of {WIDTH}; "
+        f'"torch causal" is\nscaled_dot_product_attention(is_causal=True), and less than 1.0 '
+        f"is slower than it.\n{where}; {time.perf_counter() - start:.0f} s in all."
     )
     red = [name for name, row in rows.items() if not (row["causal"] and within_budget(row))]
     if red:
@@ -153,7 +169,7 @@ def train_side_by_side(text: Tensor, seconds: float) -> tuple[dict[str, Decoder]
     trainings = [Training(model) for model in models.values()]
     batches = random_batches(text, BATCH, CONTEXT, seed=0)
     start, step, progress = time.perf_counter(), 0, 0.0
-    with tqdm(desc=f"training {len(models)} models", total=STEPS, unit="step") as bar:
+    with progress_bar(STEPS, f"training {len(models)} models") as bar:
         while progress < 1.0:
             batch, rate = next(batches), learning_rate(step, progress)
             losses = [training.step(batch, rate) for training in trainings]
@@ -237,11 +253,11 @@ def backend(operator: str) -> str:
     return choose_backend(operator, "auto", torch.empty(1, 1, 1, WIDTH))
 
 
-def print_table(rows: dict[str, dict], lengths: list[int]) -> None:
+def print_table(rows: dict[str, dict], lengths: list[int], steps: int) -> None:
     """A column an attention. Speed-ups are shown only where the checks passed."""
     yardstick = next(iter(rows.values()))
     lines = [
-        ("bits per byte on unseen text", lambda row: f"{row['bits']:.3f}"),
+        (f"bits per byte on unseen text, {steps} steps", lambda row: f"{row['bits']:.3f}"),
         (
             "past logits when the future changes",
             lambda row: "same bits" if row["causal"] else "MOVED",
@@ -260,15 +276,15 @@ def print_table(rows: dict[str, dict], lengths: list[int]) -> None:
 
         lines += [
             (f"N = {n}, forward + backward: ms", lambda row, n=n: f"{row[n][0]:.0f}"),
-            ("    times faster than torch", faster),
+            ("    times as fast as torch causal", faster),
             ("    peak MiB", peak),
         ]
     lines.append((f"one more token after {max(lengths)}: ms", lambda row: f"{row['decode']:.2f}"))
     widths = {name: max(len(name), 9) + 3 for name in rows}
-    print("\n" + " " * 40 + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    print("\n" + " " * 44 + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for label, cell in lines:
         cells = (f"{cell(rows[name]):>{width}}" for name, width in widths.items())
-        print(f"{label:<40}" + "".join(cells))
+        print(f"{label:<44}" + "".join(cells))
 
 
 def errors(row: dict) -> tuple[str, str]:

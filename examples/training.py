@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from examples.progress import progress_bar
 from flashmark import landmark_parameter_groups
 from flashmark.objectives import token_loss
 
@@ -56,7 +56,7 @@ def train(
         for name, model in models.items()
     }
     losses: dict[str, list[float]] = {name: [] for name in models}
-    with tqdm(total=steps, unit="step", desc=f"training {len(models)} model(s)") as bar:
+    with progress_bar(steps, f"training {len(models)} model(s)") as bar:
         for step in range(steps):
             for name, model in models.items():
                 value = loss(name, model.train(), step)

@@ -39,9 +39,10 @@ inline void product_columns(int64_t m, int64_t k, const float* a, int64_t lda, c
     product_block<1, V, WHOLE>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, add, last);
 }
 
-// c (m, n) = or += a (m, k) b (k, n)
-inline void vector_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
-                           const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+// c (m, n) = or += a (m, k) b (k, n). Never inlined: it would grow each of its many callers.
+[[gnu::noinline]] inline void vector_product(int64_t m, int64_t n, int64_t k, const float* a,
+                                             int64_t lda, const float* b, int64_t ldb, float* c,
+                                             int64_t ldc, bool add) {
   int64_t x = 0;
   for (; x + 4 * LANES <= n; x += 4 * LANES)
     product_columns<4, true>(m, k, a, lda, b + x, ldb, c + x, ldc, add, LANES);

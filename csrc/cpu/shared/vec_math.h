@@ -20,8 +20,8 @@ constexpr float LN2 = 0.6931471805599453f;
 // 2^x, relative error below 3e-7; 0 at -inf.
 inline Vec exp2_vec(Vec x) {
   // 2^f for f in [-1/2, 1/2]
-  constexpr float c[] = {1.0000001f, 6.9314697e-1f, 2.402212e-1f, 5.5507133e-2f, 9.6755413e-3f,
-                         1.3276467e-3f};
+  [[maybe_unused]] constexpr float c[] = {1.0000001f,   6.9314697e-1f, 2.402212e-1f,
+                                          5.5507133e-2f, 9.6755413e-3f, 1.3276467e-3f};
 #if defined(CPU_CAPABILITY_AVX512)
   // The second operand of max is what comes back for a NaN.
   const __m512 v = _mm512_max_ps(_mm512_set1_ps(-160.f), x);
