@@ -53,6 +53,13 @@ def hybrid(merge, tokens=7, **options):
     return "hybrid_attention", tensors, {"window": 2, "merge": merge, **options}
 
 
+def chosen_blocks(**options):
+    _, tensors, _ = block_sparse(7, 7, batch=1, sinks=True)
+    block = torch.tensor([-1, -1, 0, 0, 1, 0, 1], dtype=torch.int32)
+    options = {"indices": block.view(1, 1, 7, 1), "block_size": 2, "near": 0} | options
+    return "block_topk_attention", tensors, {"return_lse": True, **options}
+
+
 LENGTHS = torch.tensor([3, 6], dtype=torch.int32)
 HIDDEN = torch.tensor([[False, True, True, False] + [True] * 5])
 CASES = {
@@ -84,8 +91,12 @@ CASES = {
     "hybrid-slots-masked": lambda: hybrid("slots", 9, key_mask=HIDDEN),
     "hybrid-mass": lambda: hybrid("mass"),
     "hybrid-gate": lambda: hybrid("gate"),
+    "chosen-blocks": lambda: chosen_blocks(),
+    "chosen-blocks-softcap": lambda: chosen_blocks(
+        softcap=1.5, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)
+    ),
 }  # fmt: skip
-SOME = ["documents", "relative-bias", "nystrom-mass", "hybrid-slots"]
+SOME = ["documents", "relative-bias", "nystrom-mass", "hybrid-slots", "chosen-blocks"]
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +159,7 @@ def test_first_derivatives_forward_and_reverse(case):
 
 
 def test_second_derivatives(case):
-    """Of a gradient penalty; the loss itself takes part, and every tensor."""
+    """A gradient penalty in which the loss itself takes part, and every tensor."""
     attend, expected, tensors = functions(case)
 
     def second(function, *given):

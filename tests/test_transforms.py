@@ -230,3 +230,22 @@ def test_deepcopied_and_pickled_masks_and_states_work():
     wanted = flashmark.block_sparse_attention(query, key, value, mask)
     for again in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
         assert torch.equal(flashmark.block_sparse_attention(query, key, value, again), wanted)
+
+
+def test_a_training_step_of_a_mean_flow(monkeypatch):
+    """The example's loss and gradients are those of the reference."""
+    from examples import meanflow
+
+    def step():
+        torch.manual_seed(0)
+        network = meanflow.Network()
+        loss = meanflow.loss_of(network, meanflow.waves(4))
+        return loss, *torch.autograd.grad(loss, list(network.parameters()))
+
+    found = step()
+    sparse = flashmark.block_sparse_attention
+    monkeypatch.setattr(
+        flashmark, "block_sparse_attention", functools.partial(sparse, backend="reference")
+    )
+    for x, y in zip(found, step(), strict=True):
+        helpers.assert_close(x, y, 1e-4)

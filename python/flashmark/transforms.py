@@ -72,7 +72,7 @@ class Task:
         return tuple(x for x, n in zip(found, operator.wanted, strict=True) if n in given)
 
     def plain(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same results as functions that PyTorch can differentiate and transform."""
+        """Results of `run`, from functions that PyTorch can differentiate and transform."""
         given = dict(zip(self.names, tensors, strict=True))
         if self.kind == "forward":
             return self._composed(given)

@@ -109,6 +109,9 @@ def block_sparse_attention(
         >>> block_sparse_attention(query, key, value, mask).shape
         torch.Size([1, 8, 50, 32])
 
+    Forward mode (`torch.func.jvp`) is one pass in linear memory, `vmap` one call. Derivatives of
+    gradients and of tangents keep what autograd needs of the visible tiles.
+
     The order is scale, softcap, bias, mask, sinks. Causal masks are aligned to the bottom right:
     query i sits at position i + Nk - Nq. Algorithm: Dao et al., "FlashAttention" (2022), over the
     visible tiles only.

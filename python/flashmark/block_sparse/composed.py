@@ -99,7 +99,7 @@ def _hidden(row: Row, device: torch.device) -> Tensor | None:
 
 
 def _bias(bias: Tensor, row: Row, keys: Tensor, mask_rows: int) -> Tensor:
-    """What is added to the row's scores, broadcastable to (batch, heads, queries, width)."""
+    """Tile of the bias for a row, broadcastable to (batch, heads, queries, width)."""
     if bias.dim() == 2:
         count = row.queries.stop - row.queries.start
         rows_of = torch.arange(row.first_row, row.first_row + count, device=keys.device)

@@ -55,6 +55,8 @@ def jvp(call: Call, tangents: Grads) -> tuple[Saved, tuple[Tensor, Tensor]]:
         if call.bias is not None:  # 0 where the row sees nothing
             residual[at] = ((m - (m + log_total)) + log_total).nan_to_num_(0.0).squeeze(-1)
         p /= divisor
+        if ds is not None:  # what a hidden key holds, NaN included, reaches no tangent
+            ds.masked_fill_(p == 0.0, 0.0)
         weights, keep = p, None
         if call.dropout_p > 0.0:
             keep = scores.dropout(row)

@@ -118,6 +118,8 @@ def nystrom_attention(
         >>> out.shape, state.L.shape, state.R.shape
         (torch.Size([1, 2, 50, 16]), torch.Size([1, 2, 8]), torch.Size([1, 2, 8, 16]))
 
+    Forward mode and derivatives of gradients keep 16 M numbers for each token and key head.
+
     The values of `decay` and `cu_seqlens` are checked on CPU tensors only. The approximation is
     that of Xiong et al., "Nyströmformer" (2021), with learned landmarks and a causal normaliser.
     """

@@ -51,7 +51,7 @@ class _Tile(NamedTuple):
         return "bhtd" if self.tokens is None else "bhntd"
 
 
-def _tiles(call: Call) -> Iterator[_Tile]:
+def tiles(call: Call) -> Iterator[_Tile]:
     (batch, kv_heads, kv_len, dim), (query_heads, q_len) = call.key.shape, call.query.shape[1:3]
     size, near, device = call.block_size, call.near, call.query.device
     if kv_len == 0:
@@ -117,7 +117,7 @@ def _gathered(call: Call, places: Places, queries: slice) -> tuple[Tensor, Tenso
     return tokens.flatten(3), visible.flatten(3)[:, :, None]
 
 
-class _Work:
+class Work:
     """A call in the dtype of its sums."""
 
     def __init__(self, call: Call):
@@ -157,14 +157,14 @@ class _Work:
 
 def forward(call: Call) -> Saved:
     """Outputs of validated inputs; shapes as in `flashmark.block_topk_attention`."""
-    query, work = call.query, _Work(call)
+    query, work = call.query, Work(call)
     out = query.new_zeros(*query.shape[:3], call.value.shape[3])
     lse = query.new_full(query.shape[:3], NEG_INF, dtype=work.dtype)
     sink = None
     if call.sinks is not None:
         lse.copy_(call.sinks[:, None])  # the result of a row that sees no key
         sink = call.sinks.to(work.dtype).unflatten(0, (work.kv_heads, -1))[..., None, None]
-    for tile in _tiles(call):
+    for tile in tiles(call):
         q, k, v = (
             work.of_queries(query, tile),
             *(work.of_keys(x, tile) for x in (call.key, call.value)),
@@ -186,14 +186,14 @@ def forward(call: Call) -> Saved:
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Grads:
     """Gradients of query, key, value and sinks."""
-    query, work, (out, lse) = call.query, _Work(call), saved
+    query, work, (out, lse) = call.query, Work(call), saved
     dq = torch.zeros_like(query, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(x.shape, dtype=work.dtype) for x in (call.key, call.value))
     delta = (dout.to(work.dtype) * out.to(work.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
     finite = lse.masked_fill(lse == NEG_INF, float("inf"))  # exp(S - inf) = 0
-    for tile in _tiles(call):
+    for tile in tiles(call):
         q, do = work.of_queries(query, tile), work.of_queries(dout, tile)
         k, v = (work.of_keys(x, tile) for x in (call.key, call.value))
         s, tanh = work.scores(q, k, tile)

@@ -39,6 +39,16 @@ OPERATOR = Operator(
     Grads,
     {"eager": "flashmark.routed.eager", "triton": "flashmark.kernels.routed", "cpu": None},
     forward_fake=_forward_fake,
+    composed="flashmark.routed.composed",
+    dims={
+        **dict.fromkeys(("query", "key", "value", "indices", "out"), ("BH..",)),
+        "lse": ("BH.",),
+        "sinks": ("H",),
+        "query_offset": ("b",),
+        "kv_lengths": ("B",),
+        "key_mask": ("B.",),
+    },
+    unfoldable={"starts": "B"},
     forward_flops=_forward_flops,
     backward_flops=_backward_flops,
 )
