@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python}
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- tests/block_sparse/test_cpu*.py tests/nystrom/test_cpu.py tests/native/test_tiles.py tests/native/test_core.py
+[ $# -gt 0 ] || set -- tests/block_sparse/test_cpu*.py tests/nystrom/test_cpu.py tests/routed/test_cpu.py tests/routed/test_choice.py tests/native/test_tiles.py tests/native/test_core.py
 
 # A copy of the package beside the sanitized libraries: the ones in use stay as they are.
 package=build/sanitize/python
