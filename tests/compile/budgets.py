@@ -25,7 +25,7 @@ from tests.compile import machine_code
 
 TABLE = Path(__file__).with_name("budgets.csv")
 # no matrix products in them
-SMALL = ("delta_kernel", "merge_kernel", "scan_kernel", "reverse_scan_kernel")
+SMALL = ("delta_kernel", "merge_kernel", "scan_kernel", "reverse_scan_kernel", "tokens_kernel")
 HEADLINES = (
     "forward-bf16-D64-causal-plain", "forward-bf16-D64-block128-plain",
     "forward-bf16-D128-causal-plain", "forward-bf16-D128-block128-plain",
@@ -40,6 +40,8 @@ HEADLINES = (
     "decode-bf16-M64-D64-plain", "bidirectional-bf16-M64-D64-plain",
     "slots-bf16-M64-D64", "masked-bf16-M64-D128", "slots-bf16-M128-D128",
     "mass-bf16-M64-D64", "mass-bf16-M128-D128",
+    "routed-forward-bf16-D64-block64-plain", "routed-forward-bf16-D128-block64-plain",
+    "routed-backward-bf16-D64-block64-plain", "routed-backward-bf16-D128-block64-plain",
 )  # fmt: skip
 
 
@@ -128,6 +130,7 @@ def all_launches() -> list:
     """The launches of the suite, of all operators."""
     from tests.compile import (
         block_sparse_launches,
+        routed_launches,
         test_hopper_forms,
         test_hybrid_kernels,
         test_nystrom_kernels,
@@ -138,6 +141,7 @@ def all_launches() -> list:
         *test_hopper_forms.LAUNCHES,
         *test_nystrom_kernels.SUITE,
         *test_hybrid_kernels.SUITE,
+        *routed_launches.all_launches(),
     ]
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 
 import pytest
+import triton
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
 from tests.compile import budgets
-from tests.compile.routed_launches import HALF, all_launches
+from tests.compile.routed_launches import all_launches
 
+# bytes to a thread that kernels spill; they may only get fewer
+SPILLS = {"gathered_keys_kernel": 24}
+# other versions of Triton and ptxas keep a few more values alive
+CHOSEN_WITH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) and not os.environ.get(
+    "TRITON_PTXAS_PATH"
+)
+SLACK = 0 if CHOSEN_WITH else 64
 TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 WITHOUT_PRODUCTS = ("tokens_kernel", "delta_kernel", "merge_kernel")
 
@@ -28,8 +36,8 @@ def test_kernel(target, launch):
             continue
         if arch == 90:
             assert budgets.complaints(str(launch), name, kernel) == []
-            assert report.spilled <= launch.spill_allowed(name), report
-        if launch.dtype == HALF and arch in (80, 90):
+            assert report.spilled <= SPILLS.get(name, 0) + SLACK, report
+        if arch in (80, 90):
             assert report.hgmma + report.hmma > 0, report
-        if launch.dtype == HALF and arch == 90 and launch.pass_ != "decode" and launch.block >= 64:
+        if arch == 90 and launch.pass_ != "decode":
             assert report.hgmma > 0, report
