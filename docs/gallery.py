@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from flashmark import compile_mask, masks  # noqa: E402
+from flashmark import compile_mask, masks, routed_attention  # noqa: E402
 
 N, BLOCK = 512, 32
 
@@ -35,6 +35,23 @@ GALLERY = {
     "blocks": masks.causal() & (_blocks() | masks.sliding_window(32)),
     "not_window": masks.causal() & ~masks.sliding_window(200),
 }
+
+
+def _routed() -> masks.Mask:
+    """Keys that the queries of a routed call read: every fourth block is alike."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.eye(16)[torch.arange(N) // BLOCK % 4]
+    noise = torch.randn(2, 1, 1, N, 16, generator=generator)
+    query, key = 4.0 * kinds + noise[0], 4.0 * kinds + noise[1]
+    routing = routed_attention(
+        query, key, key, block_size=BLOCK, top_k=2, near=1, return_routing=True
+    )[1]
+    block = torch.arange(N) // BLOCK
+    chosen = (routing.indices[0, 0, :, :, None] == block).any(1)  # (N, N)
+    return masks.dense(chosen | (block >= block[:, None] - 1)) & masks.causal()
+
+
+GALLERY["routed"] = _routed()
 
 
 def draw_all(folder: Path) -> list[Path]:

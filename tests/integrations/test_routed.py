@@ -10,6 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from examples import huggingface as example  # noqa: E402
+from examples import routed_model  # noqa: E402
 from flashmark import masks, reference  # noqa: E402
 from flashmark.integrations import huggingface  # noqa: E402
 
@@ -87,6 +88,18 @@ def test_layers_with_a_window_are_as_they_were(monkeypatch):
     assert len(calls) == sum(kind == "full_attention" for kind in model.config.layer_types) == 1
 
 
+def test_layers_of_landmark_attention_are_as_they_were():
+    given = example.inputs("left", length=12)
+    tokens = []
+    for name in ("flashmark", "flashmark_routed_few"):
+        torch.manual_seed(0)
+        model = example.build("Llama")
+        model.set_attn_implementation(name)
+        huggingface.to_hybrid(model, landmarks=3, window=4)
+        tokens.append(model.generate(**given, max_new_tokens=5, do_sample=False))
+    assert torch.equal(*tokens)
+
+
 def test_names_and_options_are_kept_apart():
     model, given = example.build("Llama"), example.inputs("none")
     few, all_blocks = (logits(model, f"flashmark_routed_{x}", given) for x in ("few", "all"))
@@ -115,6 +128,11 @@ def test_what_is_not_supported_is_refused(options, words):
     query = torch.randn(1, 2, 6, 8)
     with pytest.raises(NotImplementedError, match=words):
         function(Layer(), query, query, query, **{"attention_mask": None} | options)
+
+
+def test_the_table_of_the_page_is_that_of_the_measured_rows():
+    path = routed_model.RESULTS / "routed-model-cpu.csv"
+    assert routed_model.table(path) in routed_model.PAGE.read_text()
 
 
 def test_a_mask_expression_runs_exactly():

@@ -63,8 +63,10 @@ def _attention(
     """The attention function that transformers calls; arguments as of `attention`."""
     refuse(kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = _plain(attention_mask, query, key, bool(causal), sliding_window)
-    if plain is None or is_converted(module):
+    plain = None
+    if not is_converted(module):
+        plain = _plain(attention_mask, query, key, bool(causal), sliding_window)
+    if plain is None:
         return attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, s_aux,
             position_bias, sliding_window, **kwargs,
