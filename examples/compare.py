@@ -223,10 +223,14 @@ def read(path: Path) -> list[dict]:
 
 def append(path: Path, row: dict) -> None:
     """One line, written at once: a run that is stopped loses the training it was in, no more."""
-    empty = not path.exists() or path.stat().st_size == 0
+    names = list(row)
+    begun = path.exists() and path.stat().st_size > 0
+    if begun:  # its columns, whatever has been added to a row since
+        with path.open(newline="") as file:
+            names = next(csv.reader(file))
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if empty:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        if not begun:
             writer.writeheader()
         writer.writerow(row)
 

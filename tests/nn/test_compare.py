@@ -34,6 +34,34 @@ def test_all_variants_start_from_the_same_weights(task):
         assert all(torch.equal(other[name], weight) for name, weight in exact.items())
 
 
+def test_no_token_reads_more_than_what_is_told(task):
+    for variant in VARIANTS:
+        reads = VARIANTS[variant].reads(task.context, task.window, task.landmarks, task.top_k)
+        assert 0 < reads <= task.context
+    assert VARIANTS["exact"].reads(48, 4, 4, 2) == 48
+    assert (
+        VARIANTS["routed 4"].reads(256, 16, 64, 4)
+        == 96
+        == (VARIANTS["hybrid slots"].reads(256, 16, 64, 4))
+    )
+
+
+def test_only_a_learned_router_has_a_loss(task):
+    tokens = next(task.batches(0, False))[0]
+    for variant in ("routed 4", "routed 4, trained", "exact"):
+        model = compare.build(task, variant, 0, 16, 2)
+        model(tokens)
+        loss = compare.router_loss(model)
+        assert (loss == 0) == (variant != "routed 4, trained")
+
+
+def test_a_csv_keeps_its_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    compare.append(path, {"a": 1, "b": 2})
+    compare.append(path, {"b": 4, "new": 5, "a": 3})
+    assert compare.read(path) == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
 def test_recall_asks_for_what_was_said_after_the_key(task):
     tokens, targets = next(task.batches(0, False))
     assert ((targets != compare_tasks.IGNORED).sum(1) == 3).all()
