@@ -35,7 +35,7 @@ def state(batch=2, heads=2, marks=1, dim=8, blocks=2, **options) -> RoutedState:
 
 
 def chosen(*blocks: int, dtype=torch.int32) -> torch.Tensor:
-    """The same choice for the last query of every head, none for the others."""
+    """A choice for the last query of every head, the same for all; none for the others."""
     indices = torch.full((2, 2, 20, len(blocks)), -1, dtype=dtype)
     indices[:, :, 19] = torch.tensor(blocks, dtype=dtype)
     return indices

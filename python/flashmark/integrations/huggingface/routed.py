@@ -45,7 +45,7 @@ class _Causal(NamedTuple):
 
 
 def _attention(
-    routing: dict[str, int],
+    routing: dict[str, Any],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -75,7 +75,7 @@ def _attention(
         raise NotImplementedError(f"dropout: expected 0 with routed attention, got {dropout}")
     if position_bias is not None:
         raise NotImplementedError("position_bias: expected None with routed attention, got one")
-    out = routed_attention(
+    out: Any = routed_attention(
         query, key, value, **routing, scale=scaling, softcap=softcap, sinks=s_aux,
         key_mask=plain.padding, query_offset=plain.query_offset,
     )  # fmt: skip
