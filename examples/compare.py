@@ -165,7 +165,7 @@ def train(
 
 
 def router_loss(model: Decoder) -> Tensor | float:
-    """What landmarks that choose blocks learn from; 0 without them."""
+    """Routing loss of a model, from which landmarks that choose blocks learn; 0 without them."""
     routed = (x for x in model.modules() if isinstance(x, Routed) and x.routing is not None)
     return sum(routing_loss(x.routing) for x in routed)
 

@@ -94,7 +94,7 @@ def _present(quality: pd.DataFrame) -> list[str]:
 
 
 def _reads(rows: pd.DataFrame, variant: str, tasks: list[str]) -> str:
-    """How many keys and slots a token reads at most in each task."""
+    """Number of keys and slots that a token reads at most in each task."""
     found = []
     for task in tasks:
         here = rows[rows.task == task]

@@ -141,7 +141,7 @@ def recomputed(function: Callable, inputs: Sequence, options: Sequence, grads: S
             given[n] = x
         return function(*given, *options)
 
-    outs, pull = torch.func.vjp(outputs, *(inputs[n] for n in at))
+    outs, pull = torch.func.vjp(outputs, *(inputs[n] for n in at))  # type: ignore[misc]
     found = dict(zip(at, pull(grads if isinstance(outs, tuple) else grads[0]), strict=True))
     return tuple(found.get(n) for n in range(len(inputs) + len(options)))
 

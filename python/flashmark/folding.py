@@ -20,7 +20,7 @@ class Fold(NamedTuple):
     """One mapped dimension: where it went, its size, and whether the mask's tensors have it too."""
 
     axis: str  # "B" or "H"
-    count: int
+    size: int
     of_mask: bool
 
 
@@ -81,7 +81,7 @@ def fold(task, axis: str, count: int, given, mapped) -> list[Tensor]:
             continue
         found = letters(task, name, _unmapped(x, dim))
         place = _place(found, axis)
-        if place < 0:
+        if found is None or place < 0:
             folded.append(x if dim is None else _unmapped(x, dim))
             continue
         x = x.unsqueeze(0).expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -112,7 +112,7 @@ def unfold(task, axis: str, count: int, given, outs) -> tuple[tuple[Tensor, ...]
     for name, x in zip(names, outs, strict=True):
         found = letters(task, name, x)
         place = _place(found, axis)
-        if place < 0:  # empty
+        if found is None or place < 0:  # empty
             opened.append(x)
             dims.append(None)
             continue

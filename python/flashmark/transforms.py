@@ -81,7 +81,7 @@ class Task:
         def outputs(*x: Tensor) -> tuple[Tensor, ...]:
             return self._composed({**given, **dict(zip(wanted, x, strict=True))})
 
-        outs, pull = torch.func.vjp(outputs, *(given[x] for x in wanted))
+        outs, pull = torch.func.vjp(outputs, *(given[x] for x in wanted))  # type: ignore[misc]
         names = self.operator.differentiable
         if self.kind == "backward":
             douts = [given.get(f"d {n}") for n in names]
@@ -90,7 +90,7 @@ class Task:
             ))  # fmt: skip
         # the transpose of the linear map `pull`: no second kind of differentiation is needed
         zeros = tuple(torch.zeros_like(x) for x in outs)
-        _, push = torch.func.vjp(lambda *d: pull(d), *zeros)
+        _, push = torch.func.vjp(lambda *d: pull(d), *zeros)  # type: ignore[misc]
         tangents = tuple(
             torch.zeros_like(given[x]) if f"t {x}" not in given else given[f"t {x}"] for x in wanted
         )
@@ -250,7 +250,7 @@ def _recomputed(task: Task, given: dict[str, Tensor], grads) -> list[Tensor | No
         return task.plain(*(given | dict(zip(names, x, strict=True))).values())
 
     inputs = [given[n] if recorded else given[n].detach() for n in names]
-    outs, pull = torch.func.vjp(outputs, *inputs)
+    outs, pull = torch.func.vjp(outputs, *inputs)  # type: ignore[misc]
     grads = tuple(
         torch.zeros_like(x) if g is None else g for x, g in zip(outs, grads, strict=False)
     )
