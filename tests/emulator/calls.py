@@ -6,15 +6,16 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
 import flashmark
-from flashmark import hybrid_attention, masks, nystrom_attention
+from flashmark import block_topk_attention, hybrid_attention, masks, nystrom_attention
 from flashmark.kernels.block_sparse import configs
+from tests import helpers
 from tests.helpers import relative_error
 from tests.hybrid.cases import Case as HybridCase
 from tests.interpreter.attention_cases import Call, Case
-from tests.nystrom.cases import PACKED
 from tests.nystrom.cases import Case as NystromCase
 
 HALF = torch.bfloat16
@@ -36,7 +37,6 @@ NYSTROM = {
     "landmarks": NystromCase(150, 64, dim=64, v_dim=64),
     "decay, state": NystromCase(150, 16, decay=0.3, state=True),
     "mass": NystromCase(100, 16, normalize="mass"),
-    "packed": NystromCase(PACKED, 16, packed=True),
     "bidirectional": NystromCase(100, 16, is_causal=False),
     "decode": NystromCase(1, 16, group=4, state=True),
 }
@@ -59,6 +59,9 @@ def calls(arch: int) -> dict[str, Callable[[], Errors]]:
         found[f"Nyström: {name}"] = functools.partial(_nystrom, case)
     for name, case in HYBRID.items():
         found[f"hybrid: {name}"] = functools.partial(_hybrid, case)
+    for deterministic in (True, False):
+        form = "deterministic" if deterministic else "atomics"
+        found[f"routed: chosen blocks, {form}"] = functools.partial(routed, deterministic)
     return found
 
 
@@ -68,6 +71,20 @@ def _nystrom(case: NystromCase) -> Errors:
 
 def _hybrid(case: HybridCase) -> Errors:
     return operator(hybrid_attention, case.arguments(HALF))
+
+
+def routed(deterministic: bool) -> Errors:
+    """Attention over blocks that every query chose at random among those before its own."""
+    n, block, draw = 130, 32, np.random.default_rng(0)
+    indices = torch.full((1, 1, n, 2), -1, dtype=torch.int32)
+    for i in range(2 * block, n):
+        indices[0, 0, i] = torch.from_numpy(draw.permutation(i // block)[:2])
+    query, key, value = helpers.qkv(1, 4, n, 64, kv_heads=1, dtype=HALF)
+    arguments = {"query": query, "key": key, "value": value, "indices": indices}
+    return operator(
+        block_topk_attention,
+        arguments | {"block_size": block, "near": 0, "deterministic": deterministic},
+    )
 
 
 def block_sparse(case: Case) -> Errors:
@@ -101,6 +118,7 @@ def operator(function, arguments: dict) -> Errors:
     """Outputs and gradients of a public operator."""
     run = functools.wraps(function)(functools.partial(function, backend="triton"))
     eps = torch.finfo(HALF).eps
+    torch.manual_seed(0)  # the cotangents
     report = flashmark.check(run, **arguments)
     # a budget is twice PyTorch's error, and two rounding units
     return _worst((row.error, row.budget / 2 - eps) for row in report.rows)

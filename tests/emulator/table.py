@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -96,10 +97,12 @@ def read() -> list[Row]:
 def write(rows: list[Row]) -> None:
     order = {name: n for n, name in enumerate(calls(90))}
     rows = sorted(rows, key=lambda r: (r.triton, r.arch, order.get(r.call, -1)))
-    with RESULTS.open("w", newline="") as file:
+    whole = RESULTS.with_suffix(f".{os.getpid()}")  # so that several may run side by side
+    with whole.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in dataclasses.fields(Row)])
         writer.writerows(dataclasses.astuple(row) for row in rows)
+    whole.replace(RESULTS)
 
 
 def markdown(rows: list[Row]) -> str:

@@ -1,0 +1,27 @@
+"""The committed table: no fault, errors like PyTorch's, and the page that shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import table
+from .calls import calls
+
+ROWS = table.read()
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_it_has_the_calls(arch):
+    ran = {row.call for row in ROWS if (row.triton, row.arch) == ("3.7.1", arch)}
+    assert ran == calls(arch).keys()
+    assert {row.call for row in ROWS if row.arch == arch} <= calls(arch).keys()
+
+
+def test_no_fault_and_errors_within_twice_pytorch_s():
+    assert {row.faults for row in ROWS} == {"0"}
+    rounding = 2.0**-8
+    assert [row for row in ROWS if not row.error <= 2 * row.pytorch + 4 * rounding] == []
+
+
+def test_the_page_shows_the_table():
+    assert table.PAGE.read_text() == table.draw()
