@@ -110,6 +110,8 @@ def _spread(rows: pd.DataFrame, task: str) -> str:
     scores = rows[rows.task == task][column]
     if scores.empty:
         return ""
+    if len(scores) == 1:
+        return f"{form.format(scores.iloc[0])} (one seed)"
     low, high = (form.format(x) for x in (scores.min(), scores.max()))
     return f"{form.format(scores.mean())} ({low} to {high})"
 
