@@ -69,13 +69,11 @@ class ForwardChunk {
     tile_rows(readers, group, r0, n, rows);
     gather_rows<C>(queries, dim, rows, n, all, tile_q);
     product<C>(all, width, dim, tile_q, dim, key_t, width, scores, width, false);
-    switch (width / LANES) {
-      case 1: weigh<1>(piece, n); break;
-      case 2: weigh<2>(piece, n); break;
-      case 3: weigh<3>(piece, n); break;
-      case 4: weigh<4>(piece, n); break;
-      case 6: weigh<6>(piece, n); break;
-      default: weigh<8>(piece, n);
+    switch (width) {
+      case 16: weigh<16 / LANES>(piece, n); break;
+      case 32: weigh<32 / LANES>(piece, n); break;
+      case 48: weigh<48 / LANES>(piece, n); break;
+      default: weigh<PIECE / LANES>(piece, n);
     }
     const C* second;
     if constexpr (PAIRED<C>) {
