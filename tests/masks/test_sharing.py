@@ -168,9 +168,8 @@ def test_a_mask_made_in_inference_mode_serves_training(name):
 @pytest.fixture
 def elsewhere():
     """A default device that no call below names."""
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
+    with torch.device("meta"):
+        yield
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)

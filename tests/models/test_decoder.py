@@ -373,7 +373,7 @@ def config(**options):
         (
             config(attention="sparse"),
             ValueError,
-            "attention: expected one of exact, window, nystrom, hybrid, bidirectional, "
+            "attention: expected one of exact, window, nystrom, hybrid, routed, bidirectional, "
             "got 'sparse'",
         ),
         (

@@ -341,3 +341,13 @@ def test_bad_arguments(error, message, call):
 def test_scale_defaults_to_the_attention_s():
     X = marks(1, 4, 16)
     helpers.assert_identical(landmark_core(X), landmark_core(X, scale=1 / math.sqrt(16)))
+
+
+def test_landmarks_are_drawn_in_float32_whatever_the_default_dtype():
+    wanted = init_landmarks(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = init_landmarks(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    helpers.assert_identical(found, wanted)

@@ -276,7 +276,8 @@ def init_landmarks(
         if n < 1:
             raise ValueError(f"{name}: expected an int >= 1, got {n}")
     blocks = -(-landmarks // head_dim)
-    normal = torch.randn(kv_heads, blocks, head_dim, head_dim, generator=generator, device=device)
+    shape = kv_heads, blocks, head_dim, head_dim
+    normal = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
     rows = torch.linalg.qr(normal).Q.flatten(1, 2)[:, :landmarks]
     return (rows * math.sqrt(head_dim)).to(dtype).contiguous()
 
