@@ -18,6 +18,7 @@ from flashmark.dispatch import CAN_RUN
 
 DTYPES = torch.float32, torch.bfloat16
 BATCH, HEADS, KV_HEADS, TOKENS, WIDTH, LANDMARKS, WINDOW = 1, 4, 2, 150, 32, 16, 32
+BLOCK, TOP_K = 16, 2
 
 
 def main() -> int:
@@ -56,6 +57,14 @@ def self_check(operator: str, backend: str, device: torch.device, dtype: torch.d
         elif operator == "nystrom":
             report = flashmark.check(
                 flashmark.nystrom_attention, query, key, value, landmarks, backend=backend
+            )
+        elif operator == "routed":
+            report = flashmark.check(
+                flashmark.routed_attention,
+                *(query, key, value, landmarks),
+                block_size=BLOCK,
+                top_k=TOP_K,
+                backend=backend,
             )
         else:
             report = flashmark.check(

@@ -10,7 +10,7 @@ import torch
 from flashmark import native
 from flashmark.dispatch import CAN_RUN, CPU_KERNELS, MOST_TRITON_LANDMARKS, BackendUnavailable
 
-OPERATORS = ("block_sparse", "nystrom", "hybrid")
+OPERATORS = ("block_sparse", "nystrom", "hybrid", "routed")
 
 
 def show_config() -> str:
