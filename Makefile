@@ -56,7 +56,7 @@ host-time: $(PACKAGE)  ## microseconds of a call on the host, through Triton's l
 
 # One in $(EVERY) of the interpreter's tests, others for each architecture. Most of the time goes to Triton's compiler,
 # whose cache is that of test-compile.
-EVERY ?= 15
+EVERY ?= 30
 EMULATED = $(PYTEST) -n $(WORKERS) tests/interpreter --device emulated
 TRITON36 := build/triton-3.6.0
 
