@@ -19,7 +19,7 @@ done
 text=$(run -m flashmark) || { echo "$text"; exit 1; }
 echo "$text"
 # Every operator ran in the kernels, and the package is not the checkout's.
-for operator in block_sparse nystrom hybrid; do
+for operator in block_sparse nystrom hybrid routed; do
   echo "$text" | grep -q "^  $operator on cpu, cpu, float32 *ok" || { echo "$operator: no C++ kernels" >&2; exit 1; }
 done
 run -c "import flashmark; assert flashmark.__file__.startswith('$home'), flashmark.__file__; print(flashmark.__file__)"
