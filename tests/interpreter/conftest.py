@@ -32,7 +32,7 @@ def pytest_addoption(parser):
 #: what the emulator reports and nobody has mended: by architecture and test
 FOUND = {
     ("90", "test_scores_up_to_ten_thousand[N140-M8-G1-decay=0.1-spread=300.0]"): (
-        "threads of keys_kernel that hold the same entry of a gradient store different values for it"
+        "threads of keys_kernel that hold one entry of a gradient store different values"
     ),
 }
 
