@@ -26,9 +26,7 @@ class Routing(NamedTuple):
 
     indices: Tensor  # int32: blocks counted from their sequence's start; -1 where there are fewer
     mass: Tensor  # share of the attention that falls on the block, mean over the group's heads
-    log_probs: (
-        Tensor  # log softmax of the scores over the chosen blocks, differentiable; -inf at -1
-    )
+    log_probs: Tensor  # log softmax of their scores, differentiable; -inf where there is no block
 
 
 def routing_of(
