@@ -76,9 +76,10 @@ emulate-all: $(PACKAGE)  ## all of the kernels' tests for sm_80 and sm_90, and t
 	PYTHONPATH=$(TRITON36) $(BIN)/python -m tests.emulator.table
 
 # The libraries of torch stay torch's own; build/wheel holds what auditwheel has not seen yet.
+WHEEL_CPU ?= all
 wheel: $(READY)  ## dist/: a wheel for any x86-64 Linux (AVX2 and AVX-512), and the source archive
 	rm -rf build/wheel build/lib.* dist && mkdir -p dist
-	FLASHMARK_BUILD_EXT=1 FLASHMARK_CPU=all $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	FLASHMARK_BUILD_EXT=1 FLASHMARK_CPU=$(WHEEL_CPU) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
 	  --wheel-dir build/wheel .
 	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 	  --exclude libgomp.so.1 --wheel-dir dist build/wheel/flashmark-*.whl

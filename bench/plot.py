@@ -21,6 +21,8 @@ COLOURS = {
     "flashmark cpu": "#08519c",
     "flashmark triton": "#2171b5",
     "flashmark": "#08519c",
+    "flashmark dense": "#3182bd",
+    "flashmark choice": "#9ecae1",
     "sdpa causal": "#7f7f7f",
     "sdpa causal cudnn": "#7f7f7f",
     "sdpa causal flash": "#bdbdbd",

@@ -1,5 +1,5 @@
-"""Writes a CSV into the README, four rows of it, and into docs/performance.md, all of it:
-`python -m bench.readme [csv]`.
+"""Writes a CSV and the routed suite's beside it into the README, five rows of them, and into
+docs/performance.md, all of them: `python -m bench.readme [csv]`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,21 @@ from bench.report import KEYS, title
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
 YARDSTICKS = ("sdpa causal", "create_block_mask")
-SUITES = ("masks", "mask_build", "nystrom")
+SUITES = ("masks", "mask_build", "nystrom", "routed")
+ROUTED = "routed, 4 landmarks, 16 of 64"
 HEADLINES = (  # (case, tokens, dtype, direction) of the README's rows, and their contenders
     (("causal", 8192, "bfloat16", "forward+backward"), "flashmark cpu", "sdpa causal"),
     (("window 512", 8192, "float32", "forward+backward"), "flashmark cpu", "sdpa causal"),
     (("Nyström M=64", 16384, "float32", "forward+backward"), "flashmark cpu", "sdpa causal"),
+    ((ROUTED, 65536, "float32", "forward"), "flashmark cpu", "sdpa causal"),
     (("window 512", 8192, None, "build"), "flashmark", "create_block_mask"),
 )
+
+
+def measurements(csv: Path) -> pd.DataFrame:
+    """The rows of a CSV and those of the routed suite beside it, a suite with a CSV of its own."""
+    beside = csv.with_name(f"{csv.stem}_routed{csv.suffix}")
+    return pd.concat(pd.read_csv(path) for path in (csv, beside) if path.exists())
 
 
 def headlines(frame: pd.DataFrame) -> str:
@@ -74,7 +82,7 @@ def _ms(value: float) -> str:
 
 def main() -> None:
     csv = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "cpu.csv"
-    frame = pd.read_csv(csv)
+    frame = measurements(csv)
     for name, text in (("README.md", headlines(frame)), ("docs/performance.md", table(frame))):
         page = ROOT / name
         before, _, rest = page.read_text().partition(START)

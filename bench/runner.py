@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from bench.compare import Job, Row
+from bench.progress import progress_bar
 
 
 def run_jobs(
@@ -22,12 +22,12 @@ def run_jobs(
     there so far is written to the CSV `save` after each job: a run that is killed loses one.
     """
     jobs, rows, left_out = list(jobs), [], []
-    with tqdm(total=sum(job.steps for job in jobs), unit="step", file=sys.stderr) as bar:
+    with progress_bar(sum(job.steps for job in jobs), "benchmarks") as bar:
         for job in jobs:
             if until is not None and time.monotonic() > until:
                 left_out.append(job.title)
                 continue
-            bar.set_description(job.title)
+            bar.set_description(job.title, refresh=False)
             rows += [where | row for row in job.run(bar.update)]
             if save is not None:
                 pd.DataFrame(rows).to_csv(save, index=False)

@@ -134,9 +134,12 @@ def architectures() -> list[str]:
 
 
 class Build(BuildExtension):
-    """A build that keeps the objects of each library apart; unless required, each may fail."""
+    """A build that keeps the objects of each library for the next one, an editable install's and a
+    wheel's alike; unless required, each library may fail."""
 
     required = False
+    # ninja does not look for a newer torch behind headers of the system: a folder for each
+    objects = ROOT / "build" / "objects" / f"{sysconfig.get_platform()}-torch-{torch.__version__}"
 
     def __init__(self, *args, **kwargs) -> None:
         kwargs["no_python_abi_suffix"] = True
@@ -153,15 +156,13 @@ class Build(BuildExtension):
         self.extensions[:] = [ext for ext in self.extensions if ext not in self.failed]
 
     def build_extension(self, ext) -> None:
-        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+        self.build_temp = str(self.objects / ext.name)
         try:
             super().build_extension(ext)
         except Exception as error:
             if self.required:
                 raise
             self._give_up([ext], error)
-        finally:
-            self.build_temp = shared
 
     def _give_up(self, extensions, error: Exception) -> None:
         self.failed += extensions
@@ -198,7 +199,9 @@ def main() -> None:
     parser.add_argument("--to", default="python", help="folder that holds flashmark")
     options = parser.parse_args()
     os.chdir(ROOT)
-    scratch = ROOT / "build" / ("sanitize" if options.sanitize else sysconfig.get_platform())
+    settings = {"required": True}
+    if options.sanitize:
+        settings["objects"] = ROOT / "build" / "sanitize"
     extensions = []
     if options.only != "native":
         extensions += cpu_extension(sanitize=options.sanitize, only=options.only)
@@ -209,8 +212,8 @@ def main() -> None:
         packages=["flashmark"],
         package_dir={"": "python"},
         ext_modules=extensions,
-        cmdclass={"build_ext": type("Build", (Build,), {"required": True})},
-        script_args=["build_ext", "--build-lib", options.to, "--build-temp", str(scratch)],
+        cmdclass={"build_ext": type("Build", (Build,), settings)},
+        script_args=["build_ext", "--build-lib", options.to],
     )
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import flashmark
 from bench.environment import machine
+from bench.progress import progress_bar
 from bench.timing import interleaved, peak_memory
 from examples.attention import byte_decoder
-from examples.progress import progress_bar
 from examples.text import random_batches, standard_library
 from examples.training import Training, bits_per_byte, learning_rate
 from flashmark.dispatch import choose_backend

@@ -14,9 +14,9 @@ import time
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bench.environment import machine
+from bench.progress import progress_bar
 from examples.text import BYTES, standard_library
 from flashmark.models import Decoder, DecoderConfig
 
@@ -59,11 +59,13 @@ def decode(name: str, model: Decoder, prompt: Tensor, arguments) -> dict[str, st
         logits = model(chunk, cache=cache)[:, -1:]
     reading = time.perf_counter() - start
     tokens, seconds = [prompt], []
-    for _ in tqdm(range(arguments.new), desc=name, unit="token"):
-        start = time.perf_counter()
-        tokens.append(logits.argmax(-1))
-        logits = model(tokens[-1], cache=cache)
-        seconds.append(time.perf_counter() - start)
+    with progress_bar(arguments.new, name, unit="token") as bar:
+        for _ in range(arguments.new):
+            start = time.perf_counter()
+            tokens.append(logits.argmax(-1))
+            logits = model(tokens[-1], cache=cache)
+            seconds.append(time.perf_counter() - start)
+            bar.update()
     whole = model(torch.cat(tokens, dim=1))[:, -1:]
     error = (logits - whole).abs().max() / whole.abs().max()
     tenth = max(len(seconds) // 10, 1)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from examples.progress import progress_bar
+from bench.progress import progress_bar
 from flashmark import landmark_parameter_groups
 from flashmark.objectives import token_loss
 

@@ -22,7 +22,6 @@ from flashmark.autograd import (
     transformed,
     transforms,
     untraced,
-    without_autocast,
 )
 from flashmark.flops import FORMULAS, register_if_counting
 from flashmark.masks.block_mask import BlockMask, pack_mask, unpack_mask
@@ -190,8 +189,7 @@ class Operator:
     def _run_jvp(self, module: str, *flat):
         count = len(self.wanted)
         call = self.unflatten(flat[count:])
-        with without_autocast(call.query.device.type):
-            saved, tangents = _load(module).jvp(call, self.grads(*flat[:count]))
+        saved, tangents = _load(module).jvp(call, self.grads(*flat[:count]))
         return (*saved, *tangents)
 
     def _fake_jvp(self, *flat):
@@ -199,24 +197,14 @@ class Operator:
         return (*outs, *(torch.empty_like(x) for x in outs[: len(self.differentiable)]))
 
     def _run_forward(self, module: str, *flat):
-        call = self.unflatten(flat)
-        device = flat[0].device.type
-        if not autocast_is_on(device):
-            return tuple(_load(module).forward(call))
-        with torch.autocast(device, enabled=False):  # dtypes are chosen already
-            return tuple(_load(module).forward(call))
+        return tuple(_load(module).forward(self.unflatten(flat)))
 
     def _fake_forward(self, *flat):
         return tuple(self._forward_fake(self.unflatten(flat)))
 
     def _run_backward(self, module: str, *flat):
         douts, saved, call = self._split(flat)
-        device = flat[0].device.type
-        if not autocast_is_on(device):
-            grads = _load(module).backward(call, saved, *douts)
-        else:
-            with torch.autocast(device, enabled=False):
-                grads = _load(module).backward(call, saved, *douts)
+        grads = _load(module).backward(call, saved, *douts)
         return tuple(flat[0].new_empty(0) if x is None else x.contiguous() for x in grads)
 
     def _fake_backward(self, *flat):
@@ -238,7 +226,10 @@ def overload(schema: str, implementation: Callable | None, fake: Callable):
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name, variant = full_name.split(".")
     found = getattr(getattr(torch.ops.flashmark, name), variant)
-    run = implementation or functools.partial(_load_and_run, found)
+    if implementation is None:
+        run = functools.partial(_load_and_run, found)
+    else:
+        run = _without_autocast(implementation)
     _LIBRARY.impl(full_name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashmark::{full_name}", fake, lib=_LIBRARY)
     return found
@@ -259,13 +250,12 @@ def _load_and_run(overload, *flat):
 def _without_autocast(implementation: Callable) -> Callable:
     """Inside an operator dtypes are chosen already: autocast must not touch its products."""
 
-    @functools.wraps(implementation)
-    def run(first: torch.Tensor, *args):
-        device = first.device.type
+    def run(*flat):
+        device = next(x for x in flat if x is not None).device.type  # a tangent may be None
         if not autocast_is_on(device):
-            return implementation(first, *args)
+            return implementation(*flat)
         with torch.autocast(device, enabled=False):
-            return implementation(first, *args)
+            return implementation(*flat)
 
     return run
 

@@ -13,7 +13,7 @@ import flashmark
 from bench.oracle import Oracle
 from bench.patterns import PATTERNS
 from bench.peers import Work
-from bench.readme import ROOT, headlines
+from bench.readme import ROOT, headlines, measurements
 from bench.readme import table as readme_table
 from bench.report import print_report
 from bench.timing import Spread, interleaved, peak_memory
@@ -148,7 +148,7 @@ def test_readme_shows_the_committed_measurements():
     csv, readme = ROOT / "bench/results/cpu.csv", (ROOT / "README.md").read_text()
     if not csv.exists():
         pytest.skip("no measurements are committed")
-    frame = pd.read_csv(csv)
+    frame = measurements(csv)
     assert headlines(frame) in readme
     assert readme_table(frame) in (ROOT / "docs/performance.md").read_text()
 

@@ -1,11 +1,11 @@
-"""The examples' progress where there is no terminal: a line for every tenth of the way."""
+"""Progress of examples and benchmarks without a terminal: a line for every tenth of the way."""
 
 from __future__ import annotations
 
 import pytest
 
 pytest.importorskip("tqdm")
-from examples.progress import progress_bar  # noqa: E402
+from bench.progress import progress_bar  # noqa: E402
 
 
 @pytest.mark.parametrize("total", [4, 10, 400])
