@@ -31,6 +31,7 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 QUIET = ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
+QUIET += ["-Wno-psabi"] if ARM else []
 CAPABILITIES = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
     "avx512": [

@@ -20,6 +20,7 @@ from flashmark.models.layers import (
     check_ids,
     check_key_mask,
     check_room,
+    initialise,
     run_layer,
     token_counts,
 )
@@ -231,7 +232,7 @@ class Decoder(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self._initialise()
+        initialise(self.modules(), self.layers, config.width)
 
     def forward(
         self,
@@ -385,20 +386,3 @@ class Decoder(nn.Module):
                 f"the learned positions, got {longest}"
             )
         return places
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Variance 1 from layer to layer; what is added to the residual stream stays small."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.width**-0.5)
-        for layer in self.layers:
-            added = [layer.mlp.down, getattr(layer.attention, "out", None)]
-            added.append(getattr(layer.cross_attention, "out", None))
-            for linear in added:
-                if isinstance(linear, nn.Linear):
-                    linear.weight /= (2 * len(self.layers)) ** 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,24 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"{name}: expected token ids from 0 to {vocab_size - 1}, got {low if low < 0 else high}"
         )
+
+
+@torch.no_grad()
+def initialise(modules: Iterable[nn.Module], layers: nn.ModuleList, width: int) -> None:
+    """Variance 1 from layer to layer; what is added to the residual stream stays small."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=width**-0.5)
+    for layer in layers:
+        added = [layer.mlp.down, getattr(layer.attention, "out", None)]
+        added.append(getattr(layer.cross_attention, "out", None))
+        for linear in added:
+            if isinstance(linear, nn.Linear):
+                linear.weight /= (2 * len(layers)) ** 0.5
 
 
 def check_key_mask(name: str, key_mask: Tensor | None, ids: Tensor) -> None:
