@@ -28,6 +28,7 @@ from .primitives import (
     mm_acc,
     operand,
     reciprocal,
+    rounded_product,
     span_of,
     state_ptrs,
     store_rows,
@@ -98,7 +99,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
         if F.TAKES_KEYS:
             wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
-            pulls = wt * centre
+            pulls = rounded_product(wt, centre, F)
             pull += tl.sum(pulls, 1)
             ds += P * (mm(wt, tl.trans(pairs), F) - later_sums(pulls, F))
         else:
@@ -116,8 +117,9 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         dlq, ddecay = sums
         if F.DECAY:  # ages at the chunk's end, and its length times the gradient of L at its start
             age = (until - t0 - 1 - offs).to(tl.float32)
-            dL0 = tl.sum(G * R0.to(tl.float32), 1) - tot * pull
-            ddecay -= tl.sum(ds * age[None, :], 1) + (until - t0).to(tl.float32) * dL0
+            dL0 = tl.sum(rounded_product(G, R0.to(tl.float32), F), 1) - tot * pull
+            ages = tl.sum(rounded_product(ds, age[None, :], F), 1)
+            ddecay -= ages + (until - t0).to(tl.float32) * dL0
         ds = operand(ds, F)
         sums = (take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F), ddecay)
     return (G * tot[:, None], pull * tot), sums

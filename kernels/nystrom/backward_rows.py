@@ -22,6 +22,7 @@ from .primitives import (
     mm_acc,
     operand,
     reciprocal,
+    rounded_product,
     span_of,
     state_ptrs,
     store_rows,
@@ -91,11 +92,11 @@ def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, 
         dcore = mm_acc(features, tl.trans(operand(dG, F)), dcore, F)
     if F.TAKES_QUERIES:
         if F.MASS:
-            dlog = W * (dW - centre)  # of Z_l(i), on top of what ds has
+            dlog = rounded_product(W, dW - centre, F)  # of Z_l(i), on top of what ds has
             dhalf -= tl.sum(dscores, 1) + tl.sum(dlog, 1)
             if F.DECAY:
                 age = (length - 1 - tl.arange(0, F.CHUNK)).to(tl.float32)
-                ddecay += tl.sum(dlog * age[None, :], 1)
+                ddecay += tl.sum(rounded_product(dlog, age[None, :], F), 1)
         dscores = operand(dscores, F)
         dq = tl.trans(mm(tl.trans(own_columns(lk, part, F)), dscores, F)) * marks.scale
         store_rows(dq_ptr + d0, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D)
@@ -137,7 +138,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         if F.TAKES_STATES:
             wt *= ratio[:, None]
             G = mm_acc(wt, dout, G, F)
-            pull += tl.sum(wt * centre, 1)
+            pull += tl.sum(rounded_product(wt, centre, F), 1)
         sums = take_rows(head, dq_ptr + g * head_size, t0, length, rows, part, lk, reading, dW,
                          centre, sums, marks, F)  # fmt: skip
     own = P

@@ -73,6 +73,19 @@ def reciprocal(x):
 
 
 @triton.jit
+def rounded_product(x, y, F: tl.constexpr):
+    """x y, rounded before a sum over threads: they then hold the same bits of that sum.
+
+    A thread with one product of a row adds to it what the others send; fused with that sum, each
+    would leave another product unrounded. Tensor cores leave a thread two or more: no need there.
+    """
+    product = x * y
+    if F.SCAN:
+        product += 0.0
+    return product
+
+
+@triton.jit
 def operand(x, F: tl.constexpr):
     """As an operand of a product with something computed: bfloat16, or float32."""
     return x.to(tl.bfloat16) if F.BFLOAT16 else x.to(tl.float32)

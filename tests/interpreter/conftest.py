@@ -29,14 +29,6 @@ def pytest_addoption(parser):
     parser.addoption("--arch", default="90", choices=("80", "90"), help="of --device emulated")
 
 
-#: what the emulator reports and nobody has mended: by architecture and test
-FOUND = {
-    ("90", "test_scores_up_to_ten_thousand[N140-M8-G1-decay=0.1-spread=300.0]"): (
-        "threads of keys_kernel that hold one entry of a gradient store different values"
-    ),
-}
-
-
 def pytest_configure(config):
     device = config.getoption("--device")
     if (device == "cpu") != INTERPRETED:
@@ -53,10 +45,6 @@ def pytest_collection_modifyitems(config, items):
     kept = items[first::step]
     config.hook.pytest_deselected(items=[x for n, x in enumerate(items) if n % step != first])
     items[:] = kept
-    for item in kept:
-        reason = FOUND.get((config.getoption("--arch"), item.name))
-        if reason and config.getoption("--device") == "emulated":
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(scope="session")
