@@ -95,7 +95,7 @@ test-oldest:  ## the unit suite on the oldest torch that is supported, in an env
 	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
 	git ls-files -co --exclude-standard | tar -cT - | tar -xC $(OLDEST)/source
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools<82' $$(grep '^wheel' requirements-torch.txt)
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools>=77,<82' $$(grep '^wheel' requirements-torch.txt)
 	grep -v '^triton' requirements-dev.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -r $(OLDEST)/requirements.txt
 	FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps --no-build-isolation $(OLDEST)/source
