@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_of_nothing(const BlockSparseCall& a) 
 std::array<Tensor, 5> gradients_of_nothing(const BlockSparseCall& a, const OptionalTensor& dlse) {
   Tensor dsinks;
   if (a.sinks)
-    dsinks = dlse ? dlse->sum({0, 2}).to(a.sinks->scalar_type()) : at::zeros_like(*a.sinks);
+    dsinks = dlse ? dlse->sum(at::IntArrayRef({0, 2})).to(a.sinks->scalar_type()) : at::zeros_like(*a.sinks);
   return {at::zeros_like(a.query), at::zeros_like(a.key), at::zeros_like(a.value),
           a.bias ? at::zeros_like(*a.bias) : Tensor(), dsinks};
 }
