@@ -208,7 +208,7 @@ std::array<Tensor, 4> backward(const RoutedCall& a, const Tensor& dout_any,
   if (a.empty()) {  // only the sinks reach such an lse
     Tensor dsinks;
     if (a.sinks)
-      dsinks = dlse_any ? dlse_any->sum({0, 2}).to(a.sinks->scalar_type()) : at::zeros_like(*a.sinks);
+      dsinks = dlse_any ? dlse_any->sum(at::IntArrayRef({0, 2})).to(a.sinks->scalar_type()) : at::zeros_like(*a.sinks);
     return {at::zeros_like(a.query), at::zeros_like(a.key), at::zeros_like(a.value), dsinks};
   }
   const PreparedRouted prepared(a);
