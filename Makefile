@@ -89,7 +89,8 @@ wheel: $(READY)  ## dist/: a wheel for any x86-64 Linux (AVX2 and AVX-512), and 
 test-wheel: wheel  ## the wheel in a new environment with no compiler on its path: the self-check of the kernels
 	tests/try_wheel.sh $(BIN)/python dist/flashmark-*.whl
 
-# The checkout's files in a folder of their own: a build for another torch would replace that of .venv.
+# The checkout's files in a folder of their own: a build for another torch would replace that of .venv. The suite runs
+# on CPUs, so that no CUDA source is built, whatever compilers there are.
 OLDEST := build/oldest
 test-oldest:  ## the unit suite on the oldest torch that is supported, in an environment of its own
 	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
@@ -98,7 +99,7 @@ test-oldest:  ## the unit suite on the oldest torch that is supported, in an env
 	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools>=77,<82' $$(grep '^wheel' requirements-torch.txt)
 	grep -v '^triton' requirements-dev.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -r $(OLDEST)/requirements.txt
-	FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps --no-build-isolation $(OLDEST)/source
+	CUDA_HOME=none FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps --no-build-isolation $(OLDEST)/source
 	cd $(OLDEST)/source && OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(WORKERS)
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
