@@ -71,6 +71,7 @@ class Options:
     check_races: bool = True
     count_conflicts: bool = False  # of banks of shared memory
     most_reports: int = 1
+    same_bits: bool = False  # no rounding between what lanes store to one address
     only_noted: tuple[str, ...] = ()  # kinds of faults, by their beginnings, that end no launch
 
 

@@ -130,20 +130,20 @@ def store_shared(M, i, address, size: int, values: list, s, m) -> None:  # noqa:
     if M.options.check_races:
 
         def changes():
-            return _changes(
-                M.words[size], at // size, values, m, len(M.all_warps if s is None else s)
-            )
+            warps = len(M.all_warps if s is None else s)
+            return _changes(M, M.words[size], at // size, values, m, warps)
 
         M.races.write(i, at, size * len(values), s, m, changes=changes)
     scatter(M, i, M.words[size], at // size, values, s, m, address)
 
 
-def differ(a, b) -> np.ndarray:
+def differ(M, a, b) -> np.ndarray:  # noqa: N803
     """Whether two words are of different values. Copies of one value that lanes compute alike may
-    differ by a rounding, where the compiler fused a product with a sum of another lane's.
+    differ by a rounding, where the compiler fused a product with a sum of another lane's: not for
+    `Options.same_bits`.
     """
     other = a != b
-    if not other.any() or a.dtype.itemsize == 1:
+    if M.options.same_bits or not other.any() or a.dtype.itemsize == 1:
         return other
     if a.dtype.itemsize == 2:  # one step, of what is no small integer
         step = np.abs(a.astype("i4") - b.astype("i4")) <= 1
@@ -156,11 +156,11 @@ def differ(a, b) -> np.ndarray:
     return other & ~(close & (size >= np.finfo(kind).tiny))
 
 
-def _changes(words, index, values: list, m, warps: int) -> np.ndarray:
+def _changes(M, words, index, values: list, m, warps: int) -> np.ndarray:  # noqa: N803
     """Lanes, in the race checker's order, whose stores would change memory."""
     different = np.zeros(index.shape, bool)
     for n, value in enumerate(values):
-        different = different | differ(words[index + n], value)
+        different = different | differ(M, words[index + n], value)
     if m is None:
         if different.shape[1] > index.shape[1]:
             different = different.any(1, keepdims=True)
@@ -179,7 +179,7 @@ def scatter(M, i, words, index, values: list, s, m, address) -> None:  # noqa: N
             index = np.broadcast_to(index, shape)
         for n, value in enumerate(values):
             words[index + n] = value
-            lost = differ(words[index + n], value)
+            lost = differ(M, words[index + n], value)
             if lost.any():
                 M.report_lanes(i, TWO_VALUES, lost, address, s)
         return
@@ -190,7 +190,7 @@ def scatter(M, i, words, index, values: list, s, m, address) -> None:  # noqa: N
     for n, value in enumerate(values):
         value = np.broadcast_to(value, some.shape)[some]
         words[index + n] = value
-        lost = differ(words[index + n], value)
+        lost = differ(M, words[index + n], value)
         if lost.any():
             bad = np.zeros(some.shape, bool)
             bad[some] = lost

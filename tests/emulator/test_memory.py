@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .harness import integers, one, run
+from .harness import floats, integers, one, run
 from .machine import Options, bank_conflicts
 from .races import EmulationError
 
@@ -90,6 +90,24 @@ def test_only_the_bytes_that_a_load_uses_must_be_written(used):
     else:
         with pytest.raises(EmulationError, match="uninitialised shared memory"):
             one(body, X, output="u4", shared=1024)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_lanes_that_store_one_entry_hold_the_same_bits_of_it(fused):
+    """Not where the sum of two lanes' products is fused with each lane's own product."""
+    sums = "fma.rn.f32 %w2, %x0, %x1, %w1" if fused else "add.rn.f32 %w2, %w0, %w1"
+    body = f"""mov.u32 %s9, space; shr.u32 %s0, %t, 1; mad.lo.u32 %s0, %s0, 4, %s9;
+               mul.rn.f32 %w0, %x0, %x1; shfl.sync.bfly.b32 %w1, %w0, 1, 31, -1;
+               {sums}; st.shared.b32 [%s0], %w2; mov.b32 %y0, %w2;"""
+    x, y = floats(64, 1, wide=False), floats(64, 2, wide=False)
+    options = Options(same_bits=True)
+    if fused:
+        one(body, x, y, output="f4", shared=256)  # a rounding
+        with pytest.raises(EmulationError, match="two lanes store different values"):
+            one(body, x, y, output="f4", shared=256, options=options)
+    else:
+        got = one(body, x, y, output="f4", shared=256, options=options)
+        np.testing.assert_array_equal(got, (x * y).reshape(-1, 2).sum(1).repeat(2))
 
 
 def test_lanes_off_a_guard_may_hold_any_address():
