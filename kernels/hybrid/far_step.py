@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..nystrom.primitives import LN2, LOG2E, full, mm, mm_acc, operand, zeros
-from .step_primitives import add_tile
+from .step_primitives import add_tile, rounded_product
 
 LEAST_HELD = tl.constexpr(1e-30)  # a slot that holds less counts as empty
 
@@ -32,7 +32,7 @@ def load_marks(ptr, stride, m0, F: tl.constexpr):
 def routing(inputs, k, m0, b, h, F: tl.constexpr):
     """Scores of the key under landmarks m0 .. in log2 units, [BLOCK_M], -inf for the padding."""
     x = load_marks(marks_ptr(inputs.lq, inputs.lq_strides, b, h), inputs.lq_strides[2], m0, F)
-    s = tl.sum(x * k.to(tl.float32)[None, :], 1) * inputs.scale2
+    s = tl.sum(rounded_product(x, k.to(tl.float32)[None, :]), 1) * inputs.scale2
     return tl.where(m0 + tl.arange(0, F.BLOCK_M) < F.MARKS, s, float("-inf"))
 
 

@@ -9,6 +9,16 @@ from ..nystrom.primitives import mm_acc
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y, rounded before a sum over threads: they then hold the same bits of that sum.
+
+    Fused with what other threads send, each would leave its own product unrounded; a weight of a
+    token would not be the same in the sum of weights and in the sum of keys.
+    """
+    return x * y + 0.0
+
+
+@triton.jit
 def one_of(keep_ptr, b, F: tl.constexpr):
     """Whether the token of sample b takes part."""
     kept = True
