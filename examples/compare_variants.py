@@ -90,7 +90,8 @@ class Routed(nn.Module):
     """Exact over the own block, the one before, and those that the token chooses.
 
     `count` landmarks a head summarise a block, its mean key where it is 0. A `learned` router gets
-    `routing` from each call, for `flashmark.objectives.routing_loss`.
+    `routing` from each call, for `flashmark.objectives.routing_loss`. While `warming`, a token
+    chooses all blocks: that is exact attention, and a learned router is told of every block.
     """
 
     def __init__(
@@ -102,12 +103,14 @@ class Routed(nn.Module):
             marks = flashmark.init_landmarks(heads, count, width)
             self.landmarks = nn.Parameter(marks, requires_grad=learned)
         self.block, self.top_k, self.learned = block, top_k, learned
+        self.warming = False
         self.routing: flashmark.Routing | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         asked = self.learned and torch.is_grad_enabled()
+        top_k = key.shape[2] // self.block if self.warming else self.top_k
         found = flashmark.routed_attention(
-            query, key, value, self.landmarks, block_size=self.block, top_k=self.top_k, near=1,
+            query, key, value, self.landmarks, block_size=self.block, top_k=top_k, near=1,
             return_routing=asked,
         )  # fmt: skip
         if not asked:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from flashmark.autograd import reached, without_autocast
 from flashmark.routed.checks import Checked
 from flashmark.routed.places import Blocks
-from flashmark.routed.summaries import log_total, summarize
+from flashmark.routed.summaries import RoutedState, log_total, scores_of
 
 NEG_INF = float("-inf")
 TILE_ELEMENTS = 2**22  # of the keys that a tile of queries gathers
@@ -30,40 +30,43 @@ class Routing(NamedTuple):
 
 
 def routing_of(
-    query: Tensor, key: Tensor, landmarks: Tensor | None, scores: Tensor | None, indices: Tensor,
+    query: Tensor, key: Tensor, state: RoutedState | None, scores: Tensor | None, indices: Tensor,
     lse: Tensor, block_size: int, checked: Checked,
 ) -> Routing:  # fmt: skip
-    """Routing of a call. Gradients reach `landmarks` and `scores` only, a tile of queries at a
-    time; query and key are constants, as in DeepSeek's sparse attention (2025)."""
+    """Routing of a call that chose by `state`, or by `scores`. Gradients reach these two only, a
+    tile of queries at a time; query and key are constants, as in DeepSeek's sparse attention
+    (2025)."""
     query, key, chosen = query.detach(), key.detach(), indices.long()
     with without_autocast(query.device.type):
         blocks, places = checked.blocks(key, block_size), checked.places(query, key, block_size)
         number = chosen.clamp(min=0)
         if blocks.base is not None:
             number = number + blocks.base[places.at.clamp(min=0)][:, None, :, None]
-        keep, size = checked.keep, max(block_size, 1 if landmarks is None else landmarks.shape[-2])
-        if scores is None:
-            state = summarize(key, landmarks, checked.scale, keep, blocks)
+        size = max(block_size, 1 if state is None else state.keys.shape[3])
         count = max(1, TILE_ELEMENTS // max(1, chosen[:, :, :1].numel() * size * key.shape[3]))
         mass, expected = [], []
         for begin in range(0, query.shape[2], count):
             rows = slice(begin, begin + count)
             part, at = query[:, :, rows], number[:, :, rows]
             mass.append(
-                _mass(part, key, keep, lse[:, :, rows], at, blocks, checked.scale, checked.softcap)
+                _mass(
+                    part, key, checked.keep, lse[:, :, rows], at, blocks, checked.scale,
+                    checked.softcap,
+                )  # fmt: skip
             )
-            if scores is not None:
+            if state is None:
+                assert scores is not None
                 expected.append(scores[:, :, rows].gather(3, chosen[:, :, rows].clamp(min=0)))
                 continue
-            given = (part, state.keys, state.log_counts, at, checked.scale)
-            if state.keys.requires_grad:
+            given = (part, *state, at, checked.scale)
+            if state.keys.requires_grad and count < query.shape[2]:  # keep no tile's products
                 expected.append(checkpoint(_scores, *given, use_reentrant=False))
             else:
                 expected.append(_scores(*given))
         none = chosen < 0
         if not mass:
             empty = lse.new_zeros(chosen.shape)
-            return Routing(indices, empty, reached(empty.clone(), landmarks, scores))
+            return Routing(indices, empty, reached(empty.clone(), *(state or [scores])))
         logits = torch.cat(expected, 2).to(lse.dtype).masked_fill(none, NEG_INF)
         alone = none.all(-1, keepdim=True)
         log_probs = torch.log_softmax(logits.masked_fill(alone, 0.0), -1).masked_fill(none, NEG_INF)
@@ -72,6 +75,8 @@ def routing_of(
 
 def _scores(query: Tensor, keys: Tensor, logs: Tensor, number: Tensor, scale: float) -> Tensor:
     """Scores (B, Hkv, n, K) of blocks `number`; the formula is that of `summaries.scores_of`."""
+    if keys.shape[2] <= DENSE * number.shape[3]:
+        return scores_of(query, RoutedState(keys, logs), scale).gather(3, number)
     batch, head = _outer(keys)
     grouped = query.unflatten(1, (keys.shape[1], -1)).to(keys.dtype)  # (B, Hkv, G, n, D)
     near = keys[batch, head, number]  # (B, Hkv, n, K, M, D)

@@ -189,10 +189,13 @@ def routed_attention(
             kv_lengths=kv_lengths, key_mask=key_mask, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     check_state(state, query, key, landmarks, block_size)
+    held = None
+    if scores is None or return_state:
+        with without_autocast(query.device.type):
+            # of landmarks that learn from the routing, with their gradient
+            marks = landmarks if landmarks is None or return_routing else landmarks.detach()
+            held = _summaries(state, key.detach(), marks, checked, block_size)
     with torch.no_grad(), without_autocast(query.device.type):
-        held = None
-        if scores is None or return_state:
-            held = _summaries(state, key, landmarks, checked, block_size)
         indices = _chosen(
             query, key, None if scores is not None else held, scores, int(top_k), int(block_size),
             int(near), checked,
@@ -202,10 +205,11 @@ def routed_attention(
     results: list = [out]
     if held is not None and return_state:
         finished = key.shape[2] // block_size
-        results.append(RoutedState(*(x[:, :, :finished] for x in held)))
+        results.append(RoutedState(*(x[:, :, :finished].detach() for x in held)))
     if return_routing:
+        by = held if scores is None else None
         results.append(
-            routing_of(query, key, landmarks, scores, indices, lse.detach(), block_size, checked)
+            routing_of(query, key, by, scores, indices, lse.detach(), block_size, checked)
         )
     return tuple(results) if len(results) > 1 else out
 
