@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..block_sparse.primitives import padded_rows, store_tile
 from .arguments import Sizes
-from .lists import gathered_rows
+from .lists import choices_of
 from .primitives import (
     NONE,
     bounds_of,
@@ -146,11 +146,11 @@ def gather_block(
     end = entry_end * F.GROUP
     for flat in range(entry * F.GROUP, end, F.BLOCK_M):
         rows = flat + tl.arange(0, F.BLOCK_M)
-        _token, i, g, _line = gathered_rows(lists, pair, rows, end, sizes, F)
+        _token, i, _line = choices_of(lists, pair, rows // F.GROUP, rows < end, sizes)
+        h = hk * F.GROUP + rows % F.GROUP
         dk, dv = take_queries(
-            dk, dv, k, v, operands, b, hk * F.GROUP + g, sizes.start + i, rows < end, distance,
-            span, sizes, modifiers, F,
-        )  # fmt: skip
+            dk, dv, k, v, operands, b, h, i, rows < end, distance, span, sizes, modifiers, F
+        )
     row = tl.cast(pair, tl.int64) * sizes.kv_len
     add_tile(dk_ptr + row * F.DIM, n, stop, dk * scale, BLOCK_N, F.DIM, PAD, F.ATOMIC)
     add_tile(dv_ptr + row * F.DIM_V, n, stop, dv, BLOCK_N, F.DIM_V, PAD_V, F.ATOMIC)

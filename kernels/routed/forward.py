@@ -14,15 +14,15 @@ from ..block_sparse.attend import add_sink, log_sum
 from . import arguments as args
 from .arguments import Sizes
 from .decode import decode, is_decode
-from .lists import Lists, gathered_rows, number_of_blocks, sort_choices
+from .lists import Lists, gathered_rows, load_gathered_keys, slot_of, sort_choices
 from .primitives import (
     NONE,
     attend,
     bounds_of,
-    hide,
     load_at,
-    load_keys,
-    near_span,
+    load_near_keys,
+    near_place,
+    near_rows,
     pointers,
     store_at,
 )
@@ -56,21 +56,13 @@ def gathered_kernel(
     sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
-    end = chunk * top * F.GROUP
-    tiles = tl.cdiv(end, BLOCK_M)
-    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    b, hk = pair // heads, pair % heads
-    flat0 = tile * BLOCK_M
-    blocks = number_of_blocks(lists, pair, flat0, end, sizes, F)
+    b, hk, blocks, token, i, h, line = gathered_rows(lists, sizes, F)
     if blocks == 0:
         return
     _, end_n = bounds_of(b, sizes, modifiers, F)
-    # [BLOCK_M]
-    token, i, g, line = gathered_rows(lists, pair, flat0 + tl.arange(0, BLOCK_M), end, sizes, F)
     inside = token < NONE
-    h = hk * F.GROUP + g
     # [BLOCK_M, PAD]
-    q = load_at(pointers(inputs.query, inputs.query_strides, b, h, start + i), inside, F.DIM, F.PAD)
+    q = load_at(pointers(inputs.query, inputs.query_strides, b, h, i), inside, F.DIM, F.PAD)
     # [BLOCK_M, PAD_V]
     acc = tl.zeros([BLOCK_M, PAD_V], tl.float32)
     # [BLOCK_M]
@@ -78,19 +70,14 @@ def gathered_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     block = tl.min(token, 0)
     for x in range(blocks * F.PARTS):
-        n = block + x % F.PARTS * F.BLOCK_N
-        stop = tl.minimum(block + F.SIZE, end_n)
-        k, v, keep = load_keys(inputs, b, hk, n, stop, sizes, modifiers, F)
-        # [1, BLOCK_N]
-        distance = hide((n - block + tl.arange(0, F.BLOCK_N))[None, :], keep, 0, F)
-        span = tl.where(token == block, tl.maximum(stop - block, 0), 0)
+        k, v, distance, span = load_gathered_keys(
+            inputs, b, hk, token, block, x % F.PARTS, end_n, sizes, modifiers, F
+        )
         acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, distance, span, modifiers, F)
         if x % F.PARTS == F.PARTS - 1:
             block = tl.min(tl.where(token > block, token, NONE), 0)
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
-    # [BLOCK_M]
-    head = tl.cast(b, tl.int64) * heads * F.GROUP + h
-    row = head * chunk * top + tl.load(lists.order + line, mask=inside, other=0)
+    row = slot_of(lists, b, h, line, inside, sizes, F)
     store_at(part_ptr + row * F.DIM_V, acc, inside, F.DIM_V, PAD_V)
     tl.store(part_lse_ptr + row, m_i + tl.log2(l_i), mask=inside)
 
@@ -138,19 +125,11 @@ def near_kernel(
     sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
-    tiles = tl.cdiv(chunk, BLOCK_M)
-    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    hq = pair % (heads * F.GROUP)
-    b = pair // (heads * F.GROUP)
-    row0 = start + tile * BLOCK_M
-    if row0 >= q_len:
+    b, hq, first = near_place(sizes, F)
+    if start + first >= q_len:
         return
-    offset, end_n = bounds_of(b, sizes, modifiers, F)
-    # [BLOCK_M]
-    local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    local, inside, low, span, begin, stop = near_rows(b, first, sizes, modifiers, F)
     i = start + local
-    inside = (local < chunk) & (i < q_len)
-    low, span = near_span(i + offset, end_n, sizes, modifiers, F)
     h = hq + tl.zeros_like(i)
     # [BLOCK_M, PAD]
     q = load_at(pointers(inputs.query, inputs.query_strides, b, h, i), inside, F.DIM, F.PAD)
@@ -159,16 +138,13 @@ def near_kernel(
     # [BLOCK_M]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    begin, _ = near_span(row0 + offset, end_n, sizes, modifiers, F)
-    last = tl.minimum(tl.minimum(row0 + BLOCK_M, start + chunk), q_len) - 1
-    stop = tl.minimum(last + offset + 1, end_n)
     if begin < stop:  # as in the forward of block-sparse attention
         for n in range(begin, stop, F.BLOCK_N):
-            k, v, keep = load_keys(inputs, b, hq // F.GROUP, n, stop, sizes, modifiers, F)
-            # [BLOCK_M, BLOCK_N]
-            distance = (n + tl.arange(0, F.BLOCK_N))[None, :] - low[:, None]
-            distance = hide(distance, keep, 0, F)
+            k, v, distance = load_near_keys(
+                inputs, b, hq // F.GROUP, n, stop, low, sizes, modifiers, F
+            )
             acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, distance, span, modifiers, F)
+    pair = b * heads * F.GROUP + hq
     if lists is not None:
         acc, l_i, m_i = merge_parts(
             acc, l_i, m_i, lists, part_ptr, part_lse_ptr, pair, local, sizes, F

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import arguments as args
 from .arguments import Sizes
-from .primitives import NONE, bounds_of, place_of
+from .primitives import NONE, bounds_of, hide, load_keys, place_of
 
 BLOCK = 1024
 
@@ -79,18 +79,6 @@ def sort_choices(indices: Tensor, described: args.KernelArguments, chunks: list[
 
 
 @triton.jit
-def gathered_rows(lists, pair, flat, end, sizes, F: tl.constexpr):
-    """(first token of the block, query in the chunk, head of the group, which entry of the choices
-    it is) of the rows `flat`: the heads of a group one after the other, for each choice in order.
-    """
-    entry = flat // F.GROUP
-    line = tl.cast(pair, tl.int64) * sizes.chunk * sizes.top + entry
-    token = tl.load(lists.ordered + line, mask=flat < end, other=NONE)
-    i = tl.load(lists.queries + line, mask=token < NONE, other=0).to(tl.int32)
-    return token, i, flat % F.GROUP, line
-
-
-@triton.jit
 def number_of_blocks(lists, pair, flat0, end, sizes, F: tl.constexpr):
     """Number of blocks that the BLOCK_M rows from flat0 on name."""
     flat = flat0 + tl.arange(0, F.BLOCK_M)
@@ -99,3 +87,52 @@ def number_of_blocks(lists, pair, flat0, end, sizes, F: tl.constexpr):
     before = tl.load(line + tl.maximum(flat - 1, flat0) // F.GROUP, mask=flat < end, other=NONE)
     changes = tl.sum(((token != before) & (token < NONE)).to(tl.int32), 0)
     return tl.where(tl.min(token, 0) < NONE, changes + 1, 0)
+
+
+@triton.jit
+def gathered_rows(lists, sizes, F: tl.constexpr):
+    """Rows of the program, BLOCK_M of all that are gathered: for each choice in order, the heads of
+    a group one after the other.
+
+    (sample, key head, number of blocks that the rows name; and vectors: first token of the block,
+    query, query head, which entry of the choices it is).
+    """
+    end = sizes.chunk * sizes.top * F.GROUP
+    tiles = tl.cdiv(end, F.BLOCK_M)
+    pair, flat0 = tl.program_id(0) // tiles, tl.program_id(0) % tiles * F.BLOCK_M
+    b, hk = pair // sizes.heads, pair % sizes.heads
+    blocks = number_of_blocks(lists, pair, flat0, end, sizes, F)
+    # [BLOCK_M]
+    flat = flat0 + tl.arange(0, F.BLOCK_M)
+    token, i, line = choices_of(lists, pair, flat // F.GROUP, flat < end, sizes)
+    return b, hk, blocks, token, i, hk * F.GROUP + flat % F.GROUP, line
+
+
+@triton.jit
+def choices_of(lists, pair, entry, inside, sizes):
+    """(first token of the block, query, which entry of the choices it is) of sorted choices."""
+    line = tl.cast(pair, tl.int64) * sizes.chunk * sizes.top + entry
+    token = tl.load(lists.ordered + line, mask=inside, other=NONE)
+    i = tl.load(lists.queries + line, mask=token < NONE, other=0).to(tl.int32)
+    return token, sizes.start + i, line
+
+
+@triton.jit
+def load_gathered_keys(inputs, b, hk, token, block, part, end_n, sizes, modifiers, F: tl.constexpr):
+    """Part of the block that starts at token `block`, for rows that name the blocks `token`.
+
+    (keys [BLOCK_N, PAD], values [BLOCK_N, PAD_V], distances [1, BLOCK_N], spans [BLOCK_M]).
+    """
+    n = block + part * F.BLOCK_N
+    stop = tl.minimum(block + F.SIZE, end_n)
+    k, v, keep = load_keys(inputs, b, hk, n, stop, sizes, modifiers, F)
+    distance = hide((n - block + tl.arange(0, F.BLOCK_N))[None, :], keep, 0, F)
+    return k, v, distance, tl.where(token == block, tl.maximum(stop - block, 0), 0)
+
+
+@triton.jit
+def slot_of(lists, b, h, line, inside, sizes, F: tl.constexpr):
+    """Where each gathered row's result is kept: by head, query and choice."""
+    head = tl.cast(b, tl.int64) * sizes.heads * F.GROUP + h
+    entry = tl.load(lists.order + line, mask=inside, other=0)
+    return head * sizes.chunk * sizes.top + entry

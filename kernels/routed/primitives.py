@@ -125,6 +125,42 @@ def hide(distance, keep, AXIS: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def near_place(sizes, F: tl.constexpr):
+    """(sample, query head, first query of the chunk's tile) of a program of the near field."""
+    tiles = tl.cdiv(sizes.chunk, F.BLOCK_M)
+    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    return pair // (sizes.heads * F.GROUP), pair % (sizes.heads * F.GROUP), tile * F.BLOCK_M
+
+
+@triton.jit
+def near_rows(b, first, sizes, modifiers, F: tl.constexpr):
+    """A tile of queries from `first` of the chunk on, and the keys that some of them sees.
+
+    (vectors: query of the chunk, whether it is there, first key of its near field, number of keys;
+    and the bounds of the keys).
+    """
+    offset, end_n = bounds_of(b, sizes, modifiers, F)
+    # [BLOCK_M]
+    local = first + tl.arange(0, F.BLOCK_M)
+    i = sizes.start + local
+    low, span = near_span(i + offset, end_n, sizes, modifiers, F)
+    row0 = sizes.start + first
+    begin, _ = near_span(row0 + offset, end_n, sizes, modifiers, F)
+    last = tl.minimum(tl.minimum(row0 + F.BLOCK_M, sizes.start + sizes.chunk), sizes.q_len) - 1
+    stop = tl.minimum(last + offset + 1, end_n)
+    return local, (local < sizes.chunk) & (i < sizes.q_len), low, span, begin, stop
+
+
+@triton.jit
+def load_near_keys(inputs, b, h, n, stop, low, sizes, modifiers, F: tl.constexpr):
+    """Keys [BLOCK_N, PAD] and values [BLOCK_N, PAD_V] from n on, and their distances [BLOCK_M,
+    BLOCK_N] from the starts of the near fields."""
+    k, v, keep = load_keys(inputs, b, h, n, stop, sizes, modifiers, F)
+    distance = (n + tl.arange(0, F.BLOCK_N))[None, :] - low[:, None]
+    return k, v, hide(distance, keep, 0, F)
+
+
+@triton.jit
 def logits(qk, modifiers, F: tl.constexpr):
     """Logits, up to the `factor` of a plain score, and d capped / d scaled score."""
     slope = 1.0
