@@ -16,6 +16,7 @@
 #include "block_sparse/kernels.h"
 #include "block_sparse/segments.h"
 #include "shared/arguments.h"
+#include "shared/gradients.h"
 #include "shared/pack.h"
 
 namespace flashmark {
@@ -125,42 +126,18 @@ class BiasGradient {
   Tensor parts_;
 };
 
-Tensor rows_in_place(const Tensor& t, const Tensor& like) {
-  const Tensor same = t.to(like.scalar_type());
-  return same.stride(3) == 1 || same.size(3) == 1 ? same : same.contiguous();
-}
-
-std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout_any,
-                               const OptionalTensor& dlse_any, const Tensor& out_any,
-                               const Tensor& lse_any, const Tensor& residual_any) {
+std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout,
+                               const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
+                               const Tensor& residual_any) {
   if (a.query.numel() == 0 || a.key.numel() == 0)
-    return gradients_of_nothing(a, dlse_any);
+    return gradients_of_nothing(a, dlse);
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
-  TORCH_CHECK(dout_any.sizes() == at::IntArrayRef({p.batch, p.heads, p.q_len, p.v_dim}) &&
-                  out_any.sizes() == dout_any.sizes(),
-              "dout, out: expected shape (B, Hq, Nq, Dv)");
-  const Tensor dout = rows_in_place(dout_any, a.query), out = rows_in_place(out_any, a.query);
-  const Tensor lse = lse_any.to(at::kFloat).contiguous();
-  const Tensor dlse = dlse_any ? dlse_any->to(at::kFloat).contiguous() : Tensor();
-  TORCH_CHECK(lse.numel() == p.batch * p.heads * p.q_len &&
-                  (!dlse.defined() || dlse.sizes() == lse.sizes()),
-              "lse, dlse: expected shape (B, Hq, Nq)");
-  const Tensor dquery = at::empty({p.batch, p.heads, p.q_len, p.dim}, a.query.options());
-  const Tensor dkey = at::empty({p.batch, p.kv_heads, p.kv_len, p.dim}, a.key.options());
-  const Tensor dvalue = at::empty({p.batch, p.kv_heads, p.kv_len, p.v_dim}, a.value.options());
-  const Tensor dsinks = a.sinks ? at::empty({p.heads}, at::kFloat) : Tensor();
-
+  const Gradients found(p, a.query, a.key, a.sinks, dout, dlse, out, lse);
   BackwardTensors x{};
-  x.dout = dout.const_data_ptr(), x.out = out.const_data_ptr();
-  x.dout_strides = strides_of(dout), x.out_strides = strides_of(out);
+  found.fill(x);
   const Tensor residual = residual_any.contiguous();
-  x.residual = residual.numel() == lse.numel() ? residual.const_data_ptr<float>() : nullptr;
-  x.lse = lse.const_data_ptr<float>(),
-  x.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
-  x.dquery = dquery.mutable_data_ptr(), x.dkey = dkey.mutable_data_ptr(),
-  x.dvalue = dvalue.mutable_data_ptr();
-  x.dsinks = dsinks.defined() ? dsinks.mutable_data_ptr<float>() : nullptr;
+  x.residual = residual.numel() == found.lse.numel() ? residual.const_data_ptr<float>() : nullptr;
   x.one_batch = a.bias && a.bias->dim() == 4 && a.bias->size(0) == 1;
   x.one_head = a.bias && a.bias->dim() == 4 && a.bias->size(1) == 1;
   x.key_tile =
@@ -196,8 +173,7 @@ std::array<Tensor, 5> backward(const BlockSparseCall& a, const Tensor& dout_any,
     x.touched = touched.mutable_data_ptr<uint8_t>();
     block_sparse_backward<T, C>(p, x);
   });
-  return {dquery, dkey, dvalue, dbias.result(),
-          dsinks.defined() ? dsinks.to(a.sinks->scalar_type()) : dsinks};
+  return {found.dquery, found.dkey, found.dvalue, dbias.result(), found.dsinks(a.sinks)};
 }
 
 // The operators, boxed: gradients of the outputs and outputs come before a call.

@@ -47,7 +47,7 @@ struct KeySums {
 template <typename T, typename C>
 class BackwardChunk {
  public:
-  BackwardChunk(const RoutedProblem& problem, const RoutedBackward& tensors, KeySums& key_sums)
+  BackwardChunk(const RoutedProblem& problem, const BackwardRows& tensors, KeySums& key_sums)
       : p(problem),
         x(tensors),
         sums(key_sums),
@@ -225,7 +225,7 @@ class BackwardChunk {
   }
 
   const RoutedProblem& p;
-  const RoutedBackward& x;
+  const BackwardRows& x;
   KeySums& sums;
   const bool logits;
   const int64_t group, dim, v_dim, width;
@@ -245,7 +245,7 @@ class BackwardChunk {
 
 // dK and dV of the pairs [pair0, pair0 + pairs) from their segments.
 template <typename T>
-void sum_segments(const RoutedProblem& p, const RoutedBackward& x, const KeySums& sums,
+void sum_segments(const RoutedProblem& p, const BackwardRows& x, const KeySums& sums,
                   int64_t pair0, int64_t pairs) {
   const auto add = [&](int64_t n, int64_t block, const auto& part, int64_t size, float factor,
                        T* to, float* total) {
@@ -274,7 +274,7 @@ void sum_segments(const RoutedProblem& p, const RoutedBackward& x, const KeySums
 }  // namespace
 
 template <typename T, typename C>
-void block_topk_backward(const RoutedProblem& p, const RoutedBackward& x) {
+void block_topk_backward(const RoutedProblem& p, const BackwardRows& x) {
   const int64_t all = p.batch * p.kv_heads, chunks = p.chunks();
   // Enough segments for 16 workers, at most 4: each holds a dK and a dV.
   const int64_t segments = std::clamp<int64_t>(std::min((15 + all) / all, chunks), 1, 4);
@@ -307,11 +307,11 @@ void block_topk_backward(const RoutedProblem& p, const RoutedBackward& x) {
   }
 }
 
-template void block_topk_backward<float, float>(const RoutedProblem&, const RoutedBackward&);
-template void block_topk_backward<Half, float>(const RoutedProblem&, const RoutedBackward&);
-template void block_topk_backward<BFloat16, float>(const RoutedProblem&, const RoutedBackward&);
+template void block_topk_backward<float, float>(const RoutedProblem&, const BackwardRows&);
+template void block_topk_backward<Half, float>(const RoutedProblem&, const BackwardRows&);
+template void block_topk_backward<BFloat16, float>(const RoutedProblem&, const BackwardRows&);
 #if defined(CPU_CAPABILITY_AVX512)
-template void block_topk_backward<BFloat16, BFloat16>(const RoutedProblem&, const RoutedBackward&);
+template void block_topk_backward<BFloat16, BFloat16>(const RoutedProblem&, const BackwardRows&);
 #endif
 
 }  // namespace flashmark

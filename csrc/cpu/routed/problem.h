@@ -41,14 +41,6 @@ struct RoutedProblem : Problem {
   int64_t chunk() const;
 };
 
-struct RoutedBackward {
-  const void *dout, *out;
-  Strides dout_strides, out_strides;
-  const float *lse, *dlse;       // (batch, heads, q_len); dlse may be null
-  void *dquery, *dkey, *dvalue;  // contiguous
-  float* dsinks;                 // (heads,), or null
-};
-
 // Blocks of highest score for queries, from the summaries of all blocks.
 struct ChoiceProblem {
   int64_t batch, heads, kv_heads, q_len, dim, blocks, marks, best;
@@ -67,7 +59,7 @@ template <typename T, typename C>
 void block_topk_forward(const RoutedProblem& p, const ForwardOutputs& to);
 
 template <typename T, typename C>
-void block_topk_backward(const RoutedProblem& p, const RoutedBackward& x);
+void block_topk_backward(const RoutedProblem& p, const BackwardRows& x);
 
 template <typename T>
 void choose_blocks(const ChoiceProblem& p);

@@ -11,6 +11,7 @@
 
 #include "routed/problem.h"
 #include "shared/arguments.h"
+#include "shared/gradients.h"
 #include "shared/pack.h"
 
 namespace flashmark {
@@ -197,47 +198,24 @@ std::tuple<Tensor, Tensor> forward(const RoutedCall& a) {
   return {out, lse};
 }
 
-Tensor rows_in_place(const Tensor& t, const Tensor& like) {
-  const Tensor same = t.to(like.scalar_type());
-  return same.stride(3) == 1 || same.size(3) == 1 ? same : same.contiguous();
-}
-
-std::array<Tensor, 4> backward(const RoutedCall& a, const Tensor& dout_any,
-                               const OptionalTensor& dlse_any, const Tensor& out_any,
-                               const Tensor& lse_any) {
+std::array<Tensor, 4> backward(const RoutedCall& a, const Tensor& dout, const OptionalTensor& dlse,
+                               const Tensor& out, const Tensor& lse) {
   if (a.empty()) {  // only the sinks reach such an lse
     Tensor dsinks;
     if (a.sinks)
-      dsinks = dlse_any ? dlse_any->sum(at::IntArrayRef({0, 2})).to(a.sinks->scalar_type()) : at::zeros_like(*a.sinks);
+      dsinks = dlse ? dlse->sum(at::IntArrayRef({0, 2})).to(a.sinks->scalar_type())
+                    : at::zeros_like(*a.sinks);
     return {at::zeros_like(a.query), at::zeros_like(a.key), at::zeros_like(a.value), dsinks};
   }
   const PreparedRouted prepared(a);
   const RoutedProblem& p = prepared.problem;
-  TORCH_CHECK(dout_any.sizes() == at::IntArrayRef({p.batch, p.heads, p.q_len, p.v_dim}) &&
-                  out_any.sizes() == dout_any.sizes(),
-              "dout, out: expected shape (B, Hq, Nq, Dv)");
-  const Tensor dout = rows_in_place(dout_any, a.query), out = rows_in_place(out_any, a.query);
-  const Tensor lse = lse_any.to(at::kFloat).contiguous();
-  const Tensor dlse = dlse_any ? dlse_any->to(at::kFloat).contiguous() : Tensor();
-  TORCH_CHECK(lse.numel() == p.batch * p.heads * p.q_len &&
-                  (!dlse.defined() || dlse.sizes() == lse.sizes()),
-              "lse, dlse: expected shape (B, Hq, Nq)");
-  const Tensor dquery = at::empty({p.batch, p.heads, p.q_len, p.dim}, a.query.options());
-  const Tensor dkey = at::empty({p.batch, p.kv_heads, p.kv_len, p.dim}, a.key.options());
-  const Tensor dvalue = at::empty({p.batch, p.kv_heads, p.kv_len, p.v_dim}, a.value.options());
-  const Tensor dsinks = a.sinks ? at::empty({p.heads}, at::kFloat) : Tensor();
-  RoutedBackward x{};
-  x.dout = dout.const_data_ptr(), x.out = out.const_data_ptr();
-  x.dout_strides = strides_of(dout), x.out_strides = strides_of(out);
-  x.lse = lse.const_data_ptr<float>();
-  x.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
-  x.dquery = dquery.mutable_data_ptr(), x.dkey = dkey.mutable_data_ptr(),
-  x.dvalue = dvalue.mutable_data_ptr();
-  x.dsinks = dsinks.defined() ? dsinks.mutable_data_ptr<float>() : nullptr;
+  const Gradients found(p, a.query, a.key, a.sinks, dout, dlse, out, lse);
+  BackwardRows x{};
+  found.fill(x);
   with_types(a.query.scalar_type(), [&](auto t, auto c) {
     block_topk_backward<decltype(t), decltype(c)>(p, x);
   });
-  return {dquery, dkey, dvalue, dsinks.defined() ? dsinks.to(a.sinks->scalar_type()) : dsinks};
+  return {found.dquery, found.dkey, found.dvalue, found.dsinks(a.sinks)};
 }
 
 Tensor choose(const ChoiceCall& a) {

@@ -109,12 +109,17 @@ struct ForwardOutputs {
   }
 };
 
-struct BackwardTensors {
+// Outputs of a forward and their gradients, and the gradients of its inputs.
+struct BackwardRows {
   const void *dout, *out;
   Strides dout_strides, out_strides;
-  const float *lse, *residual, *dlse;  // contiguous; residual and dlse may be null
+  const float *lse, *dlse;       // (batch, heads, q_len); dlse may be null
   void *dquery, *dkey, *dvalue;  // contiguous
-  float* dsinks;                 // (heads,) or null
+  float* dsinks;                 // (heads,), or null
+};
+
+struct BackwardTensors : BackwardRows {
+  const float* residual;  // (batch, heads, q_len), or null
   float* drelative;  // (batch, segments, heads, relative_size + tile_q) zeros, entries reversed; or
                      // null
   float* ddense;     // zeros; or null
