@@ -84,10 +84,11 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def routing_loss(routing: Routing) -> Tensor:
-    """Mean divergence, in nats, of a router's log-probabilities from the attention's mass.
+    """Mean divergence, in nats, of the share of attention that a router expects from what it is.
 
     KL(p || q) over the chosen blocks of each query token and key head, with p the mass of each as
-    a share of the mass of all chosen ones, a constant, and q the router's probability. Rows that
+    a share of the mass of all chosen ones, a constant, and q the share that the router expects. It
+    learns of the chosen blocks alone: in the first steps, choose all of them. Rows that
     chose no block, or whose chosen blocks hold no mass, are left out; 0 where all are.
 
     Args:

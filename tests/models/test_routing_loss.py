@@ -31,6 +31,10 @@ def dense(query, key, value, landmarks, top_k: int):
     batch, heads, tokens, dim = query.shape
     kv_heads, size = key.shape[1], SIZES["block_size"]
     scores = reference.block_scores(query, key, landmarks, **SIZES)
+    means, logs, _ = reference.routed.block_summaries(key, landmarks, block_size=size)
+    grouped = query.unflatten(1, (kv_heads, -1))
+    each = torch.einsum("bhgid,bhcmd->bhgicm", grouped, means) / dim**0.5 + logs[:, :, None, None]
+    each = each.logsumexp(5)  # (B, Hkv, G, N, blocks)
     logits = query @ key.repeat_interleave(heads // kv_heads, 1).mT / dim**0.5
     chosen = torch.full((batch, kv_heads, tokens, top_k), -1)
     for index in torch.cartesian_prod(*(torch.arange(n) for n in chosen.shape[:3])).tolist():
@@ -48,9 +52,11 @@ def dense(query, key, value, landmarks, top_k: int):
         read = (block >= own[i] - SIZES["near"]) | torch.isin(block, torch.tensor(picked))
         read &= torch.arange(tokens) <= i
         group = slice(h * (heads // kv_heads), (h + 1) * (heads // kv_heads))
-        shares = torch.softmax(logits[b, group, i].masked_fill(~read, float("-inf")), -1).mean(0)
+        row = logits[b, group, i].masked_fill(~read, float("-inf"))
+        shares = torch.softmax(row, -1).mean(0)
         found = torch.stack([shares[block == c].sum() for c in picked]).detach()
-        guess = torch.log_softmax(scores[b, h, i, picked], -1)
+        expected = (each[b, h, :, i, picked] - row.logsumexp(1).detach()[:, None]).logsumexp(0)
+        guess = torch.log_softmax(expected, -1)
         target = found / found.sum()
         terms.append((target * (target.log() - guess)).sum())
     return torch.stack(terms).mean()

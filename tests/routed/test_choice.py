@@ -83,6 +83,40 @@ def test_nan_and_minus_infinity_are_never_chosen(q_len):
     assert torch.equal(found, choose_by(call, "eager"))
 
 
+@pytest.mark.parametrize("heads", [2, 8], ids=["one-head", "groups-of-4"])
+@pytest.mark.parametrize("marks", [1, 2])
+@pytest.mark.parametrize("q_len", [200, 1], ids=["prefill", "decode"])
+def test_plus_infinity_is_chosen_first(q_len, marks, heads):
+    call = choice(marks=marks, top_k=4, q_len=q_len, heads=heads)
+    call.log_counts[:, :, 3, 0] = call.log_counts[:, :, 7, 0] = float("inf")
+    call.log_counts[:, :, 9] = float("nan")
+    call.log_counts[:, :, 9, 0] = float("inf")
+    found = choose_by(call, "cpu")
+    assert (found[:, :, -1, :2] == integers(3, 7)).all()
+    assert marks == 1 or not (found == 9).any()
+    assert torch.equal(found, choose_by(call, "eager"))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("q_len", [200, 4], ids=["prefill", "decode"])
+def test_a_row_of_nan_in_one_head_chooses_nothing_for_its_group(q_len, backend):
+    call = choice(q_len=q_len, heads=6)
+    call.query[:, 1, 2] = float("nan")
+    found = choose_by(call, backend)
+    assert (found[:, 0, 2] == -1).all() and (found[:, 1, -1] >= 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("q_len", [40, 1], ids=["prefill", "decode"])
+def test_a_head_of_small_scores_has_as_much_to_say_as_one_of_large_scores(q_len, backend):
+    """The mean of probabilities: the second head's best block comes before the first's second."""
+    keys = torch.zeros(1, 1, 5, 1, 2)
+    keys[0, 0, 0, 0, 0], keys[0, 0, 1, 0, 0], keys[0, 0, 2, 0, 1] = 10.0, 9.0, 5.0
+    query = torch.tensor([[10.0, 0.0], [0.0, 1.0]])[None, :, None].expand(1, 2, q_len, 2)
+    call = Choice(query.contiguous(), keys, torch.zeros(1, 1, 5, 1), 2, 8, 1, 1.0, 40)
+    assert choose_by(call, backend)[0, 0, -1].tolist() == [0, 2]
+
+
 @pytest.mark.parametrize("last", [20, 64, 130])
 def test_choice_ignores_the_future_bitwise(last):
     call = choice()

@@ -152,6 +152,27 @@ def test_scores_and_their_gradients_are_those_of_the_definition(name):
         helpers.assert_close(a, b, 1e-12)
 
 
+@pytest.mark.parametrize("name", ["plain", "mean", "padding", "packed"])
+def test_scores_are_the_logs_of_probabilities(name):
+    tensors, options = call(name, torch.float64)
+    options.pop("top_k")
+    shares = block_scores(tensors["query"], tensors["key"], **options).exp()
+    there = (shares > 0.0).any(-1)
+    assert there.any() and not there[:, :, 0].any()
+    helpers.assert_close(shares.sum(-1), there.double(), 1e-13)
+
+
+def test_where_each_landmark_holds_one_key_the_router_expects_what_attention_finds():
+    """Keys far apart, each by a landmark of its own: the share among the chosen blocks is exact."""
+    key = 40.0 * torch.eye(12, dtype=torch.float64).expand(1, 2, 12, 12)
+    query = helpers.randn(1, 4, 12, 12, seed=2).double() / 10.0
+    given = {"top_k": 2, "near": 0, "scale": 1.0, "return_routing": True}
+    routing = attention(query, key, key, key[0], **given)[1]
+    share = routing.mass / routing.mass.sum(-1, keepdim=True)
+    there = (routing.indices >= 0).all(-1)
+    helpers.assert_close(routing.log_probs.exp()[there], share[there], 1e-12)
+
+
 @pytest.mark.parametrize("name", ["plain", "packed", "padding", "softcap", "last queries"])
 def test_mass_is_the_share_of_the_attention_on_each_block(name):
     tensors, options = call(name, torch.float64)

@@ -1,8 +1,10 @@
 // Scores of blocks for a tile of queries, a strip of blocks at a time, and the best of them.
 //
 // Scores lie as (landmarks of blocks, queries), so that the summaries are read where they lie, and
-// sums over landmarks and heads run along vectors. A query keeps the blocks that beat its threshold
-// in a short list; where the list is full, the best are kept and the threshold rises.
+// sums over landmarks and heads run along vectors. The heads of a group choose by the mean of their
+// probabilities: the scores of all blocks by each head are kept until their sum is known. A query
+// keeps the blocks that beat its threshold in a short list; where the list is full, the best are
+// kept and the threshold rises.
 #include <functional>
 
 #include "routed/problem.h"
@@ -43,6 +45,7 @@ class ChoiceTile {
         query_t(layers * p.dim * W),
         rows(W * p.dim),
         scores(layers * strip * p.marks * W),
+        each(p.group() > 1 ? p.blocks * layers * W : 0),
         lists(W * room) {}
   ~ChoiceTile() { release_products<float>(); }
 
@@ -54,6 +57,7 @@ class ChoiceTile {
     place();
     if (begin < end) load_queries();
     for (int64_t block = begin / strip * strip; block < end; block += strip) take(block);
+    if (p.group() > 1 && begin < end) choose_together();
     store();
   }
 
@@ -102,21 +106,29 @@ class ChoiceTile {
       product<float>(n * p.marks, W, p.dim, p.keys + (row + block) * p.marks * p.dim, p.dim,
                      query_t + g * p.dim * W, W, scores + g * strip * p.marks * W, W, false);
     for (int64_t c = std::max(block, begin); c < std::min(block + n, end); c++) {
-      float found[W];
       const float *s = scores + (c - block) * p.marks * W, *logs = p.log_counts + (row + c) * p.marks;
-      if (heads == 1) {
-        for (int64_t v = 0; v < V; v++) score(s + v * LANES, logs).store(found + v * LANES);
-      } else {
-        score_together(s, logs, found);
+      if (p.group() > 1) {
+        store_heads(c, s, logs);
+        continue;
       }
-      const bool inside = c >= all_low && c < all_high;
-      for (int64_t v = 0; v < V; v++) {
-        const Vec better = Vec::loadu(found + v * LANES) > Vec::loadu(threshold + v * LANES);
-        uint32_t hits = ~better.zero_mask() & ((uint32_t{1} << LANES) - 1);
-        for (; hits != 0; hits &= hits - 1) {
-          const int64_t q = v * LANES + __builtin_ctz(hits);
-          if (inside || (c >= low[q] && c < high[q])) keep(q, found[q], c);
-        }
+      float found[W];
+      for (int64_t v = 0; v < V; v++) score(s + v * LANES, logs).store(found + v * LANES);
+      offer(c, found);
+    }
+  }
+
+  bool inside(int64_t c) const { return c >= all_low && c < all_high; }
+  int64_t query_of(int64_t column) const { return heads == 1 ? column : column % count; }
+
+  static uint32_t set_lanes(Vec test) { return ~test.zero_mask() & ((uint32_t{1} << LANES) - 1); }
+
+  // Those of the tile's queries take block c that may choose it and have no better ones.
+  void offer(int64_t c, const float* found) {
+    for (int64_t v = 0; v < V; v++) {
+      uint32_t hits = set_lanes(Vec::loadu(found + v * LANES) > Vec::loadu(threshold + v * LANES));
+      for (; hits != 0; hits &= hits - 1) {
+        const int64_t q = v * LANES + __builtin_ctz(hits);
+        if (inside(c) || (c >= low[q] && c < high[q])) keep(q, found[q], c);
       }
     }
   }
@@ -126,47 +138,87 @@ class ChoiceTile {
   }
   static Vec finite(Vec top) { return Vec::blendv(top, Vec(0.f), top == Vec(NEG_INF)); }
 
-  // log2 of the sum of all heads and landmarks, in LANES columns.
+  // log2 of the sum of all landmarks, in LANES columns.
   Vec score(const float* s, const float* logs) const {
-    const int64_t layer = strip * p.marks * W;
+    if (p.marks == 1) return logit(s, logs[0]);
     Vec top(NEG_INF);
-    for (int64_t g = 0; g < layers; g++)
-      for (int64_t l = 0; l < p.marks; l++)
-        top = max_vec(top, logit(s + g * layer + l * W, logs[l]));
-    if (layers * p.marks == 1) return logit(s, logs[0]);
-    top = finite(top);
+    for (int64_t l = 0; l < p.marks; l++) top = max_vec(top, logit(s + l * W, logs[l]));
+    const Vec from = finite(top);
     Vec sum(0.f);
+    for (int64_t l = 0; l < p.marks; l++) sum = sum + exp2_vec(logit(s + l * W, logs[l]) - from);
+    const Vec found = sum.log2() + from;
+    if (set_lanes(top == Vec(-NEG_INF)) == 0) return found;
+    Vec largest(0.f);  // +inf, or NaN where there is one besides
+    for (int64_t l = 0; l < p.marks; l++)
+      largest = largest + max_vec(Vec(0.f), logit(s + l * W, logs[l]));
+    return Vec::blendv(found, largest, top == Vec(-NEG_INF));
+  }
+
+  // The scores of block c by each head; -inf for a query that may not choose it, and for one whose
+  // score by a head is NaN. +inf becomes the largest number.
+  void store_heads(int64_t c, const float* s, const float* logs) {
+    float* r = each + (c - begin) * layers * W;
+    uint32_t none = 0;
     for (int64_t g = 0; g < layers; g++)
-      for (int64_t l = 0; l < p.marks; l++)
-        sum = sum + exp2_vec(logit(s + g * layer + l * W, logs[l]) - top);
+      for (int64_t v = 0; v < V; v++) {
+        const Vec x = score(s + g * strip * p.marks * W + v * LANES, logs);
+        none |= set_lanes(x != x);
+        at::vec::minimum(x, Vec(std::numeric_limits<float>::max())).store(r + g * W + v * LANES);
+      }
+    if (none == 0 && inside(c)) return;
+    bool without[W];
+    for (int64_t q = 0; q < W; q++) without[q] = c < low[q] || c >= high[q];
+    for (int64_t x = 0; x < layers * W; x++)
+      if (std::isnan(r[x])) without[query_of(x % W)] = true;
+    for (int64_t x = 0; x < layers * W; x++)
+      if (without[query_of(x % W)]) r[x] = NEG_INF;
+  }
+
+  // log2 of each head's sum over all blocks, then of the sum of the heads' probabilities.
+  void choose_together() {
+    const int64_t size = layers * W, blocks = end - begin;
+    Scratch<float> totals(size);
+    for (int64_t x = 0; x < size; x += LANES) {
+      Vec top(NEG_INF), sum(0.f);
+      for (int64_t c = 0; c < blocks; c++) top = max_vec(top, Vec::loadu(each + c * size + x));
+      top = finite(top);
+      for (int64_t c = 0; c < blocks; c++)
+        sum = sum + exp2_vec(Vec::loadu(each + c * size + x) - top);
+      (top + finite(sum.log2())).store(totals + x);
+    }
+    float found[W];
+    for (int64_t c = 0; c < blocks; c++) {
+      const float* r = each + c * size;
+      if (heads == 1) {
+        for (int64_t x = 0; x < W; x += LANES) add_layers(r + x, totals + x).store(found + x);
+      } else {
+        add_columns(r, totals, found);
+      }
+      offer(begin + c, found);
+    }
+  }
+
+  Vec add_layers(const float* r, const float* totals) const {
+    Vec top(NEG_INF), sum(0.f);
+    for (int64_t g = 0; g < layers; g++)
+      top = max_vec(top, Vec::loadu(r + g * W) - Vec::loadu(totals + g * W));
+    top = finite(top);
+    for (int64_t g = 0; g < layers; g++)
+      sum = sum + exp2_vec(Vec::loadu(r + g * W) - Vec::loadu(totals + g * W) - top);
     return sum.log2() + top;
   }
 
-  // The same where columns are the queries of all heads.
-  void score_together(const float* s, const float* logs, float* found) const {
-    float tops[W], sums[W];
-    for (int64_t v = 0; v < V; v++) {
-      Vec top(NEG_INF);
-      for (int64_t l = 0; l < p.marks; l++)
-        top = max_vec(top, logit(s + l * W + v * LANES, logs[l]));
-      finite(top).store(tops + v * LANES);
-    }
-    for (int64_t q = 0; q < count; q++) {
-      float top = tops[q];
-      for (int64_t g = 1; g < heads; g++) top = std::max(top, tops[g * count + q]);
-      for (int64_t g = 0; g < heads; g++) tops[g * count + q] = top;
-    }
-    for (int64_t v = 0; v < V; v++) {
-      Vec sum(0.f);
-      for (int64_t l = 0; l < p.marks; l++)
-        sum = sum + exp2_vec(logit(s + l * W + v * LANES, logs[l]) - Vec::loadu(tops + v * LANES));
-      sum.store(sums + v * LANES);
-    }
+  // The same where columns are the queries of all heads: there are few queries.
+  void add_columns(const float* r, const float* totals, float* found) const {
     std::fill(found, found + W, NEG_INF);
     for (int64_t q = 0; q < count; q++) {
-      float sum = sums[q];
-      for (int64_t g = 1; g < heads; g++) sum += sums[g * count + q];
-      found[q] = std::log2(sum) + tops[q];
+      float top = NEG_INF, sum = 0.f;
+      for (int64_t g = 0; g < heads; g++)
+        top = std::max(top, r[g * count + q] - totals[g * count + q]);
+      if (top == NEG_INF) continue;
+      for (int64_t g = 0; g < heads; g++)
+        sum += std::exp2(r[g * count + q] - totals[g * count + q] - top);
+      found[q] = std::log2(sum) + top;
     }
   }
 
@@ -197,6 +249,7 @@ class ChoiceTile {
   int64_t low[W], high[W], length[W];
   float threshold[W];
   Scratch<float> query_t, rows, scores;
+  Scratch<float> each;  // scores (end - begin, layers, W) by each head of a group
   Scratch<uint64_t> lists;
 };
 

@@ -132,17 +132,21 @@ def block_scores(
     each = factor * torch.einsum("bhgid,bhcmd->bhgicm", grouped, means)
     each = each + logs[:, :, None, None]
     empty = logs.amax(3) == NEG_INF  # (B, Hkv, blocks): hidden keys alone
-    each = each.masked_fill(empty[:, :, None, None, :, None], 0.0)
-    scores = torch.logsumexp(each, (2, 5))  # (B, Hkv, Nq, blocks)
-    scores = scores.masked_fill(empty[:, :, None], NEG_INF)
+    each = torch.logsumexp(each.masked_fill(empty[:, :, None, None, :, None], 0.0), 5)
     at, first = _places(q_len, kv_len, query_offset, cu_seqlens, query.device)
     own = (at - first).div(block_size, rounding_mode="floor")[..., None]
     starts = _starts(kv_len, cu_seqlens, query.device)
     number = torch.arange(-(-kv_len // block_size), device=query.device)
     base = (member.int().argmax(0) if len(member) else starts)[first.clamp(0)]  # its first block
-    pick = (base[..., None] + number).clamp(max=max(0, len(member) - 1))
-    scores = scores.gather(3, pick[:, None].expand(batch, kv_heads, -1, -1))
-    return scores.masked_fill((number >= own - near)[:, None] | scores.isnan(), NEG_INF)
+    pick = (base[..., None] + number).clamp(max=max(0, len(member) - 1))[:, None]  # (B|1, 1, Nq, C)
+    each = each.gather(4, pick[:, :, None].expand(batch, kv_heads, each.shape[2], -1, -1))
+    none = empty[:, :, None].expand(-1, -1, q_len, -1)
+    none = none.gather(3, pick.expand(batch, kv_heads, -1, -1))
+    none = none | (number >= own - near)[:, None] | each.isnan().any(2)  # (B, Hkv, Nq, C)
+    each = each.clamp(max=torch.finfo(each.dtype).max)
+    each = each.masked_fill(none[:, :, None], torch.finfo(each.dtype).min)
+    scores = torch.logsumexp(torch.log_softmax(each, 4), 2) - math.log(max(1, each.shape[2]))
+    return scores.masked_fill(none, NEG_INF)
 
 
 def routed_attention(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashmark.library import overload, schema_of
 from flashmark.routed.places import Places, places_of
-from flashmark.routed.summaries import RoutedState, scores_of
+from flashmark.routed.summaries import RoutedState, mean_over_heads, scores_of
 
 NEG_INF = float("-inf")
 TILE_ELEMENTS = 2**22  # scores of one tile of queries, all heads and landmarks
@@ -48,23 +48,31 @@ def choose(call: Choice) -> Tensor:
     count = max(1, TILE_ELEMENTS // max(1, batch * heads * blocks * marks))
     for begin in range(0, q_len, count):
         rows = slice(begin, begin + count)
-        scores = scores_of(query[:, :, rows], state, call.scale)
+        each = scores_of(query[:, :, rows], state, call.scale)
         at = Places(*(x[:, rows] for x in places))
-        found[:, :, rows] = best_blocks(scores, at, call.near, call.base, best)
+        lowest, far = far_blocks(at, call.near, call.base, blocks)
+        # the probabilities of a single head have the order of its scores
+        scores = each[:, :, 0] if each.shape[2] == 1 else mean_over_heads(each, far)
+        found[:, :, rows] = best_blocks(scores, lowest, far, best)
     return found
 
 
-def best_blocks(
-    scores: Tensor, places: Places, near: int, base: Tensor | None, best: int
-) -> Tensor:
-    """int32 (B, Hkv, n, best) from scores (B, Hkv, n, C); with `base`, C counts all sequences."""
-    number = torch.arange(scores.shape[3], device=scores.device)
+def far_blocks(
+    places: Places, near: int, base: Tensor | None, blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Number (B | 1, 1, n, 1) of the first block of each query's sequence, and whether a query may
+    choose a block, (B | 1, 1, n, blocks); with `base`, blocks count all sequences."""
+    number = torch.arange(blocks, device=places.own.device)
     own = places.own[:, None, :, None]
     lowest = torch.zeros_like(own)
     if base is not None:
         lowest = base[places.at.clamp(min=0)][:, None, :, None]
-    finished = (number >= lowest) & (number < lowest + own - near)
-    scores = scores.masked_fill(~finished | scores.isnan(), NEG_INF)
+    return lowest, (number >= lowest) & (number < lowest + own - near)
+
+
+def best_blocks(scores: Tensor, lowest: Tensor, far: Tensor, best: int) -> Tensor:
+    """int32 (B, Hkv, n, best) from scores (B, Hkv, n, C) and what `far_blocks` gives."""
+    scores = scores.masked_fill(~far | scores.isnan(), NEG_INF)
     values, chosen = _largest(scores, best)
     return (chosen - lowest).masked_fill(values == NEG_INF, -1).to(torch.int32)
 

@@ -26,7 +26,8 @@ class Routing(NamedTuple):
 
     indices: Tensor  # int32: blocks counted from their sequence's start; -1 where there are fewer
     mass: Tensor  # share of the attention that falls on the block, mean over the group's heads
-    log_probs: Tensor  # log softmax of their scores, differentiable; -inf where there is no block
+    # log of the share among them that the router expected, differentiable; -inf where no block
+    log_probs: Tensor
 
 
 def routing_of(
@@ -50,7 +51,13 @@ def routing_of(
             part, at = query[:, :, rows], number[:, :, rows]
             mass.append(
                 _mass(
-                    part, key, checked.keep, lse[:, :, rows], at, blocks, checked.scale,
+                    part,
+                    key,
+                    checked.keep,
+                    lse[:, :, rows],
+                    at,
+                    blocks,
+                    checked.scale,
                     checked.softcap,
                 )  # fmt: skip
             )
@@ -58,7 +65,7 @@ def routing_of(
                 assert scores is not None
                 expected.append(scores[:, :, rows].gather(3, chosen[:, :, rows].clamp(min=0)))
                 continue
-            given = (part, *state, at, checked.scale)
+            given = (part, *state, lse[:, :, rows], at, checked.scale)
             if state.keys.requires_grad and count < query.shape[2]:  # keep no tile's products
                 expected.append(checkpoint(_scores, *given, use_reentrant=False))
             else:
@@ -73,15 +80,22 @@ def routing_of(
         return Routing(indices, torch.cat(mass, 2).masked_fill(none, 0.0), log_probs)
 
 
-def _scores(query: Tensor, keys: Tensor, logs: Tensor, number: Tensor, scale: float) -> Tensor:
-    """Scores (B, Hkv, n, K) of blocks `number`; the formula is that of `summaries.scores_of`."""
+def _scores(
+    query: Tensor, keys: Tensor, logs: Tensor, lse: Tensor, number: Tensor, scale: float
+) -> Tensor:
+    """Log of the attention (B, Hkv, n, K), summed over a group's heads, that the summaries expect
+    of blocks `number`: of each head, exp(score - lse) with the formula of `summaries.scores_of`."""
+    totals = lse.unflatten(1, (keys.shape[1], -1)).to(keys.dtype)  # (B, Hkv, G, n)
+    totals = totals.masked_fill(totals == NEG_INF, 0.0)[..., None]
     if keys.shape[2] <= DENSE * number.shape[3]:
-        return scores_of(query, RoutedState(keys, logs), scale).gather(3, number)
+        each = scores_of(query, RoutedState(keys, logs), scale) - totals
+        return log_total(each, (2,)).gather(3, number)
     batch, head = _outer(keys)
     grouped = query.unflatten(1, (keys.shape[1], -1)).to(keys.dtype)  # (B, Hkv, G, n, D)
     near = keys[batch, head, number]  # (B, Hkv, n, K, M, D)
-    each = scale * torch.einsum("bhgnd,bhnkmd->bhnkgm", grouped, near)
-    return log_total(each + logs[batch, head, number][..., None, :], (-2, -1))
+    each = scale * torch.einsum("bhgnd,bhnkmd->bhgnkm", grouped, near)
+    each = each + logs[batch, head, number][:, :, None] - totals[..., None]
+    return log_total(each, (2, 5))
 
 
 def _mass(

@@ -16,10 +16,10 @@ from flashmark.routed.checks import (
     check_scores,
     check_state,
 )
-from flashmark.routed.choice import Choice, best_blocks, choose_by
+from flashmark.routed.choice import Choice, best_blocks, choose_by, far_blocks
 from flashmark.routed.mass import routing_of
 from flashmark.routed.places import blocks_of
-from flashmark.routed.summaries import RoutedState, scores_of, summarize
+from flashmark.routed.summaries import RoutedState, mean_over_heads, scores_of, summarize
 from flashmark.sharded import over_shards
 
 
@@ -38,16 +38,18 @@ def block_scores(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Scores of the key blocks, by which `routed_attention` chooses: a bound on the log of the mass
-    that a query's group of heads sees in each.
+    """Scores of the key blocks, by which `routed_attention` chooses: the log of the share of the
+    attention that the router expects of each.
 
     With landmarks x_l, block c keeps a_jl = softmax_l(scale k_j . x_l), n_cl = sum_j a_jl and
-    K_cl = sum_j a_jl k_j / n_cl; without, one count and the mean key. A query scores it by
+    K_cl = sum_j a_jl k_j / n_cl; without, one count and the mean key. Head g of query i sees in it
+    the log mass
 
-        r_ic = log sum over heads g of the group and l of n_cl exp(scale q_gi . K_cl)
+        r_gic = log sum_l n_cl exp(scale q_gi . K_cl)
 
-    which by Jensen's inequality is below the log of the block's mass, and equal to it where a
-    landmark holds one key.
+    which by Jensen's inequality is below that of its keys, and equal to it where a landmark holds
+    one key. The score is the log of the mean of softmax_c r_gic over the heads g of a group, as in
+    "Native Sparse Attention": c runs over the blocks that the query may choose.
 
     Args:
         query, key, block_size, near, scale, query_offset, kv_lengths, key_mask, cu_seqlens: as for
@@ -75,17 +77,14 @@ def block_scores(
     with without_autocast(query.device.type):
         blocks = checked.blocks(key, block_size)
         state = summarize(key, landmarks, checked.scale, checked.keep, blocks)
-        scores = scores_of(query, state, checked.scale)
+        each = scores_of(query, state, checked.scale)
         places = checked.places(query, key, block_size)
-        number = torch.arange(scores.shape[3], device=scores.device)
         if blocks.base is not None:  # from the packed row's numbering to the sequence's
-            longest = -(-key.shape[2] // block_size)
-            number = torch.arange(longest, device=scores.device)
-            base = blocks.base[places.at.clamp(min=0)][:, None, :, None]
-            pick = (base + number).clamp(max=scores.shape[3] - 1)
-            scores = scores.gather(3, pick.expand(*scores.shape[:3], -1))
-        far = number < places.own[:, None, :, None] - near
-        return scores.masked_fill(~far | scores.isnan(), float("-inf"))
+            number = torch.arange(-(-key.shape[2] // block_size), device=each.device)
+            base = blocks.base[places.at.clamp(min=0)][:, None, None, :, None]
+            pick = (base + number).clamp(max=each.shape[4] - 1)
+            each = each.gather(4, pick.expand(*each.shape[:4], -1))
+        return mean_over_heads(each, far_blocks(places, near, None, each.shape[4])[1])
 
 
 @over_shards
@@ -136,10 +135,11 @@ def routed_attention(
         softcap, sinks: as in `block_sparse_attention`; scores of blocks do not know them.
         query_offset, kv_lengths, key_mask, cu_seqlens: as in `block_topk_attention`.
         state: summaries of the first blocks of `key`, from an earlier call: they are not computed
-            again. `key` and `value` are those of all tokens, whatever the state holds.
+            again. `key` and `value` are those of all tokens, whatever the state holds. Not with
+            `cu_seqlens`, whose sequences are whole.
         return_state: also return the `RoutedState` of all blocks that are finished.
         return_routing: also return a `Routing`: the choice, the attention mass of each chosen
-            block, and the router's log-probabilities, from which
+            block, and the share that the router expected, from which
             `flashmark.objectives.routing_loss` trains landmarks or `scores`.
         deterministic: bitwise repeatable gradients; None follows
             `torch.are_deterministic_algorithms_enabled()`.
@@ -222,7 +222,8 @@ def _chosen(
     if state is None:
         assert scores is not None
         places = checked.places(query, key, block_size)
-        return best_blocks(scores, places, near, None, min(top_k, scores.shape[3]))
+        lowest, far = far_blocks(places, near, None, scores.shape[3])
+        return best_blocks(scores, lowest, far, min(top_k, scores.shape[3]))
     base = None if checked.starts is None else checked.blocks(key, block_size).base
     call = Choice(
         query, *state, top_k, block_size, near, checked.scale, key.shape[2], checked.query_offset,

@@ -118,18 +118,30 @@ def _summary(
 
 
 def scores_of(query: Tensor, state: RoutedState, scale: float) -> Tensor:
-    """Scores (B, Hkv, n, C) of query rows (B, Hq, n, D), differentiable: the log of the mass that a
-    group of heads sees in each block, as the summaries tell it.
+    """Scores (B, Hkv, G, n, C) of query rows (B, Hq, n, D), differentiable: the log of the mass
+    that each head sees in each block, as the summaries tell it.
 
-    r_ic = log sum_gl n_cl exp(scale q_gi . K_cl)
+    r_gic = log sum_l n_cl exp(scale q_gi . K_cl)
     """
     keys, logs = state
     grouped = query.unflatten(1, (keys.shape[1], -1)).to(keys.dtype)  # (B, Hkv, G, n, D)
     blocks, marks = keys.shape[2:4]
     each = scale * grouped.flatten(2, 3) @ keys.flatten(2, 3).mT  # (B, Hkv, G n, C M)
     each = each.unflatten(3, (blocks, marks)) + logs[:, :, None]
-    each = each.unflatten(2, grouped.shape[2:4])  # (B, Hkv, G, n, C, M)
-    return log_total(each, (2, 5))
+    return log_total(each, (4,)).unflatten(2, grouped.shape[2:4])
+
+
+def mean_over_heads(each: Tensor, far: Tensor) -> Tensor:
+    """Log of the mean over heads of their probabilities, softmax over the blocks of scores `each`
+    (B, Hkv, G, n, C); -inf where a block is not `far`, (B | 1, 1, n, C), and where a score is NaN.
+
+    (B, Hkv, n, C), differentiable. A score of +inf counts as the largest number there is.
+    """
+    none = ~far | each.isnan().any(2)  # (B, Hkv, n, C)
+    each = each.clamp(max=torch.finfo(each.dtype).max).masked_fill(none[:, :, None], -math.inf)
+    total = log_total(each, (4,))
+    each = each - total.masked_fill(total == -math.inf, 0.0)[..., None]
+    return log_total(each, (2,)) - math.log(max(1, each.shape[2]))
 
 
 def log_total(each: Tensor, dims: tuple[int, ...]) -> Tensor:
