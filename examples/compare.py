@@ -34,6 +34,7 @@ from flashmark.objectives import routing_loss
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_RATE = 4e-3
+ROUTER_STEPS, ROUTER_RATE = 60, 0.04  # of landmarks that learn to choose, the rest held still
 LENGTHS = 2048, 8192, 32768  # where time and memory are measured, with 8 heads of 64
 TOP_K = 16  # and with so many blocks of 64 tokens chosen
 
@@ -81,12 +82,12 @@ def main() -> None:
         for variant in arguments.variants
         if (task, variant, seed, steps := arguments.steps or sizes[task][0][2]) not in done
     ]
-    where = describe(device)
+    where, exact = describe(device), {}
     with tqdm(total=sum(steps for *_, steps in runs), unit="step", smoothing=0.05) as bar:
         for name, variant, seed, steps in runs:
             bar.set_description(f"{name}, {variant}, seed {seed}")
             width, heads, _ = sizes[name][0]
-            result = train(tasks[name], variant, seed, steps, width, heads, device, bar)
+            result = train(tasks[name], variant, seed, steps, width, heads, device, bar, exact)
             append(arguments.out, {**where, **result})
     print(f"{len(runs)} trainings added to {arguments.out}, {len(rows)} were there")
 
@@ -113,11 +114,11 @@ def build(task: Task, variant: str, seed: int, width: int, heads: int) -> Decode
 
     def decoder(name: str) -> Decoder:
         torch.manual_seed(seed)
-        make, _, rotary = VARIANTS[name]
+        kind = VARIANTS[name]
 
         def attention(heads: int, head_width: int) -> nn.Module:
-            layer = make(heads, head_width, task.window, task.landmarks, task.top_k)
-            return Rotated(layer) if rotary else layer
+            layer = kind.make(heads, head_width, task.window, task.landmarks, task.top_k)
+            return Rotated(layer) if kind.rotary else layer
 
         return byte_decoder(attention, width=width, heads=heads)
 
@@ -135,23 +136,27 @@ def train(
     heads: int,
     device: torch.device,
     bar: tqdm,
+    exact: dict[tuple, dict],
 ) -> dict:
-    """One row: a model from its first step to its score."""
-    model = build(task, variant, seed, width, heads).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    batches = task.batches(seed, False)
+    """One row: a model from its first step to its score.
+
+    `exact` holds the newest weights that were trained with exact attention, by what they are of.
+    """
     start = time.perf_counter()
-    for step in range(steps):
-        inputs, targets = (x.to(device) for x in next(batches))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, step / steps, PEAK_RATE)
-        loss = loss_in_bits(model(inputs), targets)
-        optimizer.zero_grad()
-        (loss + router_loss(model)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 10 == 9:
-            bar.set_postfix_str(f"{loss.item():.2f} bits", refresh=False)
-        bar.update()
+    model = build(task, variant, seed, width, heads).to(device)
+    if variant == "exact" or VARIANTS[variant].after_exact:
+        of = task.name, seed, steps, width, heads
+        if of in exact:
+            bar.update(steps)
+        else:
+            teacher = build(task, "exact", seed, width, heads).to(device)
+            fit(teacher, task, seed, steps, device, bar)
+            exact.clear()
+            exact[of] = teacher.state_dict()
+        model.load_state_dict(exact[of], strict=False)
+        fit_routers(model, task, seed, device)
+    else:
+        fit(model, task, seed, steps, device, bar)
     seconds = time.perf_counter() - start
     found = score(model.eval(), task, device, count=20)
     return {
@@ -164,10 +169,42 @@ def train(
     }  # fmt: skip
 
 
-def router_loss(model: Decoder) -> Tensor | float:
-    """Routing loss of a model, from which landmarks that choose blocks learn; 0 without them."""
-    routed = (x for x in model.modules() if isinstance(x, Routed) and x.routing is not None)
-    return sum(routing_loss(x.routing) for x in routed)
+def fit(model: Decoder, task: Task, seed: int, steps: int, device: torch.device, bar: tqdm) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    batches = task.batches(seed, False)
+    for step in range(steps):
+        inputs, targets = (x.to(device) for x in next(batches))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, step / steps, PEAK_RATE)
+        loss = loss_in_bits(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 9:
+            bar.set_postfix_str(f"{loss.item():.2f} bits", refresh=False)
+        bar.update()
+
+
+def fit_routers(model: Decoder, task: Task, seed: int, device: torch.device) -> None:
+    """Landmarks that learn to choose, from exact attention: nothing else of the model moves."""
+    routers = [x for x in model.modules() if isinstance(x, Routed) and x.learned]
+    if not routers:
+        return
+    model.requires_grad_(False)
+    for router in routers:
+        router.landmarks.requires_grad_()
+        router.all_blocks = True
+    optimizer = torch.optim.Adam([x.landmarks for x in routers], betas=(0.9, 0.95))
+    batches = task.batches(seed, False)
+    for step in range(ROUTER_STEPS):
+        optimizer.param_groups[0]["lr"] = ROUTER_RATE * (1.0 - 0.9 * step / ROUTER_STEPS)
+        model(next(batches)[0].to(device))
+        loss = torch.stack([routing_loss(x.routing) for x in routers]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for router in routers:
+        router.all_blocks = False
 
 
 def causal(model: Decoder, task: Task, device: torch.device) -> bool:

@@ -90,8 +90,8 @@ class Routed(nn.Module):
     """Exact over the own block, the one before, and those that the token chooses.
 
     `count` landmarks a head summarise a block, its mean key where it is 0. A `learned` router gets
-    `routing` from each call, for `flashmark.objectives.routing_loss`. While `warming`, a token
-    chooses all blocks: that is exact attention, and a learned router is told of every block.
+    `routing` from each call, for `flashmark.objectives.routing_loss`. With `all_blocks` a token
+    chooses every block: that is exact attention, and a learned router is told of them all.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class Routed(nn.Module):
             marks = flashmark.init_landmarks(heads, count, width)
             self.landmarks = nn.Parameter(marks, requires_grad=learned)
         self.block, self.top_k, self.learned = block, top_k, learned
-        self.warming = False
+        self.all_blocks = False
         self.routing: flashmark.Routing | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         asked = self.learned and torch.is_grad_enabled()
-        top_k = key.shape[2] // self.block if self.warming else self.top_k
+        top_k = key.shape[2] // self.block if self.all_blocks else self.top_k
         found = flashmark.routed_attention(
             query, key, value, self.landmarks, block_size=self.block, top_k=top_k, near=1,
             return_routing=asked,
@@ -149,6 +149,7 @@ class Variant(NamedTuple):
     make: Callable[[int, int, int, int, int], nn.Module]
     reads: Callable[[int, int, int, int], int]
     rotary: bool = True  # not with learned landmarks alone: they stand at no position
+    after_exact: bool = False  # the trained weights of exact attention, on which it is put
 
 
 def _landmarks(n: int, w: int, m: int, k: int) -> int:
@@ -159,8 +160,13 @@ def _hybrid(n: int, w: int, m: int, k: int) -> int:
     return 2 * w + m
 
 
-def _routed(n: int, w: int, m: int, k: int) -> int:
-    return min(n, (k + 2) * w)
+def _by(count: int, *, after_exact: bool = False, learned: bool = False) -> Variant:
+    """Routed attention that chooses by `count` landmarks a block, or 0: by its mean key."""
+    return Variant(
+        lambda h, d, w, m, k: Routed(h, d, count, block=w, top_k=k, learned=learned),
+        lambda n, w, m, k: min(n, (k + 2) * w),
+        after_exact=after_exact,
+    )
 
 
 VARIANTS = {
@@ -188,13 +194,17 @@ VARIANTS = {
     ),
     "hybrid mass": Variant(lambda h, d, w, m, k: Hybrid(h, d, m, window=w, merge="mass"), _hybrid),
     "hybrid gate": Variant(lambda h, d, w, m, k: Hybrid(h, d, m, window=w, merge="gate"), _hybrid),
-    "routed mean": Variant(lambda h, d, w, m, k: Routed(h, d, 0, block=w, top_k=k), _routed),
-    "routed 2": Variant(lambda h, d, w, m, k: Routed(h, d, 2, block=w, top_k=k), _routed),
-    "routed 4": Variant(lambda h, d, w, m, k: Routed(h, d, 4, block=w, top_k=k), _routed),
-    "routed 8": Variant(lambda h, d, w, m, k: Routed(h, d, 8, block=w, top_k=k), _routed),
-    "routed 4, trained": Variant(
-        lambda h, d, w, m, k: Routed(h, d, 4, block=w, top_k=k, learned=True), _routed
-    ),
+    "routed mean": _by(0),
+    "routed 2": _by(2),
+    "routed 4": _by(4),
+    "routed 8": _by(8),
+    "exact, then routed mean": _by(0, after_exact=True),
+    "exact, then routed 2": _by(2, after_exact=True),
+    "exact, then routed 4": _by(4, after_exact=True),
+    "exact, then routed 8": _by(8, after_exact=True),
+    "exact, then routed 2, trained": _by(2, after_exact=True, learned=True),
+    "exact, then routed 4, trained": _by(4, after_exact=True, learned=True),
+    "exact, then routed 8, trained": _by(8, after_exact=True, learned=True),
     LEAKY: Variant(
         lambda h, d, w, m, k: Function(leaky_segment_attention, num_landmarks=2 * m),
         lambda n, w, m, k: 2 * m,

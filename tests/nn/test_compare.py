@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import flashmark
 from examples import compare, compare_tasks
 from examples.compare_variants import LEAKY, VARIANTS
 from flashmark.causality import check_causality
@@ -46,13 +47,42 @@ def test_no_token_reads_more_than_what_is_told(task):
     )
 
 
-def test_only_a_learned_router_has_a_loss(task):
-    tokens = next(task.batches(0, False))[0]
-    for variant in ("routed 4", "routed 4, trained", "exact"):
-        model = compare.build(task, variant, 0, 16, 2)
-        model(tokens)
-        loss = compare.router_loss(model)
-        assert (loss == 0) == (variant != "routed 4, trained")
+def test_a_router_learns_from_all_blocks_while_the_rest_stands_still(task, monkeypatch):
+    seen = []
+    attention = flashmark.routed_attention
+
+    def spy(*args, top_k, **options):
+        seen.append(top_k)
+        return attention(*args, top_k=top_k, **options)
+
+    monkeypatch.setattr(flashmark, "routed_attention", spy)
+    model = compare.build(task, "exact, then routed 4, trained", 0, 16, 2)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    compare.fit_routers(model, task, 0, CPU)
+    assert set(seen) == {12}
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name]) != name.endswith("landmarks"), name
+    seen.clear()
+    model(next(task.batches(0, False))[0])
+    assert set(seen) == {task.top_k}
+
+
+def test_weights_of_exact_attention_are_trained_once(task, monkeypatch):
+    trained, fit = [], compare.fit
+
+    def spy(model, *rest):
+        trained.append(model)
+        fit(model, *rest)
+
+    monkeypatch.setattr(compare, "fit", spy)
+    monkeypatch.setattr(compare, "ROUTER_STEPS", 1)
+    bar, exact = compare.tqdm(disable=True), {}
+    rows = [
+        compare.train(task, variant, 0, 2, 16, 2, CPU, bar, exact)
+        for variant in ("exact", "exact, then routed 4", "exact, then routed 4, trained")
+    ]
+    assert len(trained) == 1 and len(exact) == 1
+    assert rows[1]["seed"] == 0 and [row["causal"] for row in rows] == ["yes"] * 3
 
 
 def test_a_csv_keeps_its_columns(tmp_path):

@@ -168,10 +168,13 @@ class ChoiceTile {
     if (none == 0 && inside(c)) return;
     bool without[W];
     for (int64_t q = 0; q < W; q++) without[q] = c < low[q] || c >= high[q];
-    for (int64_t x = 0; x < layers * W; x++)
-      if (std::isnan(r[x])) without[query_of(x % W)] = true;
-    for (int64_t x = 0; x < layers * W; x++)
-      if (without[query_of(x % W)]) r[x] = NEG_INF;
+    const int64_t columns = heads == 1 ? W : heads * count;  // the others belong to no query
+    for (int64_t g = 0; g < layers; g++)
+      for (int64_t x = 0; x < columns; x++)
+        if (std::isnan(r[g * W + x])) without[query_of(x)] = true;
+    for (int64_t g = 0; g < layers; g++)
+      for (int64_t x = 0; x < columns; x++)
+        if (without[query_of(x)]) r[g * W + x] = NEG_INF;
   }
 
   // log2 of each head's sum over all blocks, then of the sum of the heads' probabilities.
