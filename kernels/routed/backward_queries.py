@@ -15,6 +15,7 @@ from .primitives import (
     bounds_of,
     load_at,
     load_near_keys,
+    near_bounds,
     near_place,
     near_rows,
     pointers,
@@ -111,22 +112,22 @@ def near_queries_kernel(
     sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD: tl.constexpr = F.PAD
-    b, hq, first = near_place(sizes, F)
+    pair, b, hq, first = near_place(sizes, F)
     if start + first >= q_len:
         return
-    local, inside, low, span, begin, stop = near_rows(b, first, sizes, modifiers, F)
+    local, inside, low, span = near_rows(b, first, sizes, modifiers, F)
     i = start + local
     h = hq + tl.zeros_like(i)
     q, dout, lse2, delta = load_queries(operands, b, h, i, inside, sizes, F)
     # [BLOCK_M, PAD]
     dq = tl.zeros([BLOCK_M, PAD], tl.float32)
+    begin, stop = near_bounds(b, first, sizes, modifiers, F)
     if begin < stop:
         for n in range(begin, stop, F.BLOCK_N):
             k, v, distance = load_near_keys(
                 operands, b, hq // F.GROUP, n, stop, low, sizes, modifiers, F
             )
             dq = take_keys(dq, q, dout, lse2, delta, k, v, distance, span, modifiers, F)
-    pair = b * heads * F.GROUP + hq
     if lists is not None:
         choices = tl.cast(pair // F.GROUP, tl.int64) * chunk * top + local * top
         rows = (tl.cast(pair, tl.int64) * chunk + local) * top

@@ -21,6 +21,7 @@ from .primitives import (
     bounds_of,
     load_at,
     load_near_keys,
+    near_bounds,
     near_place,
     near_rows,
     pointers,
@@ -125,10 +126,10 @@ def near_kernel(
     sizes = Sizes(heads, q_len, kv_len, near, top, chunk, start)
     BLOCK_M: tl.constexpr = F.BLOCK_M
     PAD_V: tl.constexpr = F.PAD_V
-    b, hq, first = near_place(sizes, F)
+    pair, b, hq, first = near_place(sizes, F)
     if start + first >= q_len:
         return
-    local, inside, low, span, begin, stop = near_rows(b, first, sizes, modifiers, F)
+    local, inside, low, span = near_rows(b, first, sizes, modifiers, F)
     i = start + local
     h = hq + tl.zeros_like(i)
     # [BLOCK_M, PAD]
@@ -138,13 +139,13 @@ def near_kernel(
     # [BLOCK_M]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    begin, stop = near_bounds(b, first, sizes, modifiers, F)
     if begin < stop:  # as in the forward of block-sparse attention
         for n in range(begin, stop, F.BLOCK_N):
             k, v, distance = load_near_keys(
                 inputs, b, hq // F.GROUP, n, stop, low, sizes, modifiers, F
             )
             acc, l_i, m_i = attend(acc, l_i, m_i, q, k, v, distance, span, modifiers, F)
-    pair = b * heads * F.GROUP + hq
     if lists is not None:
         acc, l_i, m_i = merge_parts(
             acc, l_i, m_i, lists, part_ptr, part_lse_ptr, pair, local, sizes, F

@@ -126,29 +126,36 @@ def hide(distance, keep, AXIS: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def near_place(sizes, F: tl.constexpr):
-    """(sample, query head, first query of the chunk's tile) of a program of the near field."""
+    """(pair of sample and query head, each of them, first query of the chunk's tile) of a program
+    of the near field.
+    """
     tiles = tl.cdiv(sizes.chunk, F.BLOCK_M)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    return pair // (sizes.heads * F.GROUP), pair % (sizes.heads * F.GROUP), tile * F.BLOCK_M
+    heads = sizes.heads * F.GROUP
+    return pair, pair // heads, pair % heads, tile * F.BLOCK_M
 
 
 @triton.jit
 def near_rows(b, first, sizes, modifiers, F: tl.constexpr):
-    """A tile of queries from `first` of the chunk on, and the keys that some of them sees.
-
-    (vectors: query of the chunk, whether it is there, first key of its near field, number of keys;
-    and the bounds of the keys).
+    """A tile of queries from `first` of the chunk on: vectors of the query of the chunk, of whether
+    it is there, of the first key of its near field and of the number of its keys.
     """
     offset, end_n = bounds_of(b, sizes, modifiers, F)
     # [BLOCK_M]
     local = first + tl.arange(0, F.BLOCK_M)
     i = sizes.start + local
     low, span = near_span(i + offset, end_n, sizes, modifiers, F)
+    return local, (local < sizes.chunk) & (i < sizes.q_len), low, span
+
+
+@triton.jit
+def near_bounds(b, first, sizes, modifiers, F: tl.constexpr):
+    """Bounds of the keys that some query of such a tile sees."""
+    offset, end_n = bounds_of(b, sizes, modifiers, F)
     row0 = sizes.start + first
     begin, _ = near_span(row0 + offset, end_n, sizes, modifiers, F)
     last = tl.minimum(tl.minimum(row0 + F.BLOCK_M, sizes.start + sizes.chunk), sizes.q_len) - 1
-    stop = tl.minimum(last + offset + 1, end_n)
-    return local, (local < sizes.chunk) & (i < sizes.q_len), low, span, begin, stop
+    return begin, tl.minimum(last + offset + 1, end_n)
 
 
 @triton.jit
