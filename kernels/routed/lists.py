@@ -132,7 +132,7 @@ def load_gathered_keys(inputs, b, hk, token, block, part, end_n, sizes, modifier
 
 @triton.jit
 def slot_of(lists, b, h, line, inside, sizes, F: tl.constexpr):
-    """Where each gathered row's result is kept: by head, query and choice."""
+    """Slots of the gathered rows' results: by head, query and choice."""
     head = tl.cast(b, tl.int64) * sizes.heads * F.GROUP + h
     entry = tl.load(lists.order + line, mask=inside, other=0)
     return head * sizes.chunk * sizes.top + entry
