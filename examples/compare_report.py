@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from examples.compare import RESULTS
+from examples.compare import RESULTS, TOP_K, window_of
 from examples.compare_variants import VARIANTS
 
 TOP_K_OF = {"recall 256": 4}  # blocks that a routed attention chooses; 2 in the other tasks
@@ -59,7 +59,7 @@ def conditions(quality: pd.DataFrame, timing: pd.DataFrame | None) -> str:
         lines.append(
             f"- time and memory: the attention alone, forward + backward, {row['dtype']}, batch "
             f"{row.batch}, {row.heads} heads of {row.head_dim}, window {row.window}, "
-            f"{row.landmarks} landmarks; medians."
+            f"{row.landmarks} landmarks, {TOP_K} blocks of {window_of('routed')} chosen; medians."
         )
     row = quality.iloc[-1]
     lines.append(f"- {row.machine}; torch {row.torch}; {row.date}; revision {row.revision}.")
