@@ -99,7 +99,7 @@ test-oldest:  ## the unit suite on the oldest torch that is supported, in an env
 	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools>=77,<82' $$(grep '^wheel' requirements-torch.txt)
 	grep -v '^triton' requirements-dev.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -r $(OLDEST)/requirements.txt
-	CUDA_HOME=none FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps --no-build-isolation $(OLDEST)/source
+	CUDA_HOME=none FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable $(OLDEST)/source
 	cd $(OLDEST)/source && OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(WORKERS)
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part

@@ -46,7 +46,7 @@ _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Run without autocast: small matrices must not lose precision."""
-    if has_autocast(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

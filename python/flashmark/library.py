@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flashmark import cpu
 from flashmark.autograd import (
-    autocast_is_on,
     boundary,
     boundary_arguments,
     needs_gradient,
     transformed,
     transforms,
     untraced,
+    without_autocast,
 )
 from flashmark.flops import FORMULAS, register_if_counting
 from flashmark.masks.block_mask import BlockMask, pack_mask, unpack_mask
@@ -189,7 +189,8 @@ class Operator:
     def _run_jvp(self, module: str, *flat):
         count = len(self.wanted)
         call = self.unflatten(flat[count:])
-        saved, tangents = _load(module).jvp(call, self.grads(*flat[:count]))
+        with without_autocast(call.query.device.type):
+            saved, tangents = _load(module).jvp(call, self.grads(*flat[:count]))
         return (*saved, *tangents)
 
     def _fake_jvp(self, *flat):
@@ -197,14 +198,16 @@ class Operator:
         return (*outs, *(torch.empty_like(x) for x in outs[: len(self.differentiable)]))
 
     def _run_forward(self, module: str, *flat):
-        return tuple(_load(module).forward(self.unflatten(flat)))
+        with without_autocast(flat[0].device.type):  # dtypes are chosen already
+            return tuple(_load(module).forward(self.unflatten(flat)))
 
     def _fake_forward(self, *flat):
         return tuple(self._forward_fake(self.unflatten(flat)))
 
     def _run_backward(self, module: str, *flat):
         douts, saved, call = self._split(flat)
-        grads = _load(module).backward(call, saved, *douts)
+        with without_autocast(flat[0].device.type):
+            grads = _load(module).backward(call, saved, *douts)
         return tuple(flat[0].new_empty(0) if x is None else x.contiguous() for x in grads)
 
     def _fake_backward(self, *flat):
@@ -226,10 +229,7 @@ def overload(schema: str, implementation: Callable | None, fake: Callable):
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name, variant = full_name.split(".")
     found = getattr(getattr(torch.ops.flashmark, name), variant)
-    if implementation is None:
-        run = functools.partial(_load_and_run, found)
-    else:
-        run = _without_autocast(implementation)
+    run = implementation or functools.partial(_load_and_run, found)
     _LIBRARY.impl(full_name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashmark::{full_name}", fake, lib=_LIBRARY)
     return found
@@ -247,22 +247,15 @@ def _load_and_run(overload, *flat):
     return overload(*flat)
 
 
-def _without_autocast(implementation: Callable) -> Callable:
-    """Inside an operator dtypes are chosen already: autocast must not touch its products."""
-
-    def run(*flat):
-        device = next(x for x in flat if x is not None).device.type  # a tangent may be None
-        if not autocast_is_on(device):
-            return implementation(*flat)
-        with torch.autocast(device, enabled=False):
-            return implementation(*flat)
-
-    return run
-
-
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
     """Define `flashmark::<schema>`: one implementation for every device, and a fake one."""
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+
+    @functools.wraps(implementation)
+    def run(first: torch.Tensor, *args):
+        with without_autocast(first.device.type):  # dtypes are chosen already
+            return implementation(first, *args)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashmark::{name}", fake, lib=_LIBRARY)
