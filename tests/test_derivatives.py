@@ -53,6 +53,14 @@ def hybrid(merge, tokens=7, **options):
     return "hybrid_attention", tensors, {"window": 2, "merge": merge, **options}
 
 
+def routed(**options):
+    """Landmarks choose the blocks: they take part in the choice alone, which has no gradient."""
+    _, tensors, _ = block_sparse(9, 9, batch=1, sinks=True)
+    landmarks = helpers.randn(1, 2, 2, dtype=DOUBLE, seed=4)
+    options = {"landmarks": landmarks, "block_size": 2, "top_k": 1, "near": 1} | options
+    return "routed_attention", tensors, options
+
+
 def chosen_blocks(**options):
     _, tensors, _ = block_sparse(7, 7, batch=1, sinks=True)
     block = torch.tensor([-1, -1, 0, 0, 1, 0, 1], dtype=torch.int32)
@@ -91,12 +99,14 @@ CASES = {
     "hybrid-slots-masked": lambda: hybrid("slots", 9, key_mask=HIDDEN),
     "hybrid-mass": lambda: hybrid("mass"),
     "hybrid-gate": lambda: hybrid("gate"),
+    "routed": lambda: routed(),
+    "routed-by-mean": lambda: routed(landmarks=None, softcap=1.5),
     "chosen-blocks": lambda: chosen_blocks(),
     "chosen-blocks-softcap": lambda: chosen_blocks(
         softcap=1.5, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)
     ),
 }  # fmt: skip
-SOME = ["documents", "relative-bias", "nystrom-mass", "hybrid-slots", "chosen-blocks"]
+SOME = ["documents", "relative-bias", "nystrom-mass", "hybrid-slots", "routed", "chosen-blocks"]
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +237,42 @@ def test_vmap(name, which):
     if any(name == "decay" and dim is not None for name, dim in zip(case[1], dims, strict=True)):
         given[list(case[1]).index("decay")].abs_()
     assert_alike(of(attend), of(expected), *given)
+
+
+MODULES = {
+    "block-sparse": lambda: flashmark.nn.BlockSparseAttention(16, 2),
+    "nystrom": lambda: flashmark.nn.NystromAttention(16, 2, 4),
+    "hybrid": lambda: flashmark.nn.HybridAttention(16, 2, 4, window=4),
+    "routed": lambda: flashmark.nn.RoutedAttention(16, 2, block_size=4, top_k=1),
+}
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, x])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", MODULES)
+def test_a_cache_is_refused_where_a_derivative_would_be_lost(name, transform):
+    module = MODULES[name]().requires_grad_(False)
+    cache = module.init_cache(1, 8)
+    with pytest.raises(ValueError, match="^cache: expected a call "):
+        TRANSFORMS[transform](lambda x: module(x, cache=cache), torch.randn(1, 1, 16))
+    assert not cache.length.any()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["nystrom", "hybrid"])
+def test_a_state_is_not_written_where_a_derivative_would_be_lost(name, transform):
+    attend = {
+        "nystrom": flashmark.nystrom_attention,
+        "hybrid": functools.partial(flashmark.hybrid_attention, window=2),
+    }[name]
+    landmarks = helpers.randn(1, 3, 4)
+    x = helpers.randn(1, 1, 2, 4)
+    _, state = attend(x, x, x, landmarks, return_state=True)
+    with pytest.raises(ValueError, match="^state_out: expected a call "):
+        TRANSFORMS[transform](
+            lambda x: attend(x, x, x, landmarks, state=state, state_out=state), x
+        )

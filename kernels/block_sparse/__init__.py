@@ -1,6 +1,7 @@
-"""Block-sparse attention in Triton: forward, backward and decode; kernels, launchers, configs."""
+"""Block-sparse attention in Triton: forward, backward, forward mode and decode; kernels, launchers, configs."""
 
 from .backward import backward
 from .forward import forward
+from .jvp import jvp
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "jvp"]

@@ -15,7 +15,7 @@ import torch
 
 # dK and dV alone, for one query head or for a group of them, and together with dQ
 KEY_PASSES = ("backward_kv", "backward_grouped", "backward_fused")
-PASSES = ("forward", "backward_q", *KEY_PASSES, "decode")
+PASSES = ("forward", "jvp", "backward_q", *KEY_PASSES, "decode")
 
 # how a forward kernel reads its operands; the second needs Hopper
 FORMS = ("pointers", "gluon")
@@ -65,6 +65,14 @@ _HALF = {
         (256, False): Config(64, 64, 8, 2),
         (256, True): Config(64, 32, 8, 2),
     },
+    "jvp": {
+        (64, False): Config(64, 64, 4, 2),
+        (64, True): Config(64, 64, 4, 2),
+        (128, False): Config(64, 64, 8, 2),
+        (128, True): Config(64, 64, 8, 2),
+        (256, False): Config(64, 32, 8, 1),
+        (256, True): Config(64, 32, 8, 1),
+    },
     "backward_q": {
         (64, False): Config(128, 64, 8, 3, registers=128),  # as the forward
         (64, True): Config(128, 64, 8, 2),
@@ -110,12 +118,14 @@ _HALF = {
 # float32 products outside the tensor cores, by width of the head
 _EXACT = {
     "forward": {64: Config(64, 32, 8, 2), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
+    "jvp": {64: Config(32, 32, 8, 2), 128: Config(16, 16, 8, 2), 256: Config(16, 16, 8, 1)},
     "backward_q": {64: Config(32, 32, 8, 2), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
     "keys": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     "decode": {64: Config(16, 32, 4, 2), 128: Config(16, 16, 4, 2), 256: Config(16, 16, 4, 1)},
 }
 _TF32 = {
     "forward": {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+    "jvp": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
     "backward_q": {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
     "keys": {64: Config(16, 64, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
     "decode": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 1)},

@@ -182,6 +182,19 @@ def bias_base(modifiers, b, h, F: tl.constexpr):
 
 
 @triton.jit
+def bias_tile(base, strides, r2, n2, offset, sizes, F: tl.constexpr):
+    """Bias of a tile, float32; 0 outside."""
+    if F.BIAS == "relative":
+        entry = n2 - r2 + (sizes.rows - 1)
+        inside = (entry >= 0) & (entry < sizes.rows + sizes.kv_len - 1)
+    else:
+        i2 = r2 - offset
+        inside = (i2 >= 0) & (i2 < sizes.q_len) & (n2 < sizes.kv_len)
+        entry = i2.to(tl.int64) * strides[2] + n2.to(tl.int64) * strides[3]
+    return tl.load(base + entry, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
     """Logits, up to the `factor` of a plain score, and d capped / d scaled score."""
     slope = 1.0
@@ -193,16 +206,8 @@ def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
         s = qk
     else:
         s = qk * modifiers.scale
-    if F.BIAS == "relative":
-        entry = n2 - r2 + (sizes.rows - 1)
-        inside = (entry >= 0) & (entry < sizes.rows + sizes.kv_len - 1)
-        s += tl.load(base + entry, mask=inside, other=0.0).to(tl.float32)
-    elif F.BIAS == "dense":
-        i2 = r2 - offset
-        inside = (i2 >= 0) & (i2 < sizes.q_len) & (n2 < sizes.kv_len)
-        to_i = i2.to(tl.int64) * modifiers.bias_strides[2]
-        to_n = n2.to(tl.int64) * modifiers.bias_strides[3]
-        s += tl.load(base + (to_i + to_n), mask=inside, other=0.0).to(tl.float32)
+    if F.BIAS != "none":
+        s += bias_tile(base, modifiers.bias_strides, r2, n2, offset, sizes, F)
     return s, slope
 
 

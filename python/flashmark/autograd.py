@@ -76,6 +76,21 @@ def transformed() -> bool:
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
+def check_no_derivative(name: str, *tensors: Tensor | None) -> None:
+    """Refuse to write into the argument `name` where a derivative would have to follow."""
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise ValueError(
+            f"{name}: expected a call without gradients (torch.no_grad), got inputs that require "
+            "one"
+        )
+    if transformed() and not torch.compiler.is_compiling():
+        if transforms().is_transformed(*given):
+            raise ValueError(
+                f"{name}: expected a call outside of torch.func and forward mode, got inputs of one"
+            )
+
+
 @constant_when_traced
 def _in_torch_func() -> bool:
     return torch._C._are_functorch_transforms_active()

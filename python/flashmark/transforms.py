@@ -274,6 +274,11 @@ def has_tangents(*tensors: Tensor | None) -> bool:
     return False
 
 
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether some tensor belongs to a transform of torch.func, or has a tangent."""
+    return any(map(_functorch.is_functorch_wrapped_tensor, tensors)) or has_tangents(*tensors)
+
+
 def mask_of(mask, batch: int, heads: int, q_len: int, kv_len: int, device) -> BlockMask | Mask:
     """`block_mask_for` where transforms may be active: an expression stays one where it reads
     mapped tensors."""

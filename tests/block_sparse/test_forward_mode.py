@@ -92,14 +92,37 @@ def test_tangents_match_float64(name, backend):
             helpers.assert_close(x, y, budget)
 
 
+HALF_CASES = ["window", "documents", "relative-bias", "dense-bias", "dropout", "of-value", "of-sinks"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("backend", helpers.BACKENDS)
-def test_half_precision_rounds_the_results_alone(backend, dtype):
-    found = tangents_of(CASES["window"], backend, dtype, False)
-    wanted = tangents_of(CASES["window"], "eager", dtype, True)
-    unit = torch.finfo(dtype).eps
-    for part, part64 in zip(found, wanted, strict=True):
-        helpers.assert_close(part[0], part64[0], unit)
+@pytest.mark.parametrize("name", [*HALF_CASES, "odd"])
+def test_half_precision_is_as_exact_as_the_definition_in_it(name, backend, dtype):
+    given = case(31, 45, WINDOW, dim=17, v_dim=5) if name == "odd" else CASES[name]
+    found = tangents_of(given, backend, dtype, False)
+    wanted = tangents_of(given, "reference", dtype, True)
+    plain = tangents_of(given, "reference", dtype, False)
+    for part, part64, same in zip(found, wanted, plain, strict=True):
+        error = helpers.relative_error(same[0], part64[0])
+        helpers.assert_close(part[0], part64[0], 2 * error + torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+def test_memory_beyond_the_keys_of_a_sample_reaches_nothing(backend, dtype):
+    """An odd number of keys: products in bfloat16 take two at a time."""
+    x = helpers.randn(2, 1, 70, 16, dtype=dtype)
+    lengths = torch.tensor([33, 70])
+    held, along = x.clone(), x.cos()
+    for memory in (held, along):
+        memory[0, :, 33:] = float("nan")
+
+    def attend(k, v):
+        return flashmark.block_sparse_attention(x, k, v, kv_lengths=lengths, backend=backend)
+
+    for found in torch.func.jvp(attend, (held, held), (along, along)):
+        assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", helpers.BACKENDS)

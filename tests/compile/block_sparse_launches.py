@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from flashmark import masks
-from flashmark.block_sparse.call import Call, Saved
+from flashmark.block_sparse.call import Call, Grads, Saved
 from flashmark.kernels import block_sparse
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -17,7 +17,7 @@ Q_LEN, HEADS = 1024, 4
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One call. `pass_`: "forward", "two-pass", "two-pass-grouped", "one-pass" or "decode"."""
+    """One call. `pass_` is one of PASSES."""
 
     pass_: str
     dim: int
@@ -58,6 +58,8 @@ class Launch:
         try:
             if self.pass_ in ("forward", "decode"):
                 block_sparse.forward(call)
+            elif self.pass_ == "jvp":
+                block_sparse.jvp(call, Grads(query, key, key, bias, None))
             else:
                 lse = torch.zeros(1, HEADS, Q_LEN)
                 residual = lse.new_zeros(0) if bias is None else torch.zeros_like(lse)
@@ -66,7 +68,7 @@ class Launch:
             torch.set_float32_matmul_precision(plain)
 
 
-PASSES = ("forward", "two-pass", "two-pass-grouped", "one-pass", "decode")
+PASSES = ("forward", "jvp", "two-pass", "two-pass-grouped", "one-pass", "decode")
 FEATURES = ("relative", "dense", "dropout", "softcap")
 
 

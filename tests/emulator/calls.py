@@ -33,6 +33,11 @@ EXACT = {
     "decode": Case(mask=masks.causal(), q_len=2, kv_len=300, rows=300, kv_heads=1, dim=64,
                    query_offset=(255,), dtype=HALF),
 }  # fmt: skip
+TANGENTS = {
+    "window": PLAIN,
+    "D=128": dataclasses.replace(PLAIN, dim=128),
+    "relative bias, sinks": dataclasses.replace(PLAIN, bias=(2, 299), sinks=True),
+}
 NYSTROM = {
     "landmarks": NystromCase(150, 64, dim=64, v_dim=64),
     "decay, state": NystromCase(150, 16, decay=0.3, state=True),
@@ -53,6 +58,8 @@ def calls(arch: int) -> dict[str, Callable[[], Errors]]:
     found: dict[str, Callable[[], Errors]] = {}
     for name, case in EXACT.items():
         found[f"block-sparse: {name}"] = functools.partial(block_sparse, case)
+    for name, case in TANGENTS.items():
+        found[f"block-sparse: forward mode, {name}"] = functools.partial(tangents, case)
     if arch == 90:
         found["block-sparse: window, Gluon"] = functools.partial(hopper_form, "gluon")
     for name, case in NYSTROM.items():
@@ -96,6 +103,17 @@ def block_sparse(case: Case) -> Errors:
         for deterministic in (True, False):
             got += call.backward(out, lse, deterministic).items()
     return _compare(call, got)
+
+
+def tangents(case: Case) -> Errors:
+    """Outputs and their tangents, in forward mode."""
+    call = Call(case, torch.device("cpu"))
+    along = call.directions()
+    wanted, plain = call.reference_jvp(along), call.reference_jvp(along, case.dtype)
+    return _worst(
+        (relative_error(x, wanted[name]), relative_error(plain[name], wanted[name]))
+        for name, x in call.jvp(along).items()
+    )
 
 
 def hopper_form(name: str) -> Errors:

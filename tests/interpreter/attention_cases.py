@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import torch
+import torch._decomp.decompositions_for_jvp  # compiles functions, before tests replace some
 from torch import Tensor
 
 from flashmark import masks, reference
 from flashmark.block_sparse.call import Call as SparseCall
-from flashmark.block_sparse.call import Saved
+from flashmark.block_sparse.call import Grads, Saved
 from flashmark.kernels import block_sparse
 from tests.helpers import poisoned, relative_error
 
+NAMES = ("query", "key", "value", "bias", "sinks")
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 
 
@@ -105,20 +108,50 @@ class Call:
         """{"d query": ..., ...}, without what has no gradient."""
         saved = Saved(out, lse, lse.new_zeros(0 if self.bias is None else lse.shape))
         grads = module.backward(self.checked(deterministic), saved, self.dout, self.dlse)
-        names = ("query", "key", "value", "bias", "sinks")
-        return {f"d {n}": g for n, g in zip(names, grads, strict=True) if g is not None}
+        return {f"d {n}": g for n, g in zip(NAMES, grads, strict=True) if g is not None}
 
-    def reference(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Outputs and gradients by the definition, computed in `dtype`."""
-        tensors = {n: getattr(self, n) for n in ("query", "key", "value", "bias", "sinks")}
-        leaves = {
-            n: t.to(dtype).masked_fill(t.isnan(), 0.0).requires_grad_()
-            for n, t in tensors.items()
-            if t is not None
+    def directions(self, only: Iterable[str] = NAMES) -> Grads:
+        """A tangent for each tensor in `only`, NaN where the tensor is."""
+        draw = torch.Generator().manual_seed(1)
+
+        def of(name: str) -> Tensor | None:
+            x = getattr(self, name)
+            if x is None or name not in only:
+                return None
+            tangent = torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x.dtype)
+            return tangent.to(x.device).masked_fill(x.isnan(), float("nan"))
+
+        return Grads(*map(of, NAMES))
+
+    def jvp(self, tangents: Grads) -> dict[str, Tensor]:
+        """Outputs and their tangents."""
+        saved, others = block_sparse.jvp(self.checked(), tangents)
+        return dict(zip(("out", "lse", "d out", "d lse"), (*saved[:2], *others), strict=True))
+
+    def reference_jvp(self, tangents: Grads, dtype: torch.dtype = torch.float64):
+        """`jvp` by the definition, computed in `dtype`."""
+        given = self._tensors(dtype)
+        along = {n: x for n, x in zip(NAMES, tangents, strict=True) if x is not None}
+
+        def outputs(*some: Tensor) -> tuple[Tensor, Tensor]:
+            return self._by_definition(given | dict(zip(along, some, strict=True)))
+
+        primals = tuple(given[n] for n in along)
+        pairs = torch.func.jvp(
+            outputs, primals, tuple(x.nan_to_num(0.0).to(dtype) for x in along.values())
+        )
+        return dict(zip(("out", "lse", "d out", "d lse"), (*pairs[0], *pairs[1]), strict=True))
+
+    def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = {n: getattr(self, n) for n in NAMES}
+        return {
+            n: t.to(dtype).masked_fill(t.isnan(), 0.0) for n, t in tensors.items() if t is not None
         }
+
+    def _by_definition(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         case = self.case
-        out, lse = reference.block_sparse_attention(
-            **leaves,
+        return reference.block_sparse_attention(
+            **tensors,
             mask=self.mask,
             query_offset=self.offset,
             kv_lengths=self.lengths,
@@ -128,6 +161,11 @@ class Call:
             scale=self.scale,
             return_lse=True,
         )
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Outputs and gradients by the definition, computed in `dtype`."""
+        leaves = {n: t.requires_grad_() for n, t in self._tensors(dtype).items()}
+        out, lse = self._by_definition(leaves)
         loss = (out * self.dout.to(dtype)).sum()
         if self.dlse is not None:
             finite = lse.isfinite()
@@ -136,16 +174,18 @@ class Call:
         named = {f"d {n}": g for n, g in zip(leaves, grads, strict=True)}
         return {"out": out.detach(), "lse": lse.detach(), **named}
 
-    def budget(self, expected: dict[str, Tensor]) -> dict[str, float]:
+    def budget(
+        self, expected: dict[str, Tensor], plain: dict[str, Tensor] | None = None
+    ) -> dict[str, float]:
         """Allowed relative error: 1e-5 and 5e-5 in float32, else from what plain PyTorch reaches in
-        that dtype.
+        that dtype, `plain`.
         """
         dtype = self.case.dtype
         if dtype == torch.float32:
             largest = expected["lse"].masked_fill(expected["lse"].isinf(), 0.0).abs().max()
             slack = 4 * ROUNDING[dtype] * float(largest)
             return {n: (5e-5 if n.startswith("d ") else 1e-5) + slack for n in expected}
-        plain = self.reference(dtype)
+        plain = self.reference(dtype) if plain is None else plain
         return {
             n: 2 * relative_error(plain[n], expected[n]) + 4 * ROUNDING[dtype] for n in expected
         }

@@ -1,4 +1,4 @@
-// Forward mode on CPUs: outputs and their tangents in one pass, in float32 for every dtype.
+// Forward mode on CPUs: outputs and their tangents in one pass.
 #include "block_sparse/jvp.h"
 
 #include <ATen/Functions.h>
@@ -15,25 +15,46 @@ namespace {
 constexpr size_t TANGENTS = 5;  // of query, key, value, bias, sinks: they come before the call
 constexpr size_t BIAS = 7;      // place of the bias in a call
 
-Tensor floats(const Tensor& x) {
-  const Tensor same = x.to(at::kFloat);
-  return same.stride(-1) == 1 || same.size(-1) == 1 ? same : same.contiguous();
+at::ScalarType type_of_products(at::ScalarType dtype) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if (dtype == at::kBFloat16 && bfloat16_products()) return at::kBFloat16;
+#endif
+  return at::kFloat;
 }
 
-// (B, Hkv, Nk, Dv) -> (B, Hkv, blocks, Dv, block), 0 beyond the end.
-Tensor transposed_blocks(const Tensor& value, int64_t block, int64_t blocks) {
-  const int64_t missing = blocks * block - value.size(2);
-  const Tensor padded = at::constant_pad_nd(value.to(at::kFloat), {0, 0, 0, missing});
-  return padded.view({value.size(0), value.size(1), blocks, block, value.size(3)})
-      .transpose(3, 4)
-      .contiguous();
+// An operand in the type of the products, with a last dimension that they take.
+Tensor operand(const Tensor& x, at::ScalarType type, int64_t dim) {
+  const int64_t missing = dim - x.size(-1);
+  const Tensor whole = missing == 0 ? x.to(type) : at::constant_pad_nd(x.to(type), {0, missing});
+  return whole.stride(-1) == 1 || dim == 1 ? whole : whole.contiguous();
 }
 
-template <int64_t W>
+// (B, Hkv, Nk, Dv) -> (B, Hkv, blocks, Dv, block). What lies beyond a sample's keys is not set, but
+// for the zero that a pair of keys needs.
+template <typename C>
+Tensor transposed_blocks(const Problem& p, const Tensor& value, int64_t block, int64_t blocks) {
+  const Tensor to = at::empty({p.batch, p.kv_heads, blocks, p.v_dim, block}, value.options());
+  at::parallel_for(0, p.batch * p.kv_heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t x = begin; x < end; x++) {
+      const int64_t pair = x / blocks, b = pair / p.kv_heads, h = pair % p.kv_heads;
+      const int64_t first = x % blocks * block;
+      const int64_t n = std::clamp<int64_t>(p.keys(b) - first, 0, block);
+      const C* from = value.const_data_ptr<C>() + b * value.stride(0) + h * value.stride(1) +
+                      first * value.stride(2);
+      C* block_t = to.mutable_data_ptr<C>() + x * p.v_dim * block;
+      transpose(from, value.stride(2), n, p.v_dim, block_t, block);
+      if (PAIRED<C> && n % 2 != 0)
+        for (int64_t d = 0; d < p.v_dim; d++) block_t[d * block + n] = C(0.f);
+    }
+  });
+  return to;
+}
+
+template <typename C, int64_t W>
 void run(const Problem& p, const JvpTensors& x) {
   const int64_t tiles = p.max_tiles();
   share_items(p.batch * p.heads * tiles, [&](const auto& next) {
-    JvpTile<W> worker(p, x);
+    JvpTile<C, W> worker(p, x);
     for (int64_t item = next(); item >= 0; item = next()) {
       const int64_t b = item / tiles / p.heads, h = item / tiles % p.heads;
       const int64_t rank = item % tiles, count = p.tiles(b);
@@ -61,25 +82,36 @@ Results jvp(const BlockSparseCall& a, const PreparedProblem* tbias,
   }
   const PreparedProblem prepared(a);
   const Problem& p = prepared.problem;
-  const auto given = [](const OptionalTensor& t) {
-    return t ? t->to(at::kFloat).contiguous() : Tensor();
+  const at::ScalarType type = a.query.scalar_type();
+  const auto given = [&](const OptionalTensor& t) {
+    return t ? operand(*t, type, p.dim).contiguous() : Tensor();
   };
-  const auto pointer = [](const Tensor& t) {
-    return t.defined() ? t.const_data_ptr<float>() : nullptr;
+  const auto blocks_of = [&](const Tensor& value, const JvpTensors& x) {
+    const Tensor whole = operand(value, type, p.v_dim);
+    return type == at::kFloat ? transposed_blocks<float>(p, whole, x.block, x.blocks)
+                              : transposed_blocks<BFloat16>(p, whole, x.block, x.blocks);
   };
+  const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
   JvpTensors x{};
   x.block = std::min(VALUE_BLOCK, (p.kv_len + 15) / 16 * 16);
   x.blocks = (p.kv_len + x.block - 1) / x.block;
-  const Tensor tq = given(tquery), tk = given(tkey), ts = given(tsinks);
-  const Tensor value_t = transposed_blocks(a.value, x.block, x.blocks);
-  const Tensor tvalue_t = tvalue ? transposed_blocks(*tvalue, x.block, x.blocks) : Tensor();
-  x.tquery = pointer(tq), x.tkey = pointer(tk), x.tsinks = pointer(ts);
+  const Tensor tq = given(tquery), tk = given(tkey), value_t = blocks_of(a.value, x);
+  const Tensor tvalue_t = tvalue ? blocks_of(*tvalue, x) : Tensor();
+  const Tensor ts = tsinks ? tsinks->to(at::kFloat).contiguous() : Tensor();
+  x.tquery = pointer(tq), x.tkey = pointer(tk);
+  x.tsinks = ts.defined() ? ts.const_data_ptr<float>() : nullptr;
   x.value_t = pointer(value_t), x.tvalue_t = pointer(tvalue_t);
   x.tbias = tbias ? &tbias->problem : nullptr;
   x.out = out.mutable_data_ptr<float>(), x.lse = lse.mutable_data_ptr<float>();
   x.residual = a.bias ? r.residual.mutable_data_ptr<float>() : nullptr;
   x.tout = r.tout.mutable_data_ptr<float>(), x.tlse = r.tlse.mutable_data_ptr<float>();
-  p.tile_q == 64 ? run<64>(p, x) : run<16>(p, x);
+#if defined(CPU_CAPABILITY_AVX512)
+  if (type == at::kBFloat16) {
+    p.tile_q == 64 ? run<BFloat16, 64>(p, x) : run<BFloat16, 16>(p, x);
+    return r;
+  }
+#endif
+  p.tile_q == 64 ? run<float, 64>(p, x) : run<float, 16>(p, x);
   return r;
 }
 
@@ -87,9 +119,11 @@ void block_sparse_jvp_op(const c10::OperatorHandle& op, torch::jit::Stack* stack
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
   const size_t count = op.schema().arguments().size(), first = stack->size() - count;
   const at::ScalarType dtype = (*stack)[first + TANGENTS].toTensor().scalar_type();
+  const at::ScalarType type = type_of_products(dtype);
   for (size_t n = 0; n < 3; n++) {  // query, key, value
     c10::IValue& x = (*stack)[first + TANGENTS + n];
-    x = floats(x.toTensor());
+    const int64_t dim = x.toTensor().size(-1);
+    x = operand(x.toTensor(), type, n < 2 && type != at::kFloat ? (dim + 1) / 2 * 2 : dim);
   }
   Results r;
   {

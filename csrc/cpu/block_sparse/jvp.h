@@ -4,6 +4,7 @@
 // Two tiles lie side by side: S^T | dS^T (keys, 2 W), and P^T | (P dS)^T after the softmax.
 //   S^T | K dQ^T = K (Q^T | dQ^T),  dS^T = K dQ^T + dK Q^T
 //   O^T | U^T += V^T (P^T | (P dS)^T),  U^T += dV^T P^T
+// Without tangents of the scores the right halves of both are left out.
 //   dlse = sum P dS + P_sink dsink,  dO = U - dlse O
 #pragma once
 #include <vector>
@@ -14,30 +15,34 @@
 
 namespace flashmark {
 
+// Operands are of the type C of the products, and have an even dim where that is paired.
 struct JvpTensors {
-  const float *tquery, *tkey;       // contiguous, in the shapes of query and key; or null
-  const float *value_t, *tvalue_t;  // (batch, kv_heads, blocks, v_dim, block); tvalue_t or null
+  const void *tquery, *tkey;       // contiguous, in the shapes of query and key; or null
+  const void *value_t, *tvalue_t;  // (batch, kv_heads, blocks, v_dim, block); tvalue_t or null
   int64_t blocks, block;            // keys of a block
   const float* tsinks;              // (heads,) or null
   const Problem* tbias;             // with the bias's tangents in place of the bias; or null
   float *out, *lse, *residual, *tout, *tlse;  // contiguous; residual may be null
 };
 
-template <int64_t W>
+template <typename C, int64_t W>
 class JvpTile {
  public:
   JvpTile(const Problem& problem, const JvpTensors& tensors)
       : p(problem),
         x(tensors),
         logits(needs_logits(problem)),
+        sloped(tensors.tquery || tensors.tkey || tensors.tbias),
         units(problem),
         scores(CHUNK * WIDTH),
         bias(p.dense_bias ? CHUNK * W : 0),
+        weights(PAIRED<C> ? CHUNK * WIDTH : 0),
         queries(p.dim * WIDTH),
+        query_rows(p.dim * W),
         acc(p.v_dim * WIDTH),
         rows(2 * W * p.v_dim),
         keep(p.dropout ? CHUNK : 0) {}
-  ~JvpTile() { release_products<float>(); }
+  ~JvpTile() { release_products<C>(); }
 
   void run(int64_t b_, int64_t h_, int64_t tile_) {
     b = b_, h = h_, tile = tile_, kv_head = h / p.group();
@@ -60,14 +65,15 @@ class JvpTile {
   };
 
   void load_queries() {
-    const int64_t lo = columns.lo, n = columns.hi - lo, row = columns.query0 + lo;
-    std::fill(queries + 0, queries + p.dim * WIDTH, 0.f);
-    const float* query = static_cast<const float*>(p.query) + b * p.query_strides.batch +
-                         h * p.query_strides.head + row * p.query_strides.row;
-    transpose_words(query, p.query_strides.row, n, p.dim, queries + lo, WIDTH);
+    const C* query = static_cast<const C*>(p.query) + b * p.query_strides.batch +
+                     h * p.query_strides.head + columns.query0 * p.query_strides.row;
+    pack_columns<C, C>(query, p.query_strides.row, columns.lo, columns.hi, W, p.dim, queries,
+                       query_rows, WIDTH);
     if (!x.tquery) return;
-    const float* tquery = x.tquery + ((b * p.heads + h) * p.q_len + row) * p.dim;
-    transpose_words(tquery, p.dim, n, p.dim, queries + W + lo, WIDTH);
+    const C* tquery = static_cast<const C*>(x.tquery) +
+                      ((b * p.heads + h) * p.q_len + columns.query0) * p.dim;
+    pack_columns<C, C>(tquery, p.dim, columns.lo, columns.hi, W, p.dim,
+                       queries + (PAIRED<C> ? 2 * W : W), query_rows, WIDTH);
   }
 
   void take(int64_t first, int64_t n, const KeyBits& bits) {
@@ -77,7 +83,7 @@ class JvpTile {
       ranges.push_back({first + j, some, used, bits.masked() ? bits.from(j) : bits});
       used += some;
       j += some;
-      if (used == CHUNK) flush();
+      if (used == CHUNK || (PAIRED<C> && used % 2 != 0)) flush();
     }
   }
 
@@ -97,13 +103,17 @@ class JvpTile {
 
   void multiply_keys(const Range& r) {
     float* s = scores + r.row * WIDTH;
-    const float* key = static_cast<const float*>(p.key) + b * p.key_strides.batch +
-                       kv_head * p.key_strides.head + r.first * p.key_strides.row;
-    // without tangents of the query, those columns of `queries` are 0
-    product<float>(r.n, WIDTH, p.dim, key, p.key_strides.row, queries, WIDTH, s, WIDTH, false);
-    if (!x.tkey) return;
-    const float* tkey = x.tkey + ((b * p.kv_heads + kv_head) * p.kv_len + r.first) * p.dim;
-    product<float>(r.n, W, p.dim, tkey, p.dim, queries, WIDTH, s + W, WIDTH, true);
+    const C* key = static_cast<const C*>(p.key) + b * p.key_strides.batch +
+                   kv_head * p.key_strides.head + r.first * p.key_strides.row;
+    product<C>(r.n, x.tquery ? WIDTH : W, p.dim, key, p.key_strides.row, queries, WIDTH, s, WIDTH,
+               false);
+    if (x.tkey) {
+      const C* tkey = static_cast<const C*>(x.tkey) +
+                      ((b * p.kv_heads + kv_head) * p.kv_len + r.first) * p.dim;
+      product<C>(r.n, W, p.dim, tkey, p.dim, queries, WIDTH, s + W, WIDTH, x.tquery != nullptr);
+    } else if (!x.tquery) {  // left for the bias's
+      for (int64_t j = 0; j < r.n; j++) std::fill_n(s + j * WIDTH + W, W, 0.f);
+    }
   }
 
   // scale, softcap and bias, in that order, and their tangents.
@@ -180,24 +190,54 @@ class JvpTile {
       m[v] = next;
     }
     if (moved && started) scale_sums();
-    for (int64_t j = 0; j < used; j++) {
-      float* s = scores + j * WIDTH;
-      for (int64_t v = 0; v < NV; v++) {
-        const int64_t c = v * LANES;
-        const Vec logit = Vec::loadu(s + c);
-        Vec w = exp2_vec(logits ? (logit - shift[v]) * unit
-                                : at::vec::fmsub(logit, factor, shift[v]));
-        Vec d = w * (Vec::loadu(s + W + c) * slope);
-        l[v] = l[v] + w;
-        t[v] = t[v] + d;
-        if (p.dropout) {
-          w = select_bits(keep[j], c, w, Vec(0.f));
-          d = select_bits(keep[j], c, d, Vec(0.f));
+    if (p.dropout) {
+      logits ? weigh<true, true>(unit, shift, slope) : weigh<true, false>(factor, shift, slope);
+    } else {
+      logits ? weigh<false, true>(unit, shift, slope) : weigh<false, false>(factor, shift, slope);
+    }
+  }
+
+  // Weights and their products with the tangents, in place of the scores or in `weights`.
+  template <bool DROPOUT, bool NATURAL>
+  void weigh(Vec factor, const Vec* shift, Vec slope) {
+    Vec sum[NV], slopes[NV];  // in registers
+    for (int64_t v = 0; v < NV; v++) sum[v] = l[v], slopes[v] = t[v];
+    const auto weight = [&](int64_t j, int64_t v, Vec& w, Vec& d) {
+      const float* s = scores + j * WIDTH + v * LANES;
+      const Vec logit = Vec::loadu(s);
+      w = exp2_vec(NATURAL ? (logit - shift[v]) * factor
+                           : at::vec::fmsub(logit, factor, shift[v]));
+      d = w * (Vec::loadu(s + W) * slope);
+      sum[v] = sum[v] + w;
+      slopes[v] = slopes[v] + d;
+      if constexpr (DROPOUT) {
+        w = select_bits(keep[j], v * LANES, w, Vec(0.f));
+        d = select_bits(keep[j], v * LANES, d, Vec(0.f));
+      }
+    };
+    if constexpr (PAIRED<C>) {
+#if defined(CPU_CAPABILITY_AVX512)
+      for (int64_t j = 0; j < used; j += 2) {
+        for (int64_t v = 0; v < NV; v++) {
+          Vec w[2] = {Vec(0.f), Vec(0.f)}, d[2] = {Vec(0.f), Vec(0.f)};
+          for (int64_t k = 0; k < std::min<int64_t>(2, used - j); k++) weight(j + k, v, w[k], d[k]);
+          C* to = weights + j * WIDTH + v * LANES * 2;
+          store_pairs(to, round_bfloat16(w[0]), round_bfloat16(w[1]));
+          store_pairs(to + 2 * W, round_bfloat16(d[0]), round_bfloat16(d[1]));
         }
-        w.store(s + c);
-        d.store(s + W + c);
+      }
+#endif
+    } else {
+      for (int64_t j = 0; j < used; j++) {
+        for (int64_t v = 0; v < NV; v++) {
+          Vec w, d;
+          weight(j, v, w, d);
+          w.store(scores + j * WIDTH + v * LANES);
+          d.store(scores + j * WIDTH + W + v * LANES);
+        }
       }
     }
+    for (int64_t v = 0; v < NV; v++) l[v] = sum[v], t[v] = slopes[v];
   }
 
   void scale_sums() {  // by alpha; 0 where that is 0, even where a masked key was not finite
@@ -212,13 +252,24 @@ class JvpTile {
   void add_values(const Range& r) {
     const int64_t at = (((b * p.kv_heads + kv_head) * x.blocks + r.first / x.block) * p.v_dim) *
                            x.block + r.first % x.block;
-    const float* weights = scores + r.row * WIDTH;
-    product<float>(p.v_dim, WIDTH, r.n, x.value_t + at, x.block, weights, WIDTH, acc, WIDTH,
-                   started);
+    const C* second;
+    if constexpr (PAIRED<C>) {
+      second = weights + r.row * WIDTH;
+    } else {
+      second = scores + r.row * WIDTH;
+    }
+    const int64_t n = padded<C>(r.n);
+    const C* value_t = static_cast<const C*>(x.value_t) + at;
+    product<C>(p.v_dim, sloped ? WIDTH : W, n, value_t, x.block, second, WIDTH, acc, WIDTH,
+               started);
+    if (x.tvalue_t) {
+      const C* tvalue_t = static_cast<const C*>(x.tvalue_t) + at;
+      product<C>(p.v_dim, W, n, tvalue_t, x.block, second, WIDTH, acc + W, WIDTH,
+                 started || sloped);
+    } else if (!sloped && !started) {
+      for (int64_t d = 0; d < p.v_dim; d++) std::fill_n(acc + d * WIDTH + W, W, 0.f);
+    }
     started = true;
-    if (x.tvalue_t)
-      product<float>(p.v_dim, W, r.n, x.tvalue_t + at, x.block, weights, WIDTH, acc + W, WIDTH,
-                     true);
   }
 
   void finish() {
@@ -252,7 +303,7 @@ class JvpTile {
 
   const Problem& p;
   const JvpTensors& x;
-  const bool logits;
+  const bool logits, sloped;
   const Units units;
   bool started = false;
   int64_t b = 0, h = 0, tile = 0, kv_head = 0, used = 0;
@@ -260,7 +311,9 @@ class JvpTile {
   std::vector<Range> ranges;
   Vec m[NV], l[NV], t[NV];
   float alpha[W];
-  Scratch<float> scores, bias, queries, acc, rows;
+  Scratch<float> scores, bias;
+  Scratch<C> weights, queries, query_rows;
+  Scratch<float> acc, rows;
   Scratch<uint64_t> keep;
 };
 

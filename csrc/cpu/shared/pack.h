@@ -144,13 +144,14 @@ void pack_rows(const T* from, int64_t ld_from, int64_t rows, int64_t cols, C* to
 
 // Second operand of a product over the columns: the transpose of `width` rows of `cols` elements,
 // of which only [lo, hi) are read and the others are 0. [cols][width], or [cols / 2][width][2]
-// padded with a zero column. `rows` (width, padded(cols)) is scratch.
+// padded with a zero column. `rows` (width, padded(cols)) is scratch; `to` has rows of ld_to, or
+// pairs of rows of 2 ld_to, elements.
 template <typename T, typename C>
 void pack_columns(const T* from, int64_t ld_from, int64_t lo, int64_t hi, int64_t width,
-                  int64_t cols, C* to, C* rows) {
+                  int64_t cols, C* to, C* rows, int64_t ld_to) {
   const int64_t even = padded<C>(cols);
   if constexpr (std::is_same_v<T, float>) {
-    if (lo == 0 && hi == width) return transpose_words(from, ld_from, width, cols, to, width);
+    if (lo == 0 && hi == width) return transpose_words(from, ld_from, width, cols, to, ld_to);
   }
   for (int64_t r = 0; r < width; r++) {
     C* row = rows + r * even;
@@ -163,7 +164,13 @@ void pack_columns(const T* from, int64_t ld_from, int64_t lo, int64_t hi, int64_
   }
   const int64_t words = even * static_cast<int64_t>(sizeof(C)) / 4;
   transpose_words(reinterpret_cast<const float*>(rows), words, width, words,
-                  reinterpret_cast<float*>(to), width);
+                  reinterpret_cast<float*>(to), ld_to);
+}
+
+template <typename T, typename C>
+void pack_columns(const T* from, int64_t ld_from, int64_t lo, int64_t hi, int64_t width,
+                  int64_t cols, C* to, C* rows) {
+  pack_columns(from, ld_from, lo, hi, width, cols, to, rows, width);
 }
 
 }  // namespace flashmark

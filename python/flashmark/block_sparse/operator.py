@@ -64,9 +64,9 @@ OPERATOR = Operator(
         "residual": ("BH.",),
     },
     unfoldable={"dropout_seed": "BH"},
-    jvp={  # tiled PyTorch on GPUs too
+    jvp={
         "eager": "flashmark.block_sparse.eager_jvp",
-        "triton": "flashmark.block_sparse.eager_jvp",
+        "triton": "flashmark.kernels.block_sparse",
         "cpu": None,
     },
     forward_flops=_forward_flops,

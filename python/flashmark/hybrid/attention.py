@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashmark import reference
 from flashmark.arguments import Landmarks, check_key_mask, check_qkv, finite
-from flashmark.autograd import refuse_tracing, under_autocast, unit_stride
+from flashmark.autograd import check_no_derivative, refuse_tracing, under_autocast, unit_stride
 from flashmark.hybrid import far_field
 from flashmark.hybrid.call import MERGES, Call, Options, check_merge, check_window, parts_of
 from flashmark.hybrid.far_field import Far
@@ -92,6 +92,9 @@ def hybrid_attention(
     Raises:
         ValueError, TypeError: an argument out of range, or of the wrong shape, dtype or device.
         flashmark.BackendUnavailable: the named backend cannot run here.
+
+    Forward mode and derivatives of gradients keep the visible tiles of the near field, and of the
+    far field what those of `block_sparse_attention` and `nystrom_attention` keep.
     """
     if is_sharded(query, key, value, landmarks, gate, core):
         return call_on_shards(hybrid_attention, **locals())
@@ -124,8 +127,8 @@ def hybrid_attention(
     if state_out is not None:
         if state_out is not state:
             check_state("state_out", state_out, *sizes)
-        if torch.is_grad_enabled():
-            _check_no_gradient(query, key, value, lq, lk, core, gate, state, state_out)
+        held = (*tensors_of(state_out), *(() if state is None else tensors_of(state)))
+        check_no_derivative("state_out", query, key, value, lq, lk, core, gate, *held)
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
         core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
@@ -146,15 +149,6 @@ def _fields_of(state: HybridState | None) -> tuple[Tensor | None, ...]:
         return (None,) * 7
     *held, first, last = (x.contiguous() for x in tensors_of(state))
     return (*held, first, None, last) if len(held) == 4 else (*held, first, last)
-
-
-def _check_no_gradient(*given) -> None:
-    tensors = (x for x in torch.utils._pytree.tree_leaves(given) if isinstance(x, Tensor))
-    if any(x.requires_grad for x in tensors):
-        raise ValueError(
-            "state_out: expected a call without gradients (torch.no_grad), got inputs that "
-            "require one"
-        )
 
 
 class HybridStatistics(NamedTuple):

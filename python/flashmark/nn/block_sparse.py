@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashmark.autograd import reached
+from flashmark.autograd import check_no_derivative, reached
 from flashmark.block_sparse import block_sparse_attention
 from flashmark.hybrid.layout import PackedRows
 from flashmark.masks import Mask, causal
 from flashmark.masks.cache import compiled
-from flashmark.nn.cache import KeyValueCache, check_cache, check_no_gradient
+from flashmark.nn.cache import KeyValueCache, check_cache
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import Packing, check_packed, check_tokens, packed_places
@@ -149,7 +149,7 @@ class BlockSparseAttention(ProjectedAttention):
         if cache is None:
             out = block_sparse_attention(query, key, value, mask, kv_lengths=counts, **options)
             return reached(out, self.sinks)
-        check_no_gradient(query, key, value)
+        check_no_derivative("cache", query, key, value)
         offset = cache.length - first
         cache.append(key, value, first, query.shape[2] if counts is None else counts)
         return block_sparse_attention(

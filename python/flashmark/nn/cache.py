@@ -196,10 +196,3 @@ def check_cache(cache: Any, kind: type[Any], x: Tensor, key_mask: Tensor | None)
             raise ValueError(
                 f"cache: expected room for {needed} tokens, got max_length {cache.max_length}"
             )
-
-
-def check_no_gradient(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError(
-            "cache: expected a call without gradients (torch.no_grad), got inputs that require one"
-        )

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashmark.arguments import readable
-from flashmark.autograd import reached, without_autocast
+from flashmark.autograd import check_no_derivative, reached, without_autocast
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.call import MERGES
 from flashmark.hybrid.step import masked_step
-from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
+from flashmark.nn.cache import StateCache, check_cache
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_packed, check_tokens, packed_places
@@ -159,7 +159,7 @@ class HybridAttention(ProjectedAttention):
             learned = self.gate.parameters() if isinstance(self.gate, nn.Module) else [self.gate]
             out = reached(out, self.landmarks, *learned)
         else:
-            check_no_gradient(query, key, value)
+            check_no_derivative("cache", query, key, value)
             rows = (key, value) if key_mask is None else _rows(key_mask, key, value)
             core = self._core(cache)
             taking_part = key_mask if active is None else active

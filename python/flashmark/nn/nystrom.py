@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmark.autograd import reached
-from flashmark.nn.cache import StateCache, check_cache, check_no_gradient
+from flashmark.autograd import check_no_derivative, reached
+from flashmark.nn.cache import StateCache, check_cache
 from flashmark.nn.projected import ProjectedAttention
 from flashmark.nn.tokens import Packing, check_packed, check_tokens
 from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
@@ -115,7 +115,7 @@ class NystromAttention(ProjectedAttention):
             )  # fmt: skip
             out = reached(out, self.landmarks, self.landmark_decay)
         else:
-            check_no_gradient(query, key, value)
+            check_no_derivative("cache", query, key, value)
             if cache.core is None:
                 kind = "softmax" if self.normalize == "landmark" else "kernel"
                 cache.core = landmark_core(self.landmarks, kind=kind)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flashmark.autograd import reached
-from flashmark.nn.cache import KeyValueCache, check_cache, check_no_gradient
+from flashmark.autograd import check_no_derivative, reached
+from flashmark.nn.cache import KeyValueCache, check_cache
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import Packing, check_packed, check_tokens, packed_places
@@ -212,7 +212,7 @@ class RoutedAttention(ProjectedAttention):
         return reached(out, self.landmarks, self.sinks)
 
     def _decode(self, query, key, value, counts, cache: RoutedCache, first, offset) -> Tensor:
-        check_no_gradient(query, key, value)
+        check_no_derivative("cache", query, key, value)
         new = query.shape[2]
         counts = new if counts is None else counts
         cache.append(key, value, first, counts)

@@ -18,7 +18,7 @@ from flashmark.arguments import (
     finite,
     flag,
 )
-from flashmark.autograd import refuse_tracing, under_autocast, unit_stride
+from flashmark.autograd import check_no_derivative, refuse_tracing, under_autocast, unit_stride
 from flashmark.dispatch import choose_backend
 from flashmark.nystrom.call import Call, Options
 from flashmark.nystrom.checks import (
@@ -201,11 +201,4 @@ def _check_state(name: str, state, held, device) -> tuple[Tensor | None, Tensor 
 
 def _check_state_out(state_out, held, query, others) -> None:
     _check_state("state_out", state_out, held, query.device)
-    if not torch.is_grad_enabled():
-        return
-    tensors = (query, *others, *state_out)
-    if any(x.requires_grad for x in tensors if x is not None):
-        raise ValueError(
-            "state_out: expected a call without gradients (torch.no_grad), got inputs that "
-            "require one"
-        )
+    check_no_derivative("state_out", query, *others, *state_out)
