@@ -1,5 +1,6 @@
 """Writes a CSV and the routed suite's beside it into the README, five rows of them, and into
-docs/performance.md, all of them: `python -m bench.readme [csv]`.
+docs/performance.md, all of them; and that of forward mode into docs/derivatives.md: `python -m
+bench.readme [csv]`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,27 @@ def table(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
+def forward_mode(frame: pd.DataFrame) -> str:
+    """Markdown: milliseconds of a forward, and with tangents; a line a work."""
+    first = frame.iloc[0]
+    lines = [
+        "| | forward | with tangents of all three | of the query alone | PyTorch, of all three |",
+        "|---|---|---|---|---|",
+    ]
+    for (case, n, dtype), work in frame.groupby(["case", "n", "dtype"], sort=False):
+        times = work[work.status == "ok"].set_index("contender").p50_ms
+        cells = [_ms(times["forward"])]
+        for name in ("jvp", "jvp of the query", "PyTorch's jvp"):
+            known = name in times
+            cells.append(f"{_ms(times[name])} ({times[name] / times['forward']:.1f}x)" if known else "")
+        lines.append(f"| {case}, N={n}, {dtype} | " + " | ".join(cells) + " |")
+    where = f"{first.machine}; {first.threads} threads; torch {first.torch}; {first.date}; "
+    return (
+        f"{where}revision {first.revision}. Median milliseconds, 8 heads, D = 64, (times the "
+        "forward's).\n\n" + "\n".join(lines)
+    )
+
+
 def _cell(row, yardstick: float) -> str:
     text = _ms(row.p50_ms)
     if pd.notna(yardstick) and not row.contender.startswith(YARDSTICKS):
@@ -83,7 +105,13 @@ def _ms(value: float) -> str:
 def main() -> None:
     csv = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "cpu.csv"
     frame = measurements(csv)
-    for name, text in (("README.md", headlines(frame)), ("docs/performance.md", table(frame))):
+    tangents = pd.read_csv(csv.with_name(f"{csv.stem}_derivatives{csv.suffix}"))
+    pages = {
+        "README.md": headlines(frame),
+        "docs/performance.md": table(frame),
+        "docs/derivatives.md": forward_mode(tangents),
+    }
+    for name, text in pages.items():
         page = ROOT / name
         before, _, rest = page.read_text().partition(START)
         _, found, after = rest.partition(END)

@@ -69,21 +69,15 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def head_tangents(x, strides, b, h):
-    """Pointer to a head's tangents; None where they are zero."""
-    if x is not None:
-        x = head_of(x, strides, b, h)
-    return x
-
-
-@triton.jit
 def score_tangents(
     q, tq, k, tk_ptr, tk_stride, start_n, slope, tbias_ptr, r2, n2, offset, end_n,
     scale, tangents, sizes, CHECK: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """dS = slope scale (dq k^T + q dk^T) + dbias, [BLOCK_M, BLOCK_N], natural."""
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    BLOCK_N: tl.constexpr = F.BLOCK_N
     # [BLOCK_M, BLOCK_N]
-    ds = tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32)
+    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if tangents.query is not None:
         ds = tl.dot(tq, tl.trans(k), ds, input_precision=F.PRECISION)
     if tangents.key is not None:
@@ -98,11 +92,11 @@ def score_tangents(
 
 @triton.jit
 def attend_tangents(
-    acc, u, l_i, t_i, m_i, q, tq, pointers, start_n, bits_ptr, bits, r2, offset, end_n, pair,
-    scale, tangents, sizes, modifiers, MASKED: tl.constexpr, F: tl.constexpr,
+    acc, u, l_i, t_i, m_i, q, tq, k_ptr, v_ptr, kv_strides, tk_ptr, tv_ptr, t_strides, start_n,
+    bits_ptr, bits, r2, offset, end_n, pair, base, tbias_ptr, scale, tangents, sizes, modifiers,
+    MASKED: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into O, U [BLOCK_M, PAD_V], l, t and the row maxima."""
-    k_ptr, v_ptr, kv_strides, tk_ptr, tk_stride, tv_ptr, tv_stride, base, tbias_ptr = pointers
     BOUND: tl.constexpr = MASKED or F.CLIP
     # [BLOCK_N, PAD]
     k = load_tile(k_ptr, start_n, kv_strides[0], end_n, F.BLOCK_N, F.DIM, F.PAD, BOUND)
@@ -114,7 +108,7 @@ def attend_tangents(
     qk = tl.dot(q, tl.trans(k), input_precision=F.PRECISION)
     s, slope = logits(qk, base, r2, n2, offset, sizes, modifiers, F)
     ds = score_tangents(
-        q, tq, k, tk_ptr, tk_stride, start_n, slope, tbias_ptr, r2, n2, offset, end_n,
+        q, tq, k, tk_ptr, t_strides[0], start_n, slope, tbias_ptr, r2, n2, offset, end_n,
         scale, tangents, sizes, BOUND, F,
     )  # fmt: skip
     if BOUND:
@@ -139,7 +133,7 @@ def attend_tangents(
     u = tl.dot(pds.to(v.dtype), v, u * alpha[:, None], input_precision=F.PRECISION)
     if tangents.value is not None:
         # [BLOCK_N, PAD_V]
-        tv = load_tile(tv_ptr, start_n, tv_stride, end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, BOUND)
+        tv = load_tile(tv_ptr, start_n, t_strides[1], end_n, F.BLOCK_N, F.DIM_V, F.PAD_V, BOUND)
         u = tl.dot(p, tv, u, input_precision=F.PRECISION)
     return acc, u, l_i, t_i, m_i
 
@@ -174,17 +168,15 @@ def jvp_kernel(
     kv_head = h // sizes.group
     q_ptr = head_of(inputs.query, inputs.query_strides, b, h)
     k_ptr, v_ptr, kv_strides = keys_of(inputs, b, kv_head, F)
-    tbias_ptr = tangents.bias
+    tk_ptr, tv_ptr, tbias_ptr = tangents.key, tangents.value, tangents.bias
+    if tangents.key is not None:
+        tk_ptr = head_of(tangents.key, tangents.key_strides, b, kv_head)
+    if tangents.value is not None:
+        tv_ptr = head_of(tangents.value, tangents.value_strides, b, kv_head)
     if tangents.bias is not None:
         tbias_ptr = bias_base(tangents, b, h, F)
-    pointers = (
-        k_ptr, v_ptr, kv_strides,
-        head_tangents(tangents.key, tangents.key_strides, b, kv_head),
-        row_stride(tangents.key_strides, F),
-        head_tangents(tangents.value, tangents.value_strides, b, kv_head),
-        row_stride(tangents.value_strides, F),
-        bias_base(modifiers, b, h, F), tbias_ptr,
-    )  # fmt: skip
+    t_strides = row_stride(tangents.key_strides, F), row_stride(tangents.value_strides, F)
+    base = bias_base(modifiers, b, h, F)
     start_i = row0 - offset
     q_stride = row_stride(inputs.query_strides, F)
     # [BLOCK_M, PAD]
@@ -215,16 +207,18 @@ def jvp_kernel(
     if n_full > 0:
         for _ in range(n_full):
             acc, u, l_i, t_i, m_i = attend_tangents(
-                acc, u, l_i, t_i, m_i, q, tq, pointers, start, lists.bits, 0, r2, offset, end_n,
-                pair, scale, tangents, sizes, modifiers, False, F,
+                acc, u, l_i, t_i, m_i, q, tq, k_ptr, v_ptr, kv_strides, tk_ptr, tv_ptr, t_strides,
+                start, lists.bits, 0, r2, offset, end_n, pair, base, tbias_ptr, scale, tangents,
+                sizes, modifiers, False, F,
             )  # fmt: skip
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F)
     if n_masked > 0:
         for t in range(n_masked):
             start, bits = masked_tile(lists, first, t, full_start, n_full, F.BLOCK_N, F.BLOCK_KV, F)
             acc, u, l_i, t_i, m_i = attend_tangents(
-                acc, u, l_i, t_i, m_i, q, tq, pointers, start, lists.bits, bits, r2, offset, end_n,
-                pair, scale, tangents, sizes, modifiers, True, F,
+                acc, u, l_i, t_i, m_i, q, tq, k_ptr, v_ptr, kv_strides, tk_ptr, tv_ptr, t_strides,
+                start, lists.bits, bits, r2, offset, end_n, pair, base, tbias_ptr, scale, tangents,
+                sizes, modifiers, True, F,
             )  # fmt: skip
     finish(
         acc, u, l_i, t_i, m_i, start_i, pair, h, tangents.sinks, outputs, sizes, modifiers, F
