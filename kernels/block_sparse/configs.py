@@ -67,9 +67,9 @@ _HALF = {
     },
     "jvp": {
         (64, False): Config(64, 64, 4, 2),
-        (64, True): Config(64, 64, 4, 2),
-        (128, False): Config(64, 64, 8, 2),
-        (128, True): Config(64, 64, 8, 2),
+        (64, True): Config(64, 32, 4, 2),
+        (128, False): Config(128, 32, 8, 2),
+        (128, True): Config(64, 16, 8, 2),
         (256, False): Config(64, 32, 8, 1),
         (256, True): Config(64, 32, 8, 1),
     },
@@ -125,7 +125,7 @@ _EXACT = {
 }
 _TF32 = {
     "forward": {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
-    "jvp": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+    "jvp": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 32, 8, 1)},
     "backward_q": {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
     "keys": {64: Config(16, 64, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
     "decode": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 1)},

@@ -73,7 +73,7 @@ def refuse_tracing(name: str) -> None:
 
 def transformed() -> bool:
     """Whether torch.func or forward mode may be at work: where it may not, calls stay short."""
-    return _in_torch_func() or forward_ad._current_level >= 0
+    return in_torch_func() or forward_ad._current_level >= 0
 
 
 def check_no_derivative(name: str, *tensors: Tensor | None) -> None:
@@ -92,7 +92,7 @@ def check_no_derivative(name: str, *tensors: Tensor | None) -> None:
 
 
 @constant_when_traced
-def _in_torch_func() -> bool:
+def in_torch_func() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 

@@ -41,7 +41,7 @@ def block_topk_attention(
     allowed = (indices >= 0) & (indices < own[:, None] - near)  # (B, Hkv, Nq, K)
     chosen = torch.zeros(batch, kv_heads, q_len, kv_len, dtype=torch.bool, device=query.device)
     for n in range(indices.shape[3]):
-        chosen |= (indices[..., n, None] == block) & allowed[..., n, None]
+        chosen = chosen | ((indices[..., n, None] == block) & allowed[..., n, None])
     visible = close[:, None] | (chosen & same[:, None])
     if kv_lengths is not None:
         inside = token < kv_lengths.view(-1, 1)

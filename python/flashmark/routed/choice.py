@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from flashmark.autograd import in_torch_func, transforms
 from flashmark.library import overload, schema_of
 from flashmark.routed.places import Places, places_of
 from flashmark.routed.summaries import RoutedState, mean_over_heads, scores_of
@@ -112,4 +113,43 @@ _OVERLOADS = {
 def choose_by(call: Choice, backend: str) -> Tensor:
     """The choice by a backend. Triton has no kernel of its own for it: PyTorch's products serve."""
     flat = [getattr(call, name) for name in _FIELDS]
-    return _OVERLOADS["cpu" if backend == "cpu" else "eager"](*flat)
+    run = _OVERLOADS["cpu" if backend == "cpu" else "eager"]
+    if in_torch_func() and not torch.compiler.is_compiling():
+        opened_tensor = transforms().opened_tensor
+        flat = [opened_tensor(x) if isinstance(x, Tensor) else x for x in flat]
+        return _Mapped.apply(run, *flat)
+    return run(*flat)
+
+
+class _Mapped(torch.autograd.Function):
+    """A choice under torch.vmap: the mapped dimension joins the batch."""
+
+    @staticmethod
+    def forward(run, *flat) -> Tensor:
+        return run(*flat)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info, in_dims, run, *flat):
+        size, batch = info.batch_size, 0
+        given = dict(zip(_FIELDS, flat, strict=True))
+        dims = dict(zip(_FIELDS, in_dims[1:], strict=True))
+        if any(dims[n] is not None for n in ("starts", "base")):
+            raise NotImplementedError("cu_seqlens: expected one for all samples of vmap")
+        for name in ("query", "keys", "log_counts"):
+            x = _first(given[name], dims[name], size)
+            batch = x.shape[1]
+            given[name] = x.flatten(0, 1)
+        offset = given["query_offset"]
+        if offset is not None and (dims["query_offset"] is not None or offset.numel() > 1):
+            mapped = _first(offset, dims["query_offset"], size)
+            given["query_offset"] = mapped.expand(size, batch).flatten().contiguous()
+        return _Mapped.apply(run, *given.values()).unflatten(0, (size, batch)), 0
+
+
+def _first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """With the mapped dimension in front."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
