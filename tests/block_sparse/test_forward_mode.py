@@ -167,3 +167,19 @@ def test_the_value_has_the_gradient_of_a_plain_call():
         helpers.assert_close(found, wanted, 1e-6)
     for found, wanted in zip(gradients(1, "auto"), gradients(1, "reference"), strict=True):
         helpers.assert_close(found, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+def test_autocast_takes_tangents_along(backend):
+    """As if query, key and value, and their tangents, had been cast before."""
+    given = tuple(x.detach() for x in helpers.qkv(1, 2, 40, 16))
+    along = tuple(x.cos() for x in given)
+
+    def attend(*some):
+        return flashmark.block_sparse_attention(*some, WINDOW, backend=backend)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.jvp(attend, given, along)
+    half = [[x.bfloat16() for x in some] for some in (given, along)]
+    for x, y in zip(found, torch.func.jvp(attend, *map(tuple, half)), strict=True):
+        helpers.assert_identical(x, y)

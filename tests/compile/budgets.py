@@ -30,6 +30,7 @@ HEADLINES = (
     "forward-bf16-D64-causal-plain", "forward-bf16-D64-block128-plain",
     "forward-bf16-D128-causal-plain", "forward-bf16-D128-block128-plain",
     "forward-bf16-D64-block128-relative", "forward-bf16-D128-block128-relative",
+    "jvp-bf16-D64-block128-plain", "jvp-bf16-D128-block128-plain",
     "two-pass-bf16-D64-causal-plain", "two-pass-bf16-D64-block128-plain",
     "two-pass-bf16-D128-causal-plain", "two-pass-bf16-D128-block128-plain",
     "two-pass-bf16-D64-block128-relative", "two-pass-bf16-D128-block128-relative",
