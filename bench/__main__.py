@@ -23,7 +23,11 @@ from bench.routed import routed
 from bench.runner import run_jobs
 
 SUITES = {"masks": masks, "mask_build": mask_build, "nystrom": nystrom, "native": native}
-ALONE = {"curves": curves, "derivatives": derivatives, "routed": routed}  # by name only, and into a CSV of their own
+ALONE = {
+    "curves": curves,
+    "derivatives": derivatives,
+    "routed": routed,
+}  # by name only, and into a CSV of their own
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -76,9 +76,7 @@ def _jvp(op: Callable, given: list[Tensor], along: list[Tensor], count: int) -> 
         else:
             unit = torch.finfo(small[0].dtype).eps
             same = _tangents(plain, small, tangents, count)
-            budgets = [
-                2 * relative_error(x, y) + unit for x, y in zip(same, wanted, strict=True)
-            ]
+            budgets = [2 * relative_error(x, y) + unit for x, y in zip(same, wanted, strict=True)]
         errors = [relative_error(x, y) for x, y in zip(found, wanted, strict=True)]
         pairs = zip(errors, budgets, strict=True)
         run = functools.partial(_tangents, op, given, along, count)

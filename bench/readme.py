@@ -82,7 +82,9 @@ def forward_mode(frame: pd.DataFrame) -> str:
         cells = [_ms(times["forward"])]
         for name in ("jvp", "jvp of the query", "PyTorch's jvp"):
             known = name in times
-            cells.append(f"{_ms(times[name])} ({times[name] / times['forward']:.1f}x)" if known else "")
+            cells.append(
+                f"{_ms(times[name])} ({times[name] / times['forward']:.1f}x)" if known else ""
+            )
         lines.append(f"| {case}, N={n}, {dtype} | " + " | ".join(cells) + " |")
     where = f"{first.machine}; {first.threads} threads; torch {first.torch}; {first.date}; "
     return (

@@ -273,6 +273,4 @@ def test_a_state_is_not_written_where_a_derivative_would_be_lost(name, transform
     x = helpers.randn(1, 1, 2, 4)
     _, state = attend(x, x, x, landmarks, return_state=True)
     with pytest.raises(ValueError, match="^state_out: expected a call "):
-        TRANSFORMS[transform](
-            lambda x: attend(x, x, x, landmarks, state=state, state_out=state), x
-        )
+        TRANSFORMS[transform](lambda x: attend(x, x, x, landmarks, state=state, state_out=state), x)

@@ -1,4 +1,4 @@
-"""Block-sparse attention in Triton: forward, backward, forward mode and decode; kernels, launchers, configs."""
+"""Block-sparse attention in Triton: kernels, launchers, configs."""
 
 from .backward import backward
 from .forward import forward

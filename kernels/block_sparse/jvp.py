@@ -220,9 +220,7 @@ def jvp_kernel(
                 start, lists.bits, bits, r2, offset, end_n, pair, base, tbias_ptr, scale, tangents,
                 sizes, modifiers, True, F,
             )  # fmt: skip
-    finish(
-        acc, u, l_i, t_i, m_i, start_i, pair, h, tangents.sinks, outputs, sizes, modifiers, F
-    )
+    finish(acc, u, l_i, t_i, m_i, start_i, pair, h, tangents.sinks, outputs, sizes, modifiers, F)
 
 
 @triton.jit

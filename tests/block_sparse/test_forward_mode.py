@@ -92,7 +92,15 @@ def test_tangents_match_float64(name, backend):
             helpers.assert_close(x, y, budget)
 
 
-HALF_CASES = ["window", "documents", "relative-bias", "dense-bias", "dropout", "of-value", "of-sinks"]
+HALF_CASES = [
+    "window",
+    "documents",
+    "relative-bias",
+    "dense-bias",
+    "dropout",
+    "of-value",
+    "of-sinks",
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -77,9 +77,9 @@ def block_topk_attention(
         flashmark.BackendUnavailable: the named backend cannot run here.
 
     Memory is linear in Nq and Nk. Forward mode and derivatives of gradients keep the gathered keys
-    and values, Nq (near + 1 + K) block_size of them. A choice of all blocks is exact causal attention. Source: Lu et
-    al., "MoBA: Mixture of Block Attention for Long-Context LLMs" (2025), with a choice per query
-    token as in Yuan et al., "Native Sparse Attention" (2025).
+    and values, Nq (near + 1 + K) block_size of them. A choice of all blocks is exact causal
+    attention. Source: Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs" (2025),
+    with a choice per query token as in Yuan et al., "Native Sparse Attention" (2025).
 
     Example:
         >>> import torch
