@@ -35,6 +35,8 @@ def using(**passes: Config) -> contextlib.AbstractContextManager[None]:
 
 
 ROOMY = (80, 90, 100, 103, "cpu")  # 163 KiB of shared memory to a program, or more
+TWICE = (90, 100, 103, "cpu")  # 227 KiB: the same with two programs that load ahead
+MOST_IN_CHUNKS = 128  # landmarks whose whole chunks fit; pieces, one after the other, take more
 
 
 def choose(
@@ -73,13 +75,17 @@ def choose(
     elif pass_ == "pieces":
         chunk = 16 if wide else 32
     elif pass_ == "forward" and (wide or not bfloat16):
-        chunk = 32 if bfloat16 else 16
+        chunk = 16 if wide and not bfloat16 else 32
+    elif pass_ == "read" and width > 64:
+        chunk = 32
     else:
         chunk = 64 if bfloat16 else 32
     shares = 1
     if backward and max(width, head_dim, v_dim) > 32:
         shares = 3 if pass_ == "rows" and width > 64 else 2
-    return Config(chunk, block_v, block_d, 8 if width > 64 else 4, 1, shares)
+    ahead = pass_ == "forward" and arch in TWICE and max(head_dim, v_dim) <= 128
+    stages = 2 if ahead else 1
+    return Config(chunk, block_v, block_d, 8 if width > 64 else 4, stages, shares)
 
 
 SCAN_ROWS = 8  # landmarks of a program that walks all stretches of a sequence

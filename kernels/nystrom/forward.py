@@ -10,10 +10,22 @@ from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
 from . import configs
 from .arguments import Problem
-from .chunks import end_of_chunk, enter_chunk, norms, running_sums
+from .chunks import (
+    enter_calm_chunk,
+    enter_chunk,
+    exponent,
+    first_rise,
+    may_have_risen,
+    rescaled,
+    turned_norms,
+    turned_sums,
+)
 from .primitives import (
+    TINY,
+    full,
     head_of,
     incoming_state,
+    inverse,
     load_state,
     locate,
     lower,
@@ -33,41 +45,48 @@ from .states import start_states
 @triton.jit
 def output_chunk(queries, keys, values, keep_ptr, out_ptr, t0, since, stop, state, lq,
                  lk, decay2, v0, marks, problem, F: tl.constexpr):  # fmt: skip
-    """(state, end) of the chunk or piece at t0, whose rows at or after `since` are stored."""
-    keep, v, P, first, ref, tot, acc, _ = enter_chunk(keys, values, keep_ptr, t0, stop, state, lq,
-                                                      decay2, v0, marks, F)  # fmt: skip
-    # [PAD_M, CHUNK]
-    cum = running_sums(P, tot, F)
-    norm = norms(ref, cum, decay2, F)
-    if F.MASS:
-        norm = tl.trans(norm)
-    # [CHUNK, PAD_M]
-    inverse = tl.trans(reciprocal(cum))
+    """(state, end, totals) after the chunk or piece at t0, whose rows at or after `since` are
+    stored; rows of a chunk behind a steep rise are of no use.
+    """
     offs = tl.arange(0, F.CHUNK)
-    length = tl.minimum(stop - t0, first)
-    there = offs < stop - t0
-    rows = offs < length
+    length, there = tl.minimum(stop - t0, F.CHUNK), offs < stop - t0
     if F.STEEP:
-        rows = rows & (t0 + offs >= since)
+        keep, v, P, first, ref, tot, acc, _ = enter_chunk(keys, values, keep_ptr, t0, stop, state,
+                                                          lq, decay2, v0, marks, F)  # fmt: skip
+        length = tl.minimum(length, first)
+        rows = (offs < length) & (t0 + offs >= since)
+        own = tl.where((offs < length)[None, :], P, 0.0)
+    else:
+        v, P, ref, tot, acc = enter_calm_chunk(keys, values, keep_ptr, t0, stop, state, lq,
+                                               decay2, v0, marks, F)  # fmt: skip
+        rows, own = there, P
+    # [CHUNK, PAD_M]
+    if F.MASS:
+        cum = turned_sums(P, tot, F)
+        share = reciprocal(cum)
+    else:
+        cum = turned_sums(P, tl.maximum(tot, TINY), F)
+        share = inverse(cum)
+    norm = turned_norms(ref, cum, decay2, F)
     # [PAD_M, BLOCK_V]
     R0 = operand(acc, F)
-    own = P
-    if F.STEEP:
-        own = tl.where((offs < length)[None, :], P, 0.0)
-    ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
+    # [PAD_M]
+    tot += tl.sum(own.to(tl.float32), 1)
+    ref, new_tot, ratio = rescaled(ref, tot, decay2, length, F)
+    acc = mm_acc(own, v, acc, F) * ratio[:, None]
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM_V
     # out = (W e^{L0-L}) R0 + [(W e^{ref-L}) (e^{s-ref})^T, selected where j <= i] V
     for g in range(F.GROUP):
         W = read_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
         # [CHUNK, PAD_M]
-        wt = operand(W * inverse, F)
+        wt = operand(W * share, F)
         # [CHUNK, CHUNK]
         between = tl.where(lower(t0, F), mm(wt, P, F), 0.0)
         # [CHUNK, BLOCK_V]
         out = mm_acc(between, v, mm(wt, R0, F), F)
         store_rows(out_ptr + g * head_size, t0, F.DIM_V, rows, F.DIM_V - v0, out, F.CHUNK,
                    F.BLOCK_V, F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-    return (ref, tot, acc), t0 + length
+    return (ref, new_tot, acc), t0 + length, tot
 
 
 @triton.jit
@@ -121,7 +140,7 @@ def output_kernel(
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     line = tl.cast(row, tl.int64) * problem.heads + h
     stretch_line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-    since, rise = start, stop
+    since = start
     if F.STEEP and rises is not None:
         since = tl.load(rises + stretch_line)
         if since >= stop:
@@ -133,18 +152,22 @@ def output_kernel(
     if F.STEEP:
         t0 = start
         while t0 < stop:
-            state, t0 = output_chunk(
+            state, t0, totals = output_chunk(
                 queries, keys, values, keep_ptr, out_ptr, t0, since, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,
             )  # fmt: skip
     else:
+        ref, tot, acc = state
+        highest = full(F.PAD_M, 0.0)
         for t0 in range(start, stop, F.CHUNK):
-            state, end = output_chunk(
+            state, end, totals = output_chunk(
                 queries, keys, values, keep_ptr, out_ptr, t0, start, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,
             )  # fmt: skip
-            if end < tl.minimum(t0 + F.CHUNK, stop):
-                rise = tl.minimum(rise, end)
+            highest = tl.maximum(highest, exponent(totals))
+        rise = stop
+        if may_have_risen(highest):
+            rise = first_rise(keys, keep_ptr, start, stop, ref, tot, lq, decay2, marks, F)
         tl.store(rises + stretch_line, rise)
     if F.ONE_PASS:
         store_end_state(ends.L, ends.R, line, v0, 0, state[0], state[1], state[2], F.PAD_M, F)
@@ -168,6 +191,8 @@ def causal_forward(
         saved, ends = start_states(call, stretches)
     if one_pass and tokens <= configs.DECODE_TOKENS:
         rises, passes = None, ("decode",)
+    elif call.marks.lq.shape[-2] > configs.MOST_IN_CHUNKS:
+        rises, passes = None, ("pieces",)
     else:
         rises, passes = args.new_rises(call, stretches), ("forward", "pieces")
     for pass_ in passes:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(2.0**-100)  # no total that holds a key is so small
 
 
 @triton.jit
@@ -67,9 +68,16 @@ def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def inverse(x):
+    """1 / x of a number > 0, as near as a division, which is four times as many instructions."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x, and 0 for a sum of nothing."""
-    return tl.where(x == 0.0, 0.0, 1.0 / x)
+    return tl.where(x == 0.0, 0.0, inverse(x))
 
 
 @triton.jit
@@ -92,15 +100,43 @@ def operand(x, F: tl.constexpr):
 
 
 @triton.jit
+def split(x):
+    """(high, low): two bfloat16 that add up to x, to 15 bits."""
+    high = cut(x)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def cut(x):
+    """x without the bits that bfloat16 has no room for: one instruction, where rounding takes
+    several unless it is done in pairs.
+    """
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cut_operand(x, F: tl.constexpr):
+    """x in float32 as products will take it, for sums that agree with them."""
+    return cut(x) if F.BFLOAT16 else x
+
+
+@triton.jit
 def mm(a, b, F: tl.constexpr):
     return tl.dot(operand(a, F), operand(b, F), input_precision=F.PRECISION)
 
 
 @triton.jit
 def mm_core(a, core, F: tl.constexpr):
-    """A product with the core, whose large entries cancel: tf32 even in bfloat16, while it fits."""
+    """A product with the core, whose large entries cancel: even of bfloat16 one in tf32, or, where
+    that does not fit, three.
+    """
     if F.PAD_M <= 64:
         product = tl.dot(a, core, input_precision=F.PRECISION)
+    elif F.SPLIT:
+        a_high, a_low = split(a)
+        high, low = split(core)
+        product = tl.dot(a_high, low, tl.dot(a_low, high))
+        product = tl.dot(a_high, high, product)
     else:
         product = mm(a, core, F)
     return product
@@ -234,7 +270,7 @@ def landmark_features(dots, half2, marks, F: tl.constexpr):
     f = read_scores(dots, half2, marks, F)
     e = tl.exp2(f - tl.max(f, 1)[:, None])
     if not F.MASS:
-        e = e * (1.0 / tl.sum(e, 1))[:, None]
+        e = e * inverse(tl.sum(e, 1))[:, None]
     return e
 
 
@@ -244,7 +280,7 @@ def turned_features(dots, half2, marks, F: tl.constexpr):
     f = turned_scores(dots, half2, marks, F)
     e = tl.exp2(f - tl.max(f, 0)[None, :])
     if not F.MASS:
-        e = e * (1.0 / tl.sum(e, 0))[None, :]
+        e = e * inverse(tl.sum(e, 0))[None, :]
     return e
 
 

@@ -15,6 +15,7 @@ from .primitives import (
     mm,
     mm_core,
     operand,
+    split,
     turned_features,
     zeros,
 )
@@ -67,13 +68,6 @@ def load_decay(marks, h, F: tl.constexpr):
     if F.DECAY:
         decay2 = load_vector(marks.decay + h * marks.decay_stride, F) * LOG2E
     return decay2
-
-
-@triton.jit
-def split(x):
-    """(high, low): two bfloat16 that add up to x, to 16 bits."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit

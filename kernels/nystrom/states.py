@@ -12,13 +12,13 @@ from . import configs
 from .arguments import Problem
 from .primitives import (
     LOG2E,
+    cut_operand,
     full,
     incoming_state,
     kept_tokens,
     load_rows,
     locate,
     mm_acc,
-    operand,
     span_of,
     store_end_state,
     store_state,
@@ -73,12 +73,12 @@ def states_kernel(
         s = tl.where(keep[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.ceil(tl.max(s, 1)))
         pivot = tl.where(higher == float("-inf"), 0.0, higher)
-        P = operand(tl.exp2(s - pivot[:, None]), F)
+        P = cut_operand(tl.exp2(s - pivot[:, None]), F)
         alpha = tl.exp2(top - pivot)
         v = load_rows(v_ptr, t0, v_strides[2], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                       F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
         acc = mm_acc(P, v, acc * alpha[:, None], F)
-        tot = tot * alpha + tl.sum(P.to(tl.float32), 1)
+        tot = tot * alpha + tl.sum(P, 1)
         top = higher
     ref = tl.where(top == float("-inf"), 0.0, top)
     line = tl.cast(pair, tl.int64) * problem.stretches + stretch
