@@ -16,6 +16,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmark_native, m) {
   m.def(
       "landmarks_core(Tensor landmarks, float scale, float jitter, bool softmax) -> Tensor core");
   m.def(
+      "landmarks_core_saving(Tensor landmarks, float scale, float jitter, bool softmax) "
+      "-> (Tensor core, Tensor inverse, Tensor jitter_used)");
+  m.def(
+      "landmarks_core_backward(Tensor landmarks, Tensor inverse, Tensor jitter_used, Tensor dcore, "
+      "float scale, bool softmax) -> Tensor dlandmarks");
+  m.def(
       "tied_core_backward(Tensor scores, Tensor inverse, Tensor jitter_used, Tensor dcore, bool "
       "softmax) "
       "-> Tensor dscores");
@@ -34,6 +40,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashmark_native, CPU, m) {
   m.impl("tile_lists", TORCH_BOX(&flashmark::tile_lists_cpu));
   m.impl("tied_core", TORCH_BOX(&flashmark::tied_core_cpu));
   m.impl("landmarks_core", TORCH_BOX(&flashmark::landmarks_core_cpu));
+  m.impl("landmarks_core_saving", TORCH_BOX(&flashmark::landmarks_core_saving_cpu));
+  m.impl("landmarks_core_backward", TORCH_BOX(&flashmark::landmarks_core_backward_cpu));
   m.impl("tied_core_backward", TORCH_BOX(&flashmark::tied_core_backward_cpu));
   m.impl("tikhonov_core", TORCH_BOX(&flashmark::tikhonov_core_cpu));
   m.impl("tikhonov_core_backward", TORCH_BOX(&flashmark::tikhonov_core_backward_cpu));
@@ -46,6 +54,9 @@ STABLE_TORCH_LIBRARY_IMPL(flashmark_native, CUDA, m) {
   m.impl("distinct_tiles", TORCH_BOX(&flashmark::distinct_tiles_cuda));
   m.impl("tile_lists", TORCH_BOX(&flashmark::tile_lists_cuda));
   m.impl("tied_core", TORCH_BOX(&flashmark::tied_core_cuda));
+  m.impl("landmarks_core", TORCH_BOX(&flashmark::landmarks_core_cuda));
+  m.impl("landmarks_core_saving", TORCH_BOX(&flashmark::landmarks_core_saving_cuda));
+  m.impl("landmarks_core_backward", TORCH_BOX(&flashmark::landmarks_core_backward_cuda));
   m.impl("tied_core_backward", TORCH_BOX(&flashmark::tied_core_backward_cuda));
   m.impl("tikhonov_core", TORCH_BOX(&flashmark::tikhonov_core_cuda));
   m.impl("tikhonov_core_backward", TORCH_BOX(&flashmark::tikhonov_core_backward_cuda));

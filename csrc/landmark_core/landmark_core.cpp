@@ -20,14 +20,21 @@ using namespace dense_blocks;
                                         T* space, IO* core, T* inverse) {                          \
       return tied_forward<T>(scores, m, m, jitter, softmax, space, core, inverse);                 \
     }                                                                                              \
-    FLASHMARK_CLONES static void landmarks(const IO* X, int64_t m, int64_t dim, double scale,      \
-                                           double jitter, bool softmax, T* space, IO* core) {      \
-      tied_from_landmarks<T, IO>(X, m, dim, scale, jitter, softmax, space, core);                  \
+    FLASHMARK_CLONES static double landmarks(const IO* X, int64_t m, int64_t dim, double scale,    \
+                                             double jitter, bool softmax, T* space, IO* core,      \
+                                             T* inverse) {                                         \
+      return landmarks_forward<T, IO>(X, m, dim, scale, jitter, softmax, space, core, inverse);    \
+    }                                                                                              \
+    FLASHMARK_CLONES static void landmarks_gradient(const IO* X, int64_t dim, double scale,        \
+                                                    const T* inverse, double jitter,               \
+                                                    const IO* dcore, int64_t m, bool softmax,      \
+                                                    T* space, IO* dX) {                            \
+      landmarks_backward<T, IO>(X, dim, scale, inverse, jitter, dcore, m, softmax, space, dX);     \
     }                                                                                              \
     FLASHMARK_CLONES static void tied_gradient(const IO* scores, const T* inverse, double jitter,  \
                                                const IO* dcore, int64_t m, bool softmax, T* space, \
                                                IO* dscores) {                                      \
-      tied_backward<T, IO>(scores, inverse, jitter, dcore, m, softmax, space, dscores);            \
+      tied_backward<T>(scores, m, inverse, jitter, dcore, m, softmax, space, dscores);              \
     }                                                                                              \
     FLASHMARK_CLONES static double tikhonov(const IO* matrix, int64_t m, double jitter,            \
                                             bool unit_rows, T* space, IO* core, T* inverse) {      \
@@ -128,22 +135,60 @@ Core tied_core_cpu(const Tensor& scores, double jitter, bool softmax, bool wide)
 
 Tensor landmarks_core_cpu(const Tensor& landmarks, double scale, double jitter, bool softmax) {
   const Tensor X = dense(landmarks);
-  const int64_t rank = X.dim(), m = X.size(rank - 2), dim = X.size(rank - 1);
-  std::vector<int64_t> sizes(rank, m);
-  int64_t heads = 1;
-  for (int64_t n = 0; n < rank - 2; n++) heads *= sizes[n] = X.size(n);
-  const Tensor core = allocate(sizes, X.scalar_type(), X);
+  const Landmarks sizes(X);
+  const Tensor core = allocate(sizes.core, X.scalar_type(), X);
   choose(X, true, [&](auto head) {
     using Head = decltype(head);
     using IO = typename Head::Outer;
     using T = typename Head::Inner;
-    const IO* from = in<IO>(X);
-    IO* to = out<IO>(core);
-    for_heads<T>(heads, m, landmark_size<T>(m, dim), [&](int64_t x, T* space) {
-      head.landmarks(from + x * m * dim, m, dim, scale, jitter, softmax, space, to + x * m * m);
+    const int64_t m = sizes.m, dim = sizes.dim;
+    for_heads<T>(sizes.heads, m, landmark_size<T>(m, dim), [&](int64_t x, T* space) {
+      head.landmarks(in<IO>(X) + x * m * dim, m, dim, scale, jitter, softmax, space,
+                     out<IO>(core) + x * m * m, static_cast<T*>(nullptr));
     });
   });
   return core;
+}
+
+Core landmarks_core_saving_cpu(const Tensor& landmarks, double scale, double jitter, bool softmax) {
+  const Tensor X = dense(landmarks);
+  const Landmarks sizes(X);
+  const Tensor core = allocate(sizes.core, X.scalar_type(), X);
+  const Tensor inverse = allocate(sizes.core, ScalarType::Double, X);
+  const Tensor used = allocate({sizes.heads}, ScalarType::Double, X);
+  choose(X, true, [&](auto head) {
+    using Head = decltype(head);
+    using IO = typename Head::Outer;
+    using T = typename Head::Inner;
+    const int64_t m = sizes.m, dim = sizes.dim;
+    for_heads<T>(sizes.heads, m, landmark_size<T>(m, dim), [&](int64_t x, T* space) {
+      out<double>(used)[x] =
+          head.landmarks(in<IO>(X) + x * m * dim, m, dim, scale, jitter, softmax, space,
+                         out<IO>(core) + x * m * m, out<T>(inverse) + x * m * m);
+    });
+  });
+  return {core, inverse, used};
+}
+
+Tensor landmarks_core_backward_cpu(const Tensor& landmarks, const Tensor& inverse,
+                                   const Tensor& jitter, const Tensor& gradient, double scale,
+                                   bool softmax) {
+  const Tensor X = dense(landmarks), dcore = dense(gradient);
+  const Landmarks sizes(X);
+  const Tensor dX = allocate(sizes.landmarks, X.scalar_type(), X);
+  const auto* used = in<double>(jitter);
+  choose(X, true, [&](auto head) {
+    using Head = decltype(head);
+    using IO = typename Head::Outer;
+    using T = typename Head::Inner;
+    const int64_t m = sizes.m, dim = sizes.dim;
+    for_heads<T>(sizes.heads, m, landmark_size<T>(m, dim), [&](int64_t x, T* space) {
+      head.landmarks_gradient(in<IO>(X) + x * m * dim, dim, scale, in<T>(inverse) + x * m * m,
+                              used[x], in<IO>(dcore) + x * m * m, m, softmax, space,
+                              out<IO>(dX) + x * m * dim);
+    });
+  });
+  return dX;
 }
 
 Tensor tied_core_backward_cpu(const Tensor& scores, const Tensor& inverse, const Tensor& jitter,

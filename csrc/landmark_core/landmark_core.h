@@ -3,6 +3,7 @@
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "../native.h"
 
@@ -22,8 +23,18 @@ Tensor tied_core_backward_cpu(const Tensor& scores, const Tensor& inverse, const
 Tensor tied_core_backward_cuda(const Tensor& scores, const Tensor& inverse, const Tensor& jitter,
                                const Tensor& dcore, bool softmax);
 
-// tied_core with wide from the landmarks (..., M, D) themselves: the scores are scale X X^T.
+// tied_core with wide from the landmarks (..., M, D) themselves: the scores are scale X X^T. Alone,
+// or with what the gradient needs.
 Tensor landmarks_core_cpu(const Tensor& landmarks, double scale, double jitter, bool softmax);
+Tensor landmarks_core_cuda(const Tensor& landmarks, double scale, double jitter, bool softmax);
+Core landmarks_core_saving_cpu(const Tensor& landmarks, double scale, double jitter, bool softmax);
+Core landmarks_core_saving_cuda(const Tensor& landmarks, double scale, double jitter, bool softmax);
+Tensor landmarks_core_backward_cpu(const Tensor& landmarks, const Tensor& inverse,
+                                   const Tensor& jitter, const Tensor& dcore, double scale,
+                                   bool softmax);
+Tensor landmarks_core_backward_cuda(const Tensor& landmarks, const Tensor& inverse,
+                                    const Tensor& jitter, const Tensor& dcore, double scale,
+                                    bool softmax);
 
 // matrix A (n, M, M): the core is P A^T with P = (A^T A + jitter)^-1; unit_rows: what its rows lack
 // to 1 is spread over them.
@@ -39,5 +50,20 @@ constexpr double kLeastRoot = -40.0;
 // Each failed factorisation multiplies the jitter by 10, this many times at most; then the head is
 // NaN.
 constexpr int kAttempts = 24;
+
+// Sizes of landmarks (..., M, D) and of their core.
+struct Landmarks {
+  int64_t heads = 1, m, dim;
+  std::vector<int64_t> landmarks, core;
+  explicit Landmarks(const Tensor& X) : m(X.size(X.dim() - 2)), dim(X.size(X.dim() - 1)) {
+    for (int64_t n = 0; n < X.dim() - 2; n++) {
+      landmarks.push_back(X.size(n));
+      heads *= X.size(n);
+    }
+    core = landmarks;
+    landmarks.insert(landmarks.end(), {m, dim});
+    core.insert(core.end(), {m, m});
+  }
+};
 
 }  // namespace flashmark

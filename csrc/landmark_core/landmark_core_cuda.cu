@@ -8,6 +8,22 @@
 namespace flashmark {
 namespace {
 
+// The core of the head whose U is s.a. `inverse` and `used` may be null.
+template <class T, class IO>
+__device__ void tied_forward(const Space<T>& s, int m, double jitter, bool softmax, IO* core,
+                             T* inverse, double* used) {
+  jitter = regularised_inverse(s.a, m, jitter, s.b, s.v->row);
+  if (used && threadIdx.x == 0) used[blockIdx.x] = jitter;
+  times(s.a, m, static_cast<T>(jitter), s.v->root, s.v->sums);
+  for (int x = threadIdx.x; x < m * m; x += kThreads) {
+    if (inverse) inverse[x] = s.b[x];
+    s.a[x] = softmax ? s.b[x] * s.v->sums[x % m] / s.v->root[x / m] : s.b[x];
+  }
+  __syncthreads();
+  if (softmax) move_row_sums(s.a, m, T(1), s.v->row);
+  for (int x = threadIdx.x; x < m * m; x += kThreads) core[x] = static_cast<IO>(s.a[x]);
+}
+
 template <class T, class IO>
 __global__ void __launch_bounds__(kThreads, 1)
     tied_kernel(const IO* scores, int m, double jitter, bool softmax, IO* core, T* inverse,
@@ -15,16 +31,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Space<T> s = workspace(global, m);
   const int64_t at = static_cast<int64_t>(blockIdx.x) * m * m;
   unit_kernel(scores + at, m, s.a, s.v);
-  jitter = regularised_inverse(s.a, m, jitter, s.b, s.v->row);
-  if (threadIdx.x == 0) used[blockIdx.x] = jitter;
-  times(s.a, m, static_cast<T>(jitter), s.v->root, s.v->sums);
-  for (int x = threadIdx.x; x < m * m; x += kThreads) {
-    inverse[at + x] = s.b[x];
-    s.a[x] = softmax ? s.b[x] * s.v->sums[x % m] / s.v->root[x / m] : s.b[x];
-  }
-  __syncthreads();
-  if (softmax) move_row_sums(s.a, m, T(1), s.v->row);
-  for (int x = threadIdx.x; x < m * m; x += kThreads) core[at + x] = static_cast<IO>(s.a[x]);
+  tied_forward(s, m, jitter, softmax, core + at, inverse + at, used);
+}
+
+// s.a = U and s.v of landmarks X (m, dim), whose scores are scale X X^T; returns `unit_kernel`.
+template <class T, class IO>
+__device__ T unit_kernel_of(const IO* X, int m, int dim, double scale, const Space<T>& s) {
+  T* scores = s.b;
+  product<T>(
+      m, m, dim, [=](int i, int k) { return static_cast<T>(scale) * static_cast<T>(X[i * dim + k]); },
+      [=](int k, int j) { return static_cast<T>(X[j * dim + k]); },
+      [=](int i, int j, T x) { scores[i * m + j] = x; });
+  return unit_kernel(scores, m, s.a, s.v);
+}
+
+template <class T, class IO>
+__global__ void __launch_bounds__(kThreads, 1)
+    landmarks_kernel(const IO* X, int m, int dim, double scale, double jitter, bool softmax,
+                     IO* core, T* inverse, double* used, T* global) {
+  const Space<T> s = workspace(global, m);
+  const int64_t head = blockIdx.x, at = head * m * m;
+  unit_kernel_of(X + head * m * dim, m, dim, scale, s);
+  tied_forward(s, m, jitter, softmax, core + at, inverse ? inverse + at : nullptr, used);
 }
 
 // What the normalisation adds: dP in place of the core's gradient G; dr and the gradient of log
@@ -65,19 +93,16 @@ __device__ void normalisation_gradient(const Space<T>& s, const T* P, int m, T j
   __syncthreads();
 }
 
+// The gradient of the scores in s.b, from U in s.a and what else `unit_kernel` left, whose result is
+// `most`.
 template <class T, class IO>
-__global__ void __launch_bounds__(kThreads, 1)
-    tied_backward_kernel(const IO* scores, const T* inverse, const double* used, const IO* dcore,
-                         int m, bool softmax, IO* dscores, T* global) {
-  const Space<T> s = workspace(global, m);
+__device__ void tied_backward(const Space<T>& s, const T* P, double jitter, T most,
+                              const IO* dcore, int m, bool softmax) {
   Vectors<T>* v = s.v;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * m * m;
-  const T* P = inverse + at;
-  const T most = unit_kernel(scores + at, m, s.a, v);
-  for (int x = threadIdx.x; x < m * m; x += kThreads) s.b[x] = static_cast<T>(dcore[at + x]);
+  for (int x = threadIdx.x; x < m * m; x += kThreads) s.b[x] = static_cast<T>(dcore[x]);
   __syncthreads();
   if (softmax) {
-    normalisation_gradient(s, P, m, static_cast<T>(used[blockIdx.x]), most, s.b);
+    normalisation_gradient(s, P, m, static_cast<T>(jitter), most, s.b);
   } else {
     for (int i = threadIdx.x; i < m; i += kThreads) v->half[i] = v->dr[i] = 0;
     __syncthreads();
@@ -99,7 +124,37 @@ __global__ void __launch_bounds__(kThreads, 1)
     dP[i * m + i] = v->half[i] / 2 - sum;  // the unit diagonal itself is constant
   }
   __syncthreads();
-  for (int x = threadIdx.x; x < m * m; x += kThreads) dscores[at + x] = static_cast<IO>(dP[x]);
+}
+
+template <class T, class IO>
+__global__ void __launch_bounds__(kThreads, 1)
+    tied_backward_kernel(const IO* scores, const T* inverse, const double* used, const IO* dcore,
+                         int m, bool softmax, IO* dscores, T* global) {
+  const Space<T> s = workspace(global, m);
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * m * m;
+  const T most = unit_kernel(scores + at, m, s.a, s.v);
+  tied_backward(s, inverse + at, used[blockIdx.x], most, dcore + at, m, softmax);
+  for (int x = threadIdx.x; x < m * m; x += kThreads) dscores[at + x] = static_cast<IO>(s.b[x]);
+}
+
+// dX = scale (dS + dS^T) X for the gradient dS of the scores.
+template <class T, class IO>
+__global__ void __launch_bounds__(kThreads, 1)
+    landmarks_backward_kernel(const IO* landmarks, const T* inverse, const double* used,
+                              const IO* dcore, int m, int dim, double scale, bool softmax, IO* dX,
+                              T* global) {
+  const Space<T> s = workspace(global, m);
+  const int64_t head = blockIdx.x, at = head * m * m;
+  const IO* X = landmarks + head * m * dim;
+  IO* to = dX + head * m * dim;
+  const T most = unit_kernel_of(X, m, dim, scale, s);
+  tied_backward(s, inverse + at, used[head], most, dcore + at, m, softmax);
+  const T* dS = s.b;
+  product<T>(
+      m, dim, m,
+      [=](int i, int k) { return static_cast<T>(scale) * (dS[i * m + k] + dS[k * m + i]); },
+      [=](int k, int j) { return static_cast<T>(X[k * dim + j]); },
+      [=](int i, int j, T x) { to[i * dim + j] = static_cast<IO>(x); });
 }
 
 template <class T, class IO>
@@ -225,6 +280,56 @@ Tensor tied_core_backward_cuda(const Tensor& given, const Tensor& inverse, const
               in<double>(jitter), in<IO>(dcore), static_cast<int>(m), softmax, out<IO>(result));
   });
   return result;
+}
+
+Tensor landmarks_core_cuda(const Tensor& landmarks, double scale, double jitter, bool softmax) {
+  const DeviceGuard guard(landmarks.get_device_index());
+  const Tensor X = dense(landmarks);
+  const Landmarks sizes(X);
+  const Tensor core = allocate(sizes.core, X.scalar_type(), X);
+  choose(X, true, [&](auto outer, auto inner) {
+    using IO = decltype(outer);
+    using T = decltype(inner);
+    launch<T>(landmarks_kernel<T, IO>, X, sizes.heads, sizes.m, in<IO>(X),
+              static_cast<int>(sizes.m), static_cast<int>(sizes.dim), scale, jitter, softmax,
+              out<IO>(core), static_cast<T*>(nullptr), static_cast<double*>(nullptr));
+  });
+  return core;
+}
+
+Core landmarks_core_saving_cuda(const Tensor& landmarks, double scale, double jitter,
+                                bool softmax) {
+  const DeviceGuard guard(landmarks.get_device_index());
+  const Tensor X = dense(landmarks);
+  const Landmarks sizes(X);
+  const Tensor core = allocate(sizes.core, X.scalar_type(), X);
+  const Tensor inverse = allocate(sizes.core, ScalarType::Double, X);
+  const Tensor used = allocate({sizes.heads}, ScalarType::Double, X);
+  choose(X, true, [&](auto outer, auto inner) {
+    using IO = decltype(outer);
+    using T = decltype(inner);
+    launch<T>(landmarks_kernel<T, IO>, X, sizes.heads, sizes.m, in<IO>(X),
+              static_cast<int>(sizes.m), static_cast<int>(sizes.dim), scale, jitter, softmax,
+              out<IO>(core), out<T>(inverse), out<double>(used));
+  });
+  return {core, inverse, used};
+}
+
+Tensor landmarks_core_backward_cuda(const Tensor& landmarks, const Tensor& inverse,
+                                    const Tensor& jitter, const Tensor& gradient, double scale,
+                                    bool softmax) {
+  const DeviceGuard guard(landmarks.get_device_index());
+  const Tensor X = dense(landmarks), dcore = dense(gradient);
+  const Landmarks sizes(X);
+  const Tensor dX = allocate(sizes.landmarks, X.scalar_type(), X);
+  choose(X, true, [&](auto outer, auto inner) {
+    using IO = decltype(outer);
+    using T = decltype(inner);
+    launch<T>(landmarks_backward_kernel<T, IO>, X, sizes.heads, sizes.m, in<IO>(X), in<T>(inverse),
+              in<double>(jitter), in<IO>(dcore), static_cast<int>(sizes.m),
+              static_cast<int>(sizes.dim), scale, softmax, out<IO>(dX));
+  });
+  return dX;
 }
 
 Core tikhonov_core_cuda(const Tensor& given, double jitter, bool unit_rows, bool wide) {

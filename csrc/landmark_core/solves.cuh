@@ -34,19 +34,20 @@ __device__ Space<T> workspace(T* global, int64_t m) {
   return {first, first + m * m, first + 2 * m * m, vectors};
 }
 
-// C = A B, element (i, k) of A at a(i, k): sixteen elements of C a thread at a time.
+// C = A B, (m, n) with `inner` products each, element (i, k) of A at a(i, k): sixteen elements of C
+// a thread at a time.
 template <class T, class A, class B, class Store>
-__device__ void product(int m, A a, B b, Store store) {
-  const int wide = (m + 3) / 4;
-  for (int item = threadIdx.x; item < wide * wide; item += kThreads) {
+__device__ void product(int m, int n, int inner, A a, B b, Store store) {
+  const int high = (m + 3) / 4, wide = (n + 3) / 4;
+  for (int item = threadIdx.x; item < high * wide; item += kThreads) {
     const int i0 = item / wide * 4, j0 = item % wide * 4;
     T acc[4][4] = {};
-    for (int k = 0; k < m; k++) {
+    for (int k = 0; k < inner; k++) {
       T x[4], y[4];
 #pragma unroll
-      for (int n = 0; n < 4; n++) {
-        x[n] = a(min(i0 + n, m - 1), k);
-        y[n] = b(k, min(j0 + n, m - 1));
+      for (int c = 0; c < 4; c++) {
+        x[c] = a(min(i0 + c, m - 1), k);
+        y[c] = b(k, min(j0 + c, n - 1));
       }
 #pragma unroll
       for (int r = 0; r < 4; r++) {
@@ -58,11 +59,16 @@ __device__ void product(int m, A a, B b, Store store) {
     for (int r = 0; r < 4; r++) {
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        if (i0 + r < m && j0 + c < m) store(i0 + r, j0 + c, acc[r][c]);
+        if (i0 + r < m && j0 + c < n) store(i0 + r, j0 + c, acc[r][c]);
       }
     }
   }
   __syncthreads();
+}
+
+template <class T, class A, class B, class Store>
+__device__ void product(int m, A a, B b, Store store) {
+  product<T>(m, m, m, a, b, store);
 }
 
 // P = (given + jitter)^-1 for a symmetric matrix; false, the same on all threads, where a pivot is

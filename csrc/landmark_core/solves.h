@@ -126,21 +126,21 @@ FLASHMARK_INLINE double tied_forward(const S* scores, int64_t ld, int64_t m, dou
   return jitter;
 }
 
-// Elements that `tied_from_landmarks` needs beside `space_size`: the landmarks by rows and by
-// columns.
+// Elements that functions of landmarks need beside `space_size`: the landmarks by rows and by
+// columns, and a gradient of the scores.
 template <class T>
 constexpr int64_t landmark_size(int64_t m, int64_t dim) {
-  return 2 * padded<T>(m) * dim;
+  return 2 * padded<T>(m) * dim + padded<T>(m) * padded<T>(m);
 }
 
-// The core of tied landmarks X (m, dim), whose scores are scale X X^T.
+// scale X X^T of landmarks X (m, dim), whose rows are n apart; X by columns and scale X by rows are
+// left behind `space_size`.
 template <class T, class IO>
-FLASHMARK_INLINE void tied_from_landmarks(const IO* X, int64_t m, int64_t dim, double scale,
-                                          double jitter, bool softmax, T* buffer, IO* core) {
+FLASHMARK_INLINE const T* scores_of(const IO* X, int64_t m, int64_t dim, double scale, T* buffer) {
   const Space<T> s(buffer, m);
   const int64_t n = s.n;
   T *columns = buffer + space_size<T>(m), *rows = columns + n * dim, *scores = s.d;
-  std::fill(columns, columns + landmark_size<T>(m, dim), T(0));
+  std::fill(columns, columns + 2 * n * dim, T(0));
   for (int64_t i = 0; i < m; i++) {
     for (int64_t k = 0; k < dim; k++) {
       const T x = static_cast<T>(X[i * dim + k]);
@@ -149,20 +149,28 @@ FLASHMARK_INLINE void tied_from_landmarks(const IO* X, int64_t m, int64_t dim, d
     }
   }
   product<1, false>(scores, n, rows, dim, columns, n, ceil_div(m, 4) * 4, n, dim);
-  tied_forward<T>(scores, n, m, jitter, softmax, buffer, core, static_cast<T*>(nullptr));
+  return scores;
+}
+
+template <class T, class IO>
+FLASHMARK_INLINE double landmarks_forward(const IO* X, int64_t m, int64_t dim, double scale,
+                                          double jitter, bool softmax, T* buffer, IO* core,
+                                          T* inverse) {
+  const T* scores = scores_of(X, m, dim, scale, buffer);
+  return tied_forward<T>(scores, padded<T>(m), m, jitter, softmax, buffer, core, inverse);
 }
 
 // With r = (U + jitter) root: core_il = P_il r_l / root_i, and dK = -P dP P.
-template <class T, class IO>
-FLASHMARK_INLINE void tied_backward(const IO* scores, const T* inverse, double jitter,
+template <class T, class S, class IO, class Out>
+FLASHMARK_INLINE void tied_backward(const S* scores, int64_t ld, const T* inverse, double jitter,
                                     const IO* dcore, int64_t m, bool softmax, T* buffer,
-                                    IO* dscores) {
+                                    Out* dscores) {
   const Space<T> s(buffer, m);
   const int64_t n = s.n;
   T *U = s.a, *P = s.b, *H = s.c, *E = s.d, *first = s.scratch, *G = s.scratch + n * n;
   double *half = s.rows[0], *root = s.rows[1], *r = s.rows[2], *row = s.rows[3];
   double *dr = s.rows[4], *dlog = s.rows[5], *dhalf = s.rows[6], *v = s.rows[7];
-  unit_kernel(scores, m, m, U, n, half, root, row);
+  unit_kernel(scores, ld, m, U, n, half, root, row);
   load(inverse, m, P, n);
   load(dcore, m, G, n);
   std::fill(dr, dr + m, 0.0);
@@ -215,8 +223,27 @@ FLASHMARK_INLINE void tied_backward(const IO* scores, const T* inverse, double j
   }
   for (int64_t i = 0; i < m; i++) {  // the unit diagonal itself is constant
     for (int64_t j = 0; j < i; j++)
-      dscores[i * m + j] = dscores[j * m + i] = static_cast<IO>(E[i * n + j]);
-    dscores[i * m + i] = static_cast<IO>(0.5 * dhalf[i]);
+      dscores[i * m + j] = dscores[j * m + i] = static_cast<Out>(E[i * n + j]);
+    dscores[i * m + i] = static_cast<Out>(0.5 * dhalf[i]);
+  }
+}
+
+// dX = 2 scale dS X, for the symmetric gradient dS of the scores.
+template <class T, class IO>
+FLASHMARK_INLINE void landmarks_backward(const IO* X, int64_t dim, double scale, const T* inverse,
+                                         double jitter, const IO* dcore, int64_t m, bool softmax,
+                                         T* buffer, IO* dX) {
+  const int64_t n = padded<T>(m);
+  const T* scores = scores_of(X, m, dim, scale, buffer);
+  T *row = buffer + space_size<T>(m), *rows = row + n * dim, *dscores = rows + n * dim;
+  tied_backward<T>(scores, n, inverse, jitter, dcore, m, softmax, buffer, dscores);
+  for (int64_t i = 0; i < m; i++) {
+    std::fill(row, row + dim, T(0));
+    for (int64_t j = 0; j < m; j++) {
+      const T x = 2 * dscores[i * m + j];
+      for (int64_t k = 0; k < dim; k++) row[k] += x * rows[j * dim + k];
+    }
+    for (int64_t k = 0; k < dim; k++) dX[i * dim + k] = static_cast<IO>(row[k]);
   }
 }
 

@@ -69,6 +69,8 @@ def choose(
     block_d = block_v = 64 if backward else 128
     if pass_ == "decode":
         block_v = 64
+    elif pass_ == "pieces" and width == 128 and v_dim <= 128:
+        block_d = block_v = 64
     block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
     if backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
@@ -83,13 +85,14 @@ def choose(
     shares = 1
     if backward and max(width, head_dim, v_dim) > 32:
         shares = 3 if pass_ == "rows" and width > 64 else 2
-    ahead = pass_ == "forward" and arch in TWICE and max(head_dim, v_dim) <= 128
+    ahead = pass_ == "forward" and arch in TWICE and chunk > 16 and max(head_dim, v_dim) <= 128
     stages = 2 if ahead else 1
     return Config(chunk, block_v, block_d, 8 if width > 64 else 4, stages, shares)
 
 
 SCAN_ROWS = 8  # landmarks of a program that walks all stretches of a sequence
 FORWARD_SPAN = 512  # tokens between states that are stored
+LEAST_SPAN = 128  # likewise where sequences are short
 BACKWARD_SPAN = 256  # likewise; the backward walks again from one to each of its chunks
 READ_SPAN = 256  # queries of a program, where all read one state
 SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway
@@ -98,6 +101,14 @@ SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway
 def fills_device(where: torch.device, pairs: int, tokens: int) -> bool:
     """Can one pass, a program for a sample and key head, keep the device busy?"""
     return tokens <= SERIAL_TOKENS or pairs >= 2 * shared.processors(where)
+
+
+def forward_span(where: torch.device, pairs: int, tokens: int) -> int:
+    """Tokens between states of the forward: fewer where the device would not be busy otherwise."""
+    span, wanted = FORWARD_SPAN, 2 * shared.processors(where)
+    while span > LEAST_SPAN and pairs * -(-tokens // span) < wanted:
+        span //= 2
+    return span
 
 
 PROGRAMS = 1024  # of a backward kernel, or twice that: each leaves a share of the gradients

@@ -187,7 +187,8 @@ def causal_forward(
         stretches = args.cut(call, max(1, tokens), tokens)
         saved, ends = None, args.new_ends(call, state_out)
     else:
-        stretches = args.cut(call, configs.FORWARD_SPAN, tokens)
+        span = configs.forward_span(query.device, pairs, tokens)
+        stretches = args.cut(call, span, tokens)
         saved, ends = start_states(call, stretches)
     if one_pass and tokens <= configs.DECODE_TOKENS:
         rises, passes = None, ("decode",)

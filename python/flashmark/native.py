@@ -64,6 +64,11 @@ def solves_cores(device: torch.device) -> bool:
     return preferred(device) or device.type == "cuda" and has_cuda()
 
 
+def solves_landmarks(device: torch.device) -> bool:
+    """Whether flashmark takes `landmarks_core` for landmarks that autograd follows."""
+    return device.type == "cuda" and has_cuda()
+
+
 def _operators():
     reason = why_not()
     if reason:
@@ -224,19 +229,28 @@ def tikhonov_core(
     return _TikhonovCore.apply(matrix, float(jitter), unit_rows, wide, again)
 
 
-def landmarks_core(landmarks: Tensor, scale: float, jitter: float, softmax: bool) -> Tensor:
-    """`tied_core` of the scores `scale X X^T` of landmarks X, in one operator without a gradient.
+def landmarks_core(
+    landmarks: Tensor,
+    scale: float,
+    jitter: float,
+    softmax: bool,
+    *,
+    again: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`tied_core` of the scores `scale X X^T` of landmarks X: one operator, one for the gradient.
 
     Args:
-        landmarks: X, CPU tensor (..., M, D), float32 or float64; sums are float64.
+        landmarks: X, (..., M, D), float32 or float64; sums are float64.
         scale: > 0.
-        jitter: > 0, as in `tied_core`.
-        softmax: as in `tied_core`.
+        jitter: > 0 on a CPU, >= 0 on a GPU, as in `tied_core`.
+        softmax, again: as in `tied_core`.
 
     Returns:
         (..., M, M) in the dtype of the landmarks.
     """
-    return _operators().landmarks_core.default(landmarks, scale, jitter, softmax)
+    if not _recording(landmarks):
+        return _operators().landmarks_core.default(landmarks, scale, jitter, softmax)
+    return _LandmarksCore.apply(landmarks, scale, jitter, softmax, again)
 
 
 class _TiedCore(torch.autograd.Function):
@@ -256,6 +270,25 @@ class _TiedCore(torch.autograd.Function):
             _heads(scores), inverse, used, _heads(dcore), ctx.softmax
         )
         return dscores.view(scores.shape), None, None, None, None
+
+
+class _LandmarksCore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, landmarks, scale, jitter, softmax, again):
+        core, *solved = _operators().landmarks_core_saving(landmarks, scale, jitter, softmax)
+        ctx.save_for_backward(landmarks, *solved)
+        ctx.scale, ctx.softmax, ctx.again = scale, softmax, again
+        return core
+
+    @staticmethod
+    def backward(ctx, dcore):
+        landmarks, inverse, used = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable(ctx.again, landmarks, dcore), None, None, None, None
+        dlandmarks = _operators().landmarks_core_backward(
+            landmarks, inverse, used, dcore, ctx.scale, ctx.softmax
+        )
+        return dlandmarks, None, None, None, None
 
 
 class _TikhonovCore(torch.autograd.Function):
@@ -389,6 +422,16 @@ def _register_fakes() -> None:
     @fake("flashmark_native::landmarks_core")
     def _(landmarks, scale, jitter, softmax):
         return landmarks.new_empty((*landmarks.shape[:-1], landmarks.shape[-2]))
+
+    @fake("flashmark_native::landmarks_core_saving")
+    def _(landmarks, scale, jitter, softmax):
+        core = landmarks.new_empty((*landmarks.shape[:-1], landmarks.shape[-2]))
+        used = core.new_empty((core.shape[:-2].numel(),), dtype=torch.float64)
+        return core, core.new_empty(core.shape, dtype=torch.float64), used
+
+    @fake("flashmark_native::landmarks_core_backward")
+    def _(landmarks, inverse, used, dcore, scale, softmax):
+        return landmarks.new_empty(landmarks.shape)
 
     @fake("flashmark_native::tied_core_backward")
     def _(scores, inverse, used, dcore, softmax):

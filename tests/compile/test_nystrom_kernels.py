@@ -19,10 +19,11 @@ TARGETS = (ASKED or "sm_90").split(",")
 HALF2 = torch.float16
 SUITE = [  # a launch for every config; where targets are named, all launches are compiled
     *(Launch("forward", m, d) for m, d in ((32, 32), (64, 64), (64, 128), (128, 128))),
+    *(Launch("forward", m, 256) for m in (64, 128)),
     *(Launch("backward", m, m) for m in (32, 64, 128)),
     *(Launch("decode", m, m) for m in (64, 128)),
     *(Launch("bidirectional", m, m) for m in (64, 128)),
-    *(Launch("forward", m, m, dtype=HALF2) for m in (64, 128)),
+    *(Launch("forward", m, d, dtype=HALF2) for m, d in ((64, 64), (64, 128), (128, 128))),
     *(Launch(p, 32, 32, dtype=SINGLE) for p in ("forward", "backward")),
 ]
 SCANS = ("scan_kernel", "reverse_scan_kernel")  # sums only
@@ -97,6 +98,14 @@ def test_one_process_compiles_for_several_targets():
             Launch("decode", 64, 64).run()
         found[arch] = inspect(*launches[0]).hgmma
     assert found[90] > 0 and found[80] == 0
+
+
+@pytest.mark.parametrize(
+    "pairs, tokens, span", [(8, 4096, 128), (16, 16384, 512), (8, 65536, 512), (1, 1 << 20, 512)]
+)
+def test_short_sequences_are_cut_into_enough_programs_for_the_device(pairs, tokens, span):
+    with compiling_for(90):
+        assert configs.forward_span(torch.device("cpu"), pairs, tokens) == span
 
 
 @pytest.mark.parametrize("launch", all_launches() if ASKED else SUITE, ids=str)

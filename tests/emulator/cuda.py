@@ -184,6 +184,21 @@ class Core:
         self._launch(name, heads, m, matrix, m, jitter, flag, core, inverse, used)
         return core, inverse, used
 
+    def from_landmarks(self, X, scale: float, jitter: float, flag: bool, saving: bool):
+        heads, m, dim = X.shape
+        core = torch.full((heads, m, m), float("nan"), dtype=self.outer)
+        inverse = core.to(self.inner).clone() if saving else None
+        used = torch.full((heads,), float("nan"), dtype=torch.float64) if saving else None
+        self._launch("landmarks", heads, m, X, m, dim, scale, jitter, flag, core, inverse, used)
+        return core, inverse, used
+
+    def landmarks_backward(self, X, inverse, used, dcore, scale: float, flag: bool):
+        heads, m, dim = X.shape
+        dX = torch.full_like(X, float("nan"))
+        self._launch("landmarks_backward", heads, m, X, inverse, used, dcore, m, dim, scale, flag,
+                     dX)  # fmt: skip
+        return dX
+
     def tied_backward(self, scores, inverse, used, dcore, flag: bool):
         heads, m, _ = scores.shape
         result = torch.full_like(scores, float("nan"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashmark import native
+from flashmark.nystrom import landmark_core as landmark_module
 from tests.helpers import assert_close
 
 from . import cuda
@@ -132,3 +133,25 @@ def test_landmark_core(types, flag, in_shared):
             gradient = core.tikhonov_backward(matrix, wanted[1], dcore, flag)
             expected = operators.tikhonov_core_backward(matrix, wanted[1], dcore, flag)
         assert_close(gradient, expected, tolerance * 10, f"{name} backward")
+
+
+@pytest.mark.parametrize("in_shared", [True, False], ids=["shared", "workspace"])
+@pytest.mark.parametrize("outer", [torch.float64, torch.float32], ids=["double", "float"])
+@pytest.mark.parametrize("flag", [True, False], ids=["normalised", "plain"])
+def test_landmarks_to_core_and_back(outer, flag, in_shared):
+    """In float64 inside, against the definition in float64 by autograd."""
+    draw = torch.Generator().manual_seed(6)
+    m, dim, scale, jitter = 9, 5, 0.4, 1e-3
+    X = torch.randn(2, m, dim, generator=draw, dtype=torch.float64).to(outer)
+    dcore = torch.randn(2, m, m, generator=draw, dtype=torch.float64).to(outer)
+    wide = X.double().requires_grad_()
+    wanted = landmark_module._tied_core(scale * wide @ wide.mT, jitter, flag)
+    (expected,) = torch.autograd.grad(wanted, wide, dcore.double())
+    kernels = cuda.Core(outer, torch.float64, in_shared)
+    tolerance = 1e-9 if outer == torch.float64 else 1e-5
+    alone, _, _ = kernels.from_landmarks(X, scale, jitter, flag, saving=False)
+    core, inverse, used = kernels.from_landmarks(X, scale, jitter, flag, saving=True)
+    assert torch.equal(alone, core)
+    assert_close(core, wanted.detach(), tolerance)
+    dX = kernels.landmarks_backward(X, inverse, used, dcore, scale, flag)
+    assert_close(dX, expected, tolerance * 10)

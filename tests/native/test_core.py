@@ -238,3 +238,34 @@ def test_the_operator_of_landmarks_keeps_its_schema():
     operator = torch.ops.flashmark_native.landmarks_core.default
     for shape in ((2, 5, 7), (3, 2, 5, 7)):
         torch.library.opcheck(operator, (helpers.randn(*shape), 0.3, 1e-4, True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 1, 5), (3, 2, 17, 8), (64, 24)], ids=str)
+def test_one_operator_from_landmarks_to_the_core_and_one_back(monkeypatch, shape, kind):
+    X = helpers.randn(*shape).requires_grad_()
+    dcore = helpers.randn(*shape[:-1], shape[-2], seed=1)
+    wide = X.detach().double().requires_grad_()
+    wanted = landmark_core(wide, kind=kind)
+    monkeypatch.setattr(native, "solves_landmarks", lambda device: True)
+    core = landmark_core(X, kind=kind)
+    assert type(core.grad_fn).__name__ == "_LandmarksCoreBackward"
+    assert_close(core.detach(), wanted.detach(), 1e-6)
+    (dX,) = torch.autograd.grad(core, X, dcore)
+    assert_close(dX, torch.autograd.grad(wanted, wide, dcore.double())[0], 2e-6)
+
+
+def test_one_operator_from_landmarks_has_two_derivatives(monkeypatch):
+    monkeypatch.setattr(native, "solves_landmarks", lambda device: True)
+    X = helpers.randn(1, 4, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(landmark_core, X)
+    assert torch.autograd.gradgradcheck(landmark_core, X)
+
+
+def test_the_operators_from_landmarks_keep_their_schemas():
+    operators, X = torch.ops.flashmark_native, helpers.randn(3, 2, 5, 7)
+    torch.library.opcheck(operators.landmarks_core_saving.default, (X, 0.3, 1e-4, True))
+    core, inverse, used = operators.landmarks_core_saving(X, 0.3, 1e-4, True)
+    torch.library.opcheck(
+        operators.landmarks_core_backward.default, (X, inverse, used, core, 0.3, True)
+    )

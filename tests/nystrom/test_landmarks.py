@@ -241,27 +241,29 @@ def test_on_a_gpu_no_product_depends_on_the_precision_of_float32(monkeypatch, pa
 
 
 @pytest.mark.skipif(not native.available(), reason="the native operators are not built")
-def test_the_core_on_a_gpu_is_few_launches(monkeypatch):
-    """Counted where the C++ operator stands for the CUDA one: a cast each way, the scores, a core;
-    their gradients.
-    """
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_core_on_a_gpu_is_one_launch_each_way(monkeypatch, dtype):
+    """Counted where the C++ operators stand for the CUDA ones; half precision is cast each way."""
     monkeypatch.setattr(native, "preferred", lambda device: False)
-    monkeypatch.setattr(native, "solves_cores", lambda device: True)
-    monkeypatch.setattr(landmarks, "_in_float64", lambda device: True)
-    X = init_landmarks(2, 8, 16).requires_grad_()
+    monkeypatch.setattr(native, "solves_landmarks", lambda device: True)
+    X = init_landmarks(2, 8, 16).to(dtype).requires_grad_()
     with Products() as forward:
         core = landmark_core(X)
     with Products() as backward:
         torch.autograd.grad(core, X, torch.ones_like(core))
-    assert forward.names == ["_to_copy", "mul", "bmm", "tied_core", "_to_copy"]
-    assert backward.names.count("tied_core_backward") == 1
-    assert len(backward.names) <= 8
+    cast = ["_to_copy"] if dtype == torch.bfloat16 else []
+    assert forward.names == [*cast, "landmarks_core_saving"]
+    assert [x for x in backward.names if x != "ones_like"] == ["landmarks_core_backward", *cast]
+    with torch.no_grad(), Products() as alone:
+        landmark_core(X)
+    assert alone.names == [*cast, "landmarks_core"]
 
 
 def test_cuda_tensors_take_the_cuda_operator_where_it_is_built(monkeypatch):
     for built in (True, False):
         monkeypatch.setattr(native, "has_cuda", lambda built=built: built)
         assert native.solves_cores(torch.device("cuda")) is built
+        assert native.solves_landmarks(torch.device("cuda")) is built
     assert not native.solves_cores(torch.device("meta"))
 
 

@@ -91,11 +91,18 @@ def solve_core(
     """`landmark_core` of checked arguments; `landmark_keys` None for tied landmarks."""
     if method == "cholesky" and not scale > 0:
         raise ValueError(f"scale: expected a number > 0 with method='cholesky', got {scale}")
-    if method == "cholesky" and jitter > 0 and _is_plain(landmark_queries):
-        X = landmark_queries
+    if method == "cholesky" and (
+        jitter > 0 and _is_plain(landmark_queries) or _in_one_operator(landmark_queries)
+    ):
+        X, softmax = landmark_queries, kind == "softmax"
         if X.dtype is not torch.float32 and X.dtype is not torch.float64:
             X = X.float()
-        return native.landmarks_core(X, scale, jitter, kind == "softmax")
+
+        def again(X: Tensor) -> Tensor:
+            wide = X.double()
+            return _tied_core((wide * scale) @ wide.mT, jitter, softmax).to(X.dtype)
+
+        return native.landmarks_core(X, scale, jitter, softmax, again=again)
     device = landmark_queries.device.type
     if autocast_is_on(device):
         with without_autocast(device):
@@ -143,6 +150,16 @@ def _is_plain(landmarks: Tensor) -> bool:
         and native.preferred(landmarks.device)
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _in_one_operator(landmarks: Tensor) -> bool:
+    """Whether one operator, and one for its gradient, can take landmarks to their core: on a GPU."""
+    return (
+        1 <= landmarks.shape[-2] <= native.MOST_LANDMARKS
+        and native.solves_landmarks(landmarks.device)
+        and not torch._C._are_functorch_transforms_active()
+        and (forward_ad._current_level < 0 or forward_ad.unpack_dual(landmarks).tangent is None)
     )
 
 
