@@ -1,5 +1,5 @@
-"""Predicted time of the forward of causal Nyström attention on an H200, M = D = 64 in bfloat16, from
-counts of the machine code, beside its floor and others.
+"""Predicted time of the forward of causal Nyström attention on an H200 for M = D = 64 in bfloat16,
+from counts of the machine code, beside its floor and others.
 
 python -m tests.compile.nystrom_predictions writes tests/compile/nystrom_predictions.csv and prints
 the table of docs/performance.md.
@@ -29,9 +29,9 @@ SIZE = 64  # landmarks and columns
 COPY = 4.3e12  # bytes a second, measured
 SCAN = 696  # cycles of a stretch, all programs of a scan side by side: docs/performance.md
 FLOOR = 8 * SIZE  # bytes a token and head: query, key, value, output
-# gates summed; keys, values, gates to states; queries, keys, gates to scores of a chunk; all of
-# them to the output
-GLA = (4 + 4) * SIZE + (2 + 2 + 4 + 2) * SIZE + (2 + 2 + 4 + 4) * SIZE + (2 + 2 + 4 + 2 + 4 + 2) * SIZE
+# its four kernels: gates summed; keys, values, gates to states; queries, keys, gates to scores of a
+# chunk; queries, values, gates, states, scores to the output
+GLA = SIZE * ((4 + 4) + (2 + 2 + 4 + 2) + (2 + 2 + 4 + 4) + (2 + 2 + 4 + 2 + 4 + 2))
 LENGTHS, HEADS = (4096, 65536, 1 << 20), (8, 16)
 
 
@@ -116,7 +116,10 @@ def table() -> list[Prediction]:
 
 def drawn(rows: list[Prediction]) -> str:
     """The table of docs/performance.md."""
-    lines = ["| heads | tokens | floor | Nyström | exact | `chunk_gla` |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| heads | tokens | floor | Nyström | exact | `chunk_gla` |",
+        "|---|---|---|---|---|---|",
+    ]
     for x in rows:
         ours = f"{x.predicted:,} ({x.low:,} to {x.high:,})"
         lines.append(
@@ -131,7 +134,9 @@ def main() -> None:
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in dataclasses.fields(Prediction)])
-        writer.writerows(dataclasses.astuple(x) for x in sorted(others + rows, key=dataclasses.astuple))
+        writer.writerows(
+            dataclasses.astuple(x) for x in sorted(others + rows, key=dataclasses.astuple)
+        )
     print(drawn(rows))
 
 

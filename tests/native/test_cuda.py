@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashmark import native
+from flashmark.nystrom import landmark_core
 from tests import helpers
 
 pytestmark = pytest.mark.skipif(
@@ -87,3 +88,19 @@ def test_cores_and_gradients_agree_with_the_cpu(core, count, flag):
     for actual, expected in zip(run(matrix.cuda(), dcore.cuda()), run(matrix, dcore), strict=True):
         error = (actual.cpu() - expected).norm()
         assert error <= 1e-6 * expected.norm().clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_from_landmarks_to_the_core_and_back(dtype, kind):
+    X = helpers.randn(3, 64, 24, dtype=dtype)
+    dcore = helpers.randn(3, 64, 64, dtype=dtype, seed=1)
+
+    def run(X, dcore):
+        X = X.clone().requires_grad_()
+        core = landmark_core(X, kind=kind)
+        return core.detach(), torch.autograd.grad(core, X, dcore)[0]
+
+    wanted = run(X.double(), dcore.double())
+    for actual, expected in zip(run(X.cuda(), dcore.cuda()), wanted, strict=True):
+        helpers.assert_close(actual.cpu(), expected, 1e-5)

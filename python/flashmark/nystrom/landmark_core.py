@@ -154,7 +154,7 @@ def _is_plain(landmarks: Tensor) -> bool:
 
 
 def _in_one_operator(landmarks: Tensor) -> bool:
-    """Whether one operator, and one for its gradient, can take landmarks to their core: on a GPU."""
+    """Whether one operator can take landmarks to their core, and one back: on a GPU."""
     return (
         1 <= landmarks.shape[-2] <= native.MOST_LANDMARKS
         and native.solves_landmarks(landmarks.device)
