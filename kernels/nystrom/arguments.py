@@ -66,6 +66,15 @@ class Saved(NamedTuple):
     acc: Tensor  # (lines, PAD_M, PAD_V)
 
 
+class Stored(NamedTuple):
+    """States of a backward. A slot is some tokens of a stretch."""
+
+    saved: Saved  # at the start of each stretch
+    ref: Tensor  # of each stretch by itself, (lines, PAD_M)
+    tot: Tensor
+    slots: Saved | None  # what a stretch holds by itself at the start of each slot
+
+
 class Ends(NamedTuple):
     """States as users see them, incoming and outgoing."""
 
@@ -87,6 +96,7 @@ class Features:
     DIM_V: int
     BLOCK_V: int
     PAD_V: int
+    SLICES: int  # of the columns of values
     CHUNK: int
     GROUP: int
     MASS: bool
@@ -99,6 +109,7 @@ class Features:
     SCAN: bool  # prefix sums by a scan: products are exact
     PRECISION: str
     ONE_PASS: bool = False
+    SLOT: int = 0  # tokens between states that are stored within a stretch
     STEEP: bool = False  # chunks end where a score rises too far
     TAKES_STATES: bool = True  # what a launch of the backward is for: reverse states, the core,
     TAKES_CORE: bool = True
@@ -155,7 +166,7 @@ def describe(call: Call) -> Inputs:
     return Inputs(call.query, call.key, call.value, marks, keep, call.cu_seqlens, L0, R0, call.mass)
 
 
-def features(call: Inputs, config: configs.Config, **extra: bool) -> Features:
+def features(call: Inputs, config: configs.Config, **extra: int) -> Features:
     query, value = call.query, call.value
     marks, dim, dim_v = call.marks.lq.shape[-2], query.shape[3], value.shape[3]
     block_d, block_v = min(config.block_d, padded(dim)), min(config.block_v, padded(dim_v))
@@ -169,6 +180,7 @@ def features(call: Inputs, config: configs.Config, **extra: bool) -> Features:
         DIM_V=dim_v,
         BLOCK_V=block_v,
         PAD_V=triton.cdiv(dim_v, block_v) * block_v,
+        SLICES=triton.cdiv(dim_v, block_v),
         CHUNK=config.chunk,
         GROUP=query.shape[1] // value.shape[1],
         MASS=call.mass,
@@ -231,9 +243,11 @@ def new_states(call: Inputs, lines: int, F: Features, dtype=torch.float32) -> Sa
     return Saved(vectors[0], vectors[1], acc)
 
 
-def new_rises(call: Inputs, stretches: Stretches) -> Tensor:
-    """For each stretch the first token that rises too far, a note from one launch to the next."""
-    lines = call.key.shape[0] * call.key.shape[1] * stretches.count
+def new_rises(call: Inputs, stretches: Stretches, slots: int = 1) -> Tensor:
+    """For each slot of a stretch the first token that rises too far, a note from one launch to the
+    next.
+    """
+    lines = call.key.shape[0] * call.key.shape[1] * stretches.count * slots
     return torch.empty(lines, dtype=torch.int32, device=call.query.device)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-import triton
 from torch import Tensor
 
 from ..block_sparse.arguments import on_device, strides
@@ -11,6 +12,7 @@ from . import arguments as args
 from . import configs
 from .backward_keys import keys_kernel
 from .backward_rows import rows_kernel
+from .columns import through_half
 from .gradients import (
     new_key_partials,
     new_reverse,
@@ -19,7 +21,7 @@ from .gradients import (
     parameter_gradients,
     reverse_scan,
 )
-from .states import start_states
+from .states import slot_states
 
 
 def incoming_gradients(call: args.Inputs, pull: Tensor, G: Tensor, F) -> tuple[Tensor, Tensor]:
@@ -28,51 +30,70 @@ def incoming_gradients(call: args.Inputs, pull: Tensor, G: Tensor, F) -> tuple[T
     dR0 = G[:, : F.MARKS, : F.DIM_V].reshape(call.R0.shape)
     dR0 = dR0.masked_fill(empty.unsqueeze(-1), 0.0)
     held = call.R0.masked_fill(empty.unsqueeze(-1), 0.0)
-    dL0 = (dR0 * held).sum(-1) - pull[:, : F.MARKS].reshape(empty.shape)
+    dL0 = (dR0 * held).sum(-1) - pull.sum(1)[:, : F.MARKS].reshape(empty.shape)
     return dL0.masked_fill(empty, 0.0), dR0
 
 
-def causal_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> dict[str, Tensor]:
-    """All gradients of one slice of the columns of values; those of tokens float32 if `wide`."""
+def new_token_gradient(x: Tensor, heads: int, slices: int) -> Tensor:
+    """Memory for shares of dQ or dK: (batch, key heads, slices, heads of a group, tokens, dim)."""
+    batch, all_heads, tokens, dim = x.shape
+    shape = batch, heads, slices, all_heads // heads, tokens, dim
+    return x.new_empty(shape, dtype=torch.float32 if slices > 1 else x.dtype)
+
+
+def causal_backward(
+    call: args.Inputs, dout: Tensor, dL: Tensor | None, dR: Tensor | None
+) -> dict[str, Tensor]:
+    """All gradients. A column of the output depends on the same column of the values alone: where
+    values are wider than a program holds, gradients of all else are sums over slices of columns.
+    """
     query, key, value = call.query, call.key, call.value
-    pairs = key.shape[0] * key.shape[1]
-    stretches = args.cut(call, configs.BACKWARD_SPAN, key.shape[2])
-    saved, ends = start_states(call, stretches)
-    configs_of = {pass_: args.choose_config(pass_, call) for pass_ in ("rows", "keys")}
-    F = args.features(call, configs_of["rows"])
-    chunks = triton.cdiv(configs.BACKWARD_SPAN, configs_of["keys"].chunk)
-    dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
-    bytes_of_a_stretch = F.BLOCKS_D * chunks * F.PAD_M * F.PAD_V * dtype.itemsize
-    units = configs.stretches_of_a_program(pairs * stretches.count, bytes_of_a_stretch)
+    batch, heads, tokens, _ = key.shape
+    pairs = batch * heads
+    span, slot = configs.backward_span(query.device, pairs, tokens, call.marks.lq.shape[-2])
+    stretches = args.cut(call, span, tokens)
+    configs_of = {}
+    for pass_ in ("states", "rows", "keys"):
+        config = args.choose_config(pass_, call)
+        configs_of[pass_] = dataclasses.replace(config, chunk=min(config.chunk, slot))
+    F = args.features(call, configs_of["rows"], SLOT=slot)
+    config = dataclasses.replace(configs_of["states"], block_v=F.BLOCK_V)
+    stored, ends = slot_states(call, stretches, config, slot)
+    units = configs.stretches_of_a_program(pairs * stretches.count)
     problem = args.problem_of(call, stretches, F.BLOCKS_D, units)
-    grads = args.new_token_gradients(call, wide)
-    reverse = new_reverse(query, pairs * stretches.count, F)
+    lines = pairs * stretches.count
+    dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
+    reverse = new_reverse(query, lines, F)
+    reverse = reverse._replace(slots=new_reverse(query, lines * (span // slot), F, dtype))
     rows = new_row_partials(query, pairs, problem.groups, F)
     keys = new_key_partials(query, pairs, problem.groups, F)
-    rises = args.new_rises(call, stretches)
+    rises = args.new_rises(call, stretches, span // slot)
     pull, G = outgoing(call, ends, dL, dR, F)
-    programs = pairs * problem.groups * problem.parts
-    scratch = args.new_states(call, programs * chunks, F, dtype)
+    dq, dk = (new_token_gradient(x, heads, F.SLICES) for x in (query, key))
+    dv = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     inputs = (query, key, value, dout)
     inputs += tuple(strides(x) for x in inputs)
 
-    def launch(kernel, pass_: str, outputs: tuple, buffers: tuple) -> None:
-        config = configs_of[pass_]
-        for takes in configs.launches(pass_, config.shares):
+    def launch(kernel, pass_: str, outputs: tuple, partials: tuple) -> None:
+        whole = configs_of[pass_]
+        pieces = dataclasses.replace(whole, chunk=min(whole.chunk, configs.BACKWARD_PIECE))
+        for takes in configs.launches(pass_, whole.shares):
             columns = takes.get("TAKES_QUERIES", False) or takes.get("TAKES_KEYS", False)
-            own = problem if columns else problem._replace(parts=1)
-            for pieces in (False, True):
+            own = problem._replace(parts=F.SLICES * (F.BLOCKS_D if columns else 1))
+            for config in (whole, pieces):
+                features = args.features(call, config, SLOT=slot, STEEP=config is pieces, **takes)
                 kernel[(pairs * own.groups * own.parts,)](
-                    *inputs[:4], *outputs, *inputs[4:], call.marks, call.keep, saved,
-                    reverse, rises, *buffers, stretches.table, *own,
-                    args.features(call, config, STEEP=pieces, **takes), **config.options,
+                    *inputs[:4], *outputs, *inputs[4:], call.marks, call.keep, stored, reverse,
+                    rises, partials, stretches.table, *own, features, **config.options,
                 )  # fmt: skip
 
     with on_device(query):
-        launch(rows_kernel, "rows", (grads["query"],), (rows,))
+        launch(rows_kernel, "rows", (dq,), rows)
         reverse_scan(call, reverse, pull, G, stretches, problem, F)
-        launch(keys_kernel, "keys", (grads["key"], grads["value"]), (scratch, keys))
-    grads |= parameter_gradients(call, rows, keys, F)
+        launch(keys_kernel, "keys", (dk, dv), keys)
+    grads = {name: x.sum(2) if F.SLICES > 1 else x for name, x in (("query", dq), ("key", dk))}
+    grads = {"query": grads["query"].view(query.shape), "key": grads["key"].view(key.shape)}
+    grads |= {"value": dv} | parameter_gradients(call, rows, keys, F)
     if call.L0 is not None:
         grads["L0"], grads["R0"] = incoming_gradients(call, pull, G, F)
-    return grads
+    return through_half(call, grads)

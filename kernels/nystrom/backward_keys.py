@@ -1,11 +1,8 @@
-"""Backward, key side: against time, from the reverse states at the end of each stretch.
+"""Backward, key side: dK, dV and the gradient of landmark queries, slot by slot.
 
-The reverse state of a landmark is (G, pull), referenced to L at the boundary that it is about:
-G = sum over later i of W_i e^{L - L(i)} dO_i, held transposed, and pull likewise with dW.
-
-A program first walks its stretch forward and leaves the state at the start of each chunk in a
-scratch of its own, which the next stretch overwrites; then it goes back. Pieces, whose lengths are
-only known from the start, walk again to each of them instead. Tiles have a token a row here.
+The state before a slot and the reverse state after it are stored, so that no slot needs another's
+result. A first launch leaves out the slots in which a score rises too far, by the notes of the
+query side; a second one does those piece by piece, from the last piece to the first.
 """
 
 from __future__ import annotations
@@ -14,14 +11,13 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .backward_rows import columns_ptrs, put_share, row_gradients
-from .chunks import end_of_chunk, enter_chunk, key_scores, norms, running_sums
+from .backward_rows import columns_ptrs, inverse_totals, put_share, risen, row_gradients
+from .chunks import end_of_chunk, norms, open_chunk, running_sums
 from .primitives import (
     full,
     head_of,
     kept_tokens,
     load_rows,
-    load_state,
     locate,
     lower,
     mm,
@@ -30,7 +26,6 @@ from .primitives import (
     reciprocal,
     rounded_product,
     span_of,
-    state_ptrs,
     store_rows,
     tokens_of,
     vector_ptrs,
@@ -44,6 +39,8 @@ from .reading import (
     split_keys,
     turned_weights,
 )
+from .slots import end_of_slot, load_held, start_of_slot
+from .states import slot_line
 
 
 @triton.jit
@@ -57,72 +54,104 @@ def later_sums(x, F: tl.constexpr):
 
 
 @triton.jit
-def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, ref, tot,
-               R0, reverse, sums, lq, lk, decay2, part, marks, problem,
+def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, state,
+               reverse, place, sums, lq, lk, decay2, part, width, marks,
                F: tl.constexpr):  # fmt: skip
-    """(reverse state, sums) before the tokens [t0, until), whose dK and dV are stored.
+    """(reverse state, sums, until) before the tokens [t0, until), whose dK and dV are stored.
 
-    (ref, tot, R0) is the state before them; no score rises far above ref.
+    A whole slot in which a score rises too far is noted and left out: then `until` is t0.
+    `state` is that before them, and no score rises far above it; the slot ends at `stop`. Where
+    they are the whole slot, `state` has the factors for `load_held`, and `reverse` is not read.
 
     ds_lj = e^{s_lj - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il D_lj(i) (dO_i . v_j - centre_il)
     dv_j  = sum_l e^{s_lj - rho} G_l + sum_{i >= j} sum_l W_il D_lj(i) dO_i
     """
-    G, pull = reverse
-    NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
+    ref, tot = state[0], state[1]
+    NARROW: tl.constexpr = F.DIM_V % F.BLOCK_V != 0
     keep = kept_tokens(keep_ptr, t0, until, F)
-    s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
     # [PAD_M, CHUNK]
-    P = tl.exp2(s - ref[:, None])
-    # [CHUNK, BLOCK_V]
-    v = load_rows(values[0], t0, values[1], keep, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+    k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+    offs = tl.arange(0, F.CHUNK)
+    there = t0 + offs < until
+    P = operand(P, F)
+    if not (F.STEEP or F.CHUNK < F.SLOT):  # the query side may have had shorter chunks
+        calm = first == F.CHUNK
+        P = tl.where(calm, P, 0.0)
+        if not calm:
+            tl.store(place[2] + place[4], t0)
+            until = t0
+        there = t0 + offs < until
     # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
-    inverse = reciprocal(cum)
-    share = reciprocal(tot + tl.sum(operand(P, F).to(tl.float32), 1))
-    E = P * share[:, None]  # e^{s - rho}
-    ds, dv = 0.0, 0.0
+    inverse = inverse_totals(cum, there, F)
+    # [CHUNK, BLOCK_V]
+    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW)
+    R0 = 0.0
     if F.TAKES_KEYS:
-        ds = E * (mm(G, tl.trans(v), F) - pull[:, None])
+        if F.STEEP or F.CHUNK < F.SLOT:
+            acc = state[2]
+        else:
+            acc = load_held(place, state[2][0], state[2][1], F)
+        if F.STEEP or F.DECAY:
+            acc *= moved[:, None]
+        # [PAD_M, BLOCK_V]
+        R0 = operand(acc, F)
+    # what later slots add comes last, and its tiles are loaded late: fewer are held at once
+    own_G, own_pull, ds, dv = 0.0, full(F.PAD_M, 0.0), 0.0, 0.0
+    if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
+        own_G = zeros(F.PAD_M, F.BLOCK_V)
+    if F.TAKES_KEYS:
+        ds = zeros(F.PAD_M, F.CHUNK)
     if F.TAKES_VALUES:
         # [CHUNK, BLOCK_V]
-        dv = mm(tl.trans(operand(E, F)), G, F)
-    G *= share[:, None]  # referenced to `ref`
-    pull *= share
-    offs = tl.arange(0, F.CHUNK)
-    there = t0 + offs < until
+        dv = zeros(F.CHUNK, F.BLOCK_V)
     for g in range(F.GROUP):
         features, W, factor, q = turned_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
         dhead = head_of(douts, g)
-        dout = load_rows(dhead[0], t0, dhead[1], there, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW)
         if F.TAKES_KEYS:
             wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
             pulls = rounded_product(wt, centre, F)
-            pull += tl.sum(pulls, 1)
+            own_pull += tl.sum(pulls, 1)
             ds += P * (mm(wt, tl.trans(pairs), F) - later_sums(pulls, F))
         else:
             wt = W * inverse
         wt = operand(wt, F)
-        G = mm_acc(wt, dout, G, F)
+        if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
+            own_G = mm_acc(wt, dout, own_G, F)
         if F.TAKES_VALUES:
             # [CHUNK, CHUNK]
-            between = mm(tl.trans(operand(P, F)), wt, F)
+            between = mm(tl.trans(P), wt, F)
             dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
+    if F.STEEP or F.CHUNK < F.SLOT:
+        G, pull = reverse
+    else:
+        G, pull = end_of_slot(place, F)
+    left = reciprocal(tot + tl.sum(P.to(tl.float32), 1))
+    E = P * left[:, None]  # e^{s - rho}
+    if F.TAKES_KEYS:
+        ds += E * (mm(G, tl.trans(v), F) - pull[:, None])
+    if F.TAKES_VALUES:
+        dv = mm_acc(tl.trans(operand(E, F)), G, dv, F)
+    share = tot * left  # e^{L at t0 - rho}
+    if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
+        own_G *= tot[:, None]
+    G = G * share[:, None] + own_G
+    pull = pull * share + own_pull * tot
     if F.TAKES_VALUES:
         if part == 0:
-            store_rows(dv_ptr, t0, F.DIM_V, there, F.DIM_V, dv, F.CHUNK, F.BLOCK_V, NARROW_V)
+            store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW)
     if F.TAKES_KEYS:
         dlq, ddecay = sums
-        if F.DECAY:  # ages at the chunk's end, and its length times the gradient of L at its start
-            age = (until - t0 - 1 - offs).to(tl.float32)
-            dL0 = tl.sum(rounded_product(G, R0.to(tl.float32), F), 1) - tot * pull
-            ages = tl.sum(rounded_product(ds, age[None, :], F), 1)
-            ddecay -= ages + (until - t0).to(tl.float32) * dL0
+        if F.DECAY:  # ages at the slot's end
+            age = (stop - 1 - t0 - offs).to(tl.float32)
+            ddecay -= tl.sum(rounded_product(ds, age[None, :], F), 1)
         ds = operand(ds, F)
         sums = (take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F), ddecay)
-    return (G * tot[:, None], pull * tot), sums
+    return (G, pull), sums, until
 
 
 @triton.jit
@@ -136,45 +165,55 @@ def take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F: tl.
 
 
 @triton.jit
-def walk(keys, values, keep_ptr, start, stop, state, line, scratch, lq, decay2, marks,
-         F: tl.constexpr):  # fmt: skip
-    """Leave the state before each chunk at `line`, `line` + 1, ..; the first that rises too far."""
-    rise = stop
-    for t0 in range(start, stop, F.CHUNK):
-        keep, v, P, first, ref, tot, acc, share = enter_chunk(
-            keys, values, keep_ptr, t0, stop, state, lq, decay2, 0, marks, F
-        )
-        tl.store(vector_ptrs(scratch.ref, line, F), ref)
-        tl.store(vector_ptrs(scratch.tot, line, F), tot)
-        if F.TAKES_KEYS:
-            tl.store(state_ptrs(scratch.acc, line, 0, F), operand(acc, F))
-        length = tl.minimum(stop - t0, F.CHUNK)
-        if first < length:
-            rise = tl.minimum(rise, t0 + first)
-        ref, tot, acc, fall = end_of_chunk(P, v, ref, tot, acc, decay2, length, F)
-        state = (ref, tot, acc)
-        line += 1
-    return rise
+def walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, width, marks,
+            F: tl.constexpr):  # fmt: skip
+    """(t0, state): the start of the chunk or piece that ends at `until`, and the state there."""
+    ref, tot, acc = state
+    t0 = start
+    before = t0 < until
+    while before:
+        keep = kept_tokens(keep_ptr, t0, stop, F)
+        k, P, first, top, total, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+        length = tl.minimum(stop - t0, first)
+        before = t0 + length < until
+        if before:
+            v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
+                          F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+            own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], operand(P, F), 0.0)
+            held = zeros(F.PAD_M, F.BLOCK_V)
+            if F.TAKES_KEYS:
+                held += acc
+                if F.STEEP or F.DECAY:
+                    held *= share[:, None]
+            ref, tot, held, fall = end_of_chunk(own, v, top, total, held, decay2, length, F)
+            if F.TAKES_KEYS:
+                acc = held
+            t0 += length
+    return t0, (ref, tot, acc)
 
 
 @triton.jit
-def walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, marks,
-            F: tl.constexpr):  # fmt: skip
-    """(t0, ref, tot, acc): the start of the piece that ends at `until`, and the state there."""
-    t0 = start
-    keep, v, P, first, ref, tot, acc, share = enter_chunk(
-        keys, values, keep_ptr, t0, stop, state, lq, decay2, 0, marks, F
-    )
-    length = tl.minimum(stop - t0, first)
-    while t0 + length < until:
-        P = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], P, 0.0)
-        ref, tot, acc, fall = end_of_chunk(P, v, ref, tot, acc, decay2, length, F)
-        t0 += length
-        keep, v, P, first, ref, tot, acc, share = enter_chunk(
-            keys, values, keep_ptr, t0, stop, (ref, tot, acc), lq, decay2, 0, marks, F
-        )
-        length = tl.minimum(stop - t0, first)
-    return t0, ref, tot, acc
+def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, state,
+              reverse, place, sums, lq, lk, decay2, part, width, marks,
+              F: tl.constexpr):  # fmt: skip
+    """(reverse state, sums, until) before the tokens [start, until) of a slot, none or all."""
+    if F.STEEP or F.CHUNK < F.SLOT:
+        last = until
+        while until > start:
+            t0, own = walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, width,
+                              marks, F)  # fmt: skip
+            reverse, sums, end = chunk_keys(
+                queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, own,
+                reverse, place, sums, lq, lk, decay2, part, width, marks, F,
+            )  # fmt: skip
+            until = t0
+        until = last
+    else:
+        reverse, sums, until = chunk_keys(
+            queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, state,
+            reverse, place, sums, lq, lk, decay2, part, width, marks, F,
+        )  # fmt: skip
+    return reverse, sums, until
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -191,10 +230,9 @@ def keys_kernel(
     dout_strides,
     marks,
     keep_ptr,
-    saved,
+    stored,
     reverse,
     rises,
-    scratch,
     partial,
     table,
     heads,
@@ -208,78 +246,90 @@ def keys_kernel(
 ):
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
+    part, piece = part // F.SLICES, part % F.SLICES
     b, h = pair // problem.heads, pair % problem.heads
+    v0 = piece * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
-    keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
-    douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
-    dk_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM
-    dv_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM_V
+    keys = tokens_of(k_ptr, k_strides, b, h)
+    values = tokens_of(v_ptr + v0, v_strides, b, h)
+    douts = tokens_of(dout_ptr + v0, dout_strides, b, h * F.GROUP)
+    share = tl.cast(pair, tl.int64) * F.SLICES + piece
+    dk_ptr += share * problem.tokens * F.DIM
+    dv_ptr += tl.cast(pair, tl.int64) * problem.tokens * F.DIM_V + v0
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     lq = landmark_queries(marks, b, h, dtype, F)
     lk = split_keys(marks, b, h, dtype, F)
     decay2 = load_decay(marks, h, F)
-    scratch_line = tl.cast(tl.program_id(0), tl.int64) * tl.cdiv(problem.span, F.CHUNK)
 
     sums = (0.0, 0.0)
     if F.TAKES_KEYS:
         sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
-    risen = False
+    taken = False
     for stretch in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        pull_ptrs, G_ptrs = vector_ptrs(reverse.pull, line, F), state_ptrs(reverse.G, line, 0, F)
+        slots = tl.cdiv(stop - start, F.SLOT)
+        first_line = slot_line(line, 0, problem, F)
         if F.STEEP:
-            if tl.load(rises + line) < stop:
-                risen = True
-                back = (tl.load(G_ptrs), tl.load(pull_ptrs))
-                until = stop
-                while until > start:
-                    t0, ref, tot, acc = walk_to(
-                        keys, values, keep_ptr, start, until, stop, load_state(saved, line, 0, F),
-                        lq, decay2, marks, F,
-                    )  # fmt: skip
-                    R0 = operand(acc, F)
-                    back, sums = chunk_keys(
-                        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until,
-                        ref, tot, R0, back, sums, lq, lk, decay2, part, marks,
-                        problem, F,
-                    )  # fmt: skip
-                    until = t0
-        else:
-            tl.debug_barrier()
-            rise = walk(keys, values, keep_ptr, start, stop, load_state(saved, line, 0, F),
-                        scratch_line, scratch, lq, decay2, marks, F)  # fmt: skip
-            tl.debug_barrier()
-            tl.store(rises + line, rise)
-            chunks = tl.where(rise < stop, 0, tl.cdiv(stop - start, F.CHUNK))
-            back = (tl.load(G_ptrs), tl.load(pull_ptrs))
-            for n in range(chunks):
-                c = chunks - 1 - n
-                t0 = start + c * F.CHUNK
-                ref = tl.load(vector_ptrs(scratch.ref, scratch_line + c, F))
-                tot = tl.load(vector_ptrs(scratch.tot, scratch_line + c, F))
-                R0 = 0.0
-                if F.TAKES_KEYS:
-                    R0 = tl.load(state_ptrs(scratch.acc, scratch_line + c, 0, F))
-                back, sums = chunk_keys(
-                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0,
-                    tl.minimum(stop, t0 + F.CHUNK), ref, tot, R0, back, sums, lq, lk, decay2,
-                    part, marks, problem, F,
+            if risen(rises, start, stop, first_line, slots, F):
+                taken = True
+            else:
+                slots = 0
+        for n in range(slots):
+            slot = first_line + n
+            t0 = start + n * F.SLOT
+            end = tl.minimum(t0 + F.SLOT, stop)
+            rise = tl.load(rises + slot) < end
+            until = tl.where(rise == F.STEEP, end, t0)
+            due = True
+            if F.STEEP:
+                due = rise
+            if due:
+                sums = one_slot(
+                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, end, start,
+                    stored, reverse, rises, line, slot, piece, sums, lq, lk, decay2, part, marks, F,
                 )  # fmt: skip
     if F.STEEP:
-        if risen:
-            store_key_sums(partial, group, pair, part, sums, problem, F)
+        if taken:
+            store_key_sums(partial, group, share, part, sums, problem, F)
     else:
-        store_key_sums(partial, group, pair, part, sums, problem, F)
+        store_key_sums(partial, group, share, part, sums, problem, F)
 
 
 @triton.jit
-def store_key_sums(partial, group, pair, part, sums, problem, F: tl.constexpr):
+def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, start,
+             stored, reverse, rises, line, slot, piece, sums, lq, lk, decay2, part, marks,
+             F: tl.constexpr):  # fmt: skip
+    """`sums` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
+    v0 = piece * F.BLOCK_V
+    place = stored, reverse, rises, line, slot, v0, piece
+    ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
+    held, back = (past, new), (0.0, 0.0)
+    if F.STEEP or F.CHUNK < F.SLOT:
+        back = end_of_slot(place, F)
+        held = 0.0
+        if F.TAKES_KEYS:
+            held = load_held(place, past, new, F)
+    back, sums, until = slot_keys(
+        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot, held),
+        back, place, sums, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
+    )  # fmt: skip
     if F.TAKES_KEYS:
-        line = tl.cast(pair, tl.int64) * problem.groups + group
+        if F.DECAY:  # the slot's length times the gradient of L at its start
+            R = load_held(place, past, new, F) * reciprocal(tot)[:, None]
+            dL = tl.sum(rounded_product(back[0], R, F), 1) - back[1]
+            sums = (sums[0], sums[1] - (until - t0).to(tl.float32) * dL)
+    return sums
+
+
+@triton.jit
+def store_key_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
+    """This program's share of the gradients, a place of its own, as in `store_sums`."""
+    if F.TAKES_KEYS:
+        line = tl.cast(share, tl.int64) * problem.groups + group
         put_share(columns_ptrs(partial.dlq, line, part, F), sums[0], F)
         if part == 0:
             put_share(vector_ptrs(partial.ddecay, line, F), sums[1], F)

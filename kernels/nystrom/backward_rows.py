@@ -1,7 +1,13 @@
-"""Backward, query side: forward in time, from the states at the start of each stretch.
+"""Backward, query side: dQ, the gradients of core and landmark keys, and the reverse states that
+each slot hands to the keys before it.
 
-dQ, the gradients of core and landmark keys, and what a stretch hands to the keys before it. Wide
-problems share this out over launches (`Features.TAKES`), each of which holds fewer sums.
+A program goes through a stretch slot by slot. None needs another's result: the state before each is
+stored. It starts with the last, so that what the rest of the stretch adds to the reverse state is
+there when a slot's turn comes. The reverse state of a landmark is (G, pull), referenced to L at the
+boundary that it is about: G = sum over later i of W_i e^{L - L(i)} dO_i, and pull likewise with dW.
+
+A first launch leaves out the rows of a slot from the first token on that rises too far; a second
+one takes those, piece by piece.
 """
 
 from __future__ import annotations
@@ -10,18 +16,17 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .chunks import end_of_chunk, enter_chunk, norms, running_sums
+from .chunks import end_of_chunk, norms, open_chunk, running_sums
 from .primitives import (
     full,
     head_of,
+    kept_tokens,
     load_rows,
-    load_state,
     locate,
     lower,
     mm,
     mm_acc,
     operand,
-    reciprocal,
     rounded_product,
     span_of,
     state_ptrs,
@@ -39,6 +44,8 @@ from .reading import (
     split_keys,
     turned_weights,
 )
+from .slots import end_of_stretch, load_held, share_left, start_of_slot
+from .states import slot_line
 
 
 @triton.jit
@@ -62,6 +69,14 @@ def row_gradients(W, inverse, P, R0, dout, v, t0, F: tl.constexpr):
     # [PAD_M, CHUNK]
     dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F) * inverse
     return W * inverse, dW, centre_of(W, dW, F), pairs
+
+
+@triton.jit
+def inverse_totals(cum, rows, F: tl.constexpr):
+    """1 / e^{L - ref}, 0 where nothing is held and for the queries that are not `rows`: these then
+    have no weight and no gradient, [PAD_M, CHUNK].
+    """
+    return tl.where((cum == 0.0) | ~rows[None, :], 0.0, 1.0 / cum)
 
 
 @triton.jit
@@ -105,32 +120,50 @@ def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, 
 
 
 @triton.jit
-def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state,
-               handed, sums, lq, lk, decay2, part, marks, problem,
+def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
+               place, sums, lq, lk, decay2, part, width, marks, problem,
                F: tl.constexpr):  # fmt: skip
-    """(state, handed, sums, end) of the chunk or piece at t0, by its rows at or after `since`."""
+    """(state, handed, sums, end) of the chunk or piece at t0, by its rows at or after `since`.
+
+    `stop` is the slot's end; `handed` holds (G, pull) and e^{L at the slot's start} over 2^ref.
+    For a whole slot `state` has the factors for `load_held`: tiles are loaded late, to hold few.
+    """
+    ref, tot = state[0], state[1]
     G, pull, ratio = handed
-    NARROW_V: tl.constexpr = F.DIM_V != F.BLOCK_V
-    keep, v, P, first, ref, tot, acc, share = enter_chunk(keys, values, keep_ptr, t0, stop, state,
-                                                          lq, decay2, 0, marks, F)  # fmt: skip
+    keep = kept_tokens(keep_ptr, t0, stop, F)
+    # [PAD_M, CHUNK]
+    k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+    P = operand(P, F)
     # [PAD_M, CHUNK]
     cum = running_sums(P, tot, F)
     norm = norms(ref, cum, decay2, F)
-    inverse = reciprocal(cum)
     offs = tl.arange(0, F.CHUNK)
     length = tl.minimum(stop - t0, first)
     there = offs < stop - t0
-    rows = (offs < length) & (t0 + offs >= since)
+    rows = offs < length
+    if F.STEEP:
+        rows = rows & (t0 + offs >= since)
+    inverse = inverse_totals(cum, rows, F)
+    # [CHUNK, BLOCK_V]
+    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
+                  F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+    if F.STEEP or F.CHUNK < F.SLOT:
+        acc = state[2]
+    else:
+        acc = load_held(place, state[2][0], state[2][1], F)
+    if F.STEEP or F.DECAY:
+        acc *= share[:, None]
+        ratio *= share
     # [PAD_M, BLOCK_V]
     R0 = operand(acc, F)
-    ratio *= share
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
     for g in range(F.GROUP):
         head = head_of(queries, g)
         reading = turned_weights(head, t0, there, lk, norm, marks, F)
         dhead = head_of(douts, g)
         # [CHUNK, BLOCK_V]
-        dout = load_rows(dhead[0], t0, dhead[1], rows, F.DIM_V, F.CHUNK, F.BLOCK_V, NARROW_V)
+        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V,
+                         F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
         W = reading[1]
         if F.MASS:
             W = tl.where(rows[None, :], W, 0.0)
@@ -139,39 +172,66 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
             wt *= ratio[:, None]
             G = mm_acc(wt, dout, G, F)
             pull += tl.sum(rounded_product(wt, centre, F), 1)
-        sums = take_rows(head, dq_ptr + g * head_size, t0, length, rows, part, lk, reading, dW,
+        sums = take_rows(head, dq_ptr + g * head_size, t0, stop - t0, rows, part, lk, reading, dW,
                          centre, sums, marks, F)  # fmt: skip
-    own = P
-    if F.STEEP:
-        own = tl.where((offs < length)[None, :], P, 0.0)
-    ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
-    return (ref, tot, acc), (G, pull, ratio * fall), sums, t0 + length
+    if F.STEEP or F.CHUNK < F.SLOT:
+        own = P
+        if F.STEEP:
+            own = tl.where((offs < length)[None, :], P, 0.0)
+        ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
+        ratio *= fall
+        state = ref, tot, acc
+    return state, (G, pull, ratio), sums, t0 + length
 
 
 @triton.jit
-def stretch_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state,
-              handed, sums, lq, lk, decay2, part, marks, problem,
+def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, handed,
+              place, sums, lq, lk, decay2, part, width, marks, problem,
               F: tl.constexpr):  # fmt: skip
-    """(state, handed, sums, first token that rises too far) after a stretch."""
+    """(handed, sums, first token that rises too far) after a slot."""
     rise = stop
     if F.STEEP:
         t0 = start
         while t0 < stop:
             state, handed, sums, t0 = chunk_rows(
-                queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state,
-                handed, sums, lq, lk, decay2, part, marks, problem, F,
+                queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
+                place, sums, lq, lk, decay2, part, width, marks, problem, F,
             )  # fmt: skip
     else:
-        for t0 in range(start, stop, F.CHUNK):
-            # a row after a rise is left to the pieces
+        CHUNKS: tl.constexpr = F.SLOT // F.CHUNK
+        for c in range(CHUNKS):
+            t0 = start + c * F.CHUNK
+            # no row of a slot after a rise
             state, handed, sums, end = chunk_rows(
-                queries, keys, values, douts, keep_ptr, dq_ptr, t0,
-                tl.where(rise < stop, stop, since), stop, state, handed, sums, lq, lk,
-                decay2, part, marks, problem, F,
+                queries, keys, values, douts, keep_ptr, dq_ptr, t0, t0,
+                tl.where(rise < stop, t0, stop), state, handed, place, sums, lq, lk, decay2, part,
+                width, marks, problem, F,
             )  # fmt: skip
-            if end < tl.minimum(t0 + F.CHUNK, stop):
-                rise = tl.minimum(rise, end)
-    return state, handed, sums, rise
+            if (rise == stop) & (end < tl.minimum(t0 + F.CHUNK, stop)):
+                rise = end
+    return handed, sums, rise
+
+
+@triton.jit
+def risen(rises, start, stop, line, slots, F: tl.constexpr):
+    """Does any score of a stretch rise too far, by the notes of its slots from `line` on?"""
+    MOST: tl.constexpr = 16
+    found = False
+    for n in range(0, slots, MOST):
+        offs = n + tl.arange(0, MOST)
+        ends = tl.minimum(start + (offs + 1) * F.SLOT, stop)
+        noted = tl.load(rises + line + offs, mask=offs < slots, other=2**31 - 1)
+        found = found | (tl.max((noted < ends).to(tl.int32), 0) > 0)
+    return found
+
+
+@triton.jit
+def add_to(ptrs, x, F: tl.constexpr):
+    """Store x; pieces add it to what chunks have left."""
+    if F.STEEP:
+        x += tl.load(ptrs).to(tl.float32)
+        tl.debug_barrier()  # several threads read an element that one of them overwrites
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -187,8 +247,8 @@ def rows_kernel(
     dout_strides,
     marks,
     keep_ptr,
-    saved,
-    own,
+    stored,
+    reverse,
     rises,
     partial,
     table,
@@ -203,11 +263,15 @@ def rows_kernel(
 ):
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
+    part, piece = part // F.SLICES, part % F.SLICES
     b, h = pair // problem.heads, pair % problem.heads
+    v0 = piece * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
-    keys, values = tokens_of(k_ptr, k_strides, b, h), tokens_of(v_ptr, v_strides, b, h)
-    douts = tokens_of(dout_ptr, dout_strides, b, h * F.GROUP)
-    dq_ptr += tl.cast(pair, tl.int64) * F.GROUP * problem.tokens * F.DIM
+    keys = tokens_of(k_ptr, k_strides, b, h)
+    values = tokens_of(v_ptr + v0, v_strides, b, h)
+    douts = tokens_of(dout_ptr + v0, dout_strides, b, h * F.GROUP)
+    share = tl.cast(pair, tl.int64) * F.SLICES + piece
+    dq_ptr += share * F.GROUP * problem.tokens * F.DIM
     if F.KEEP:
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
@@ -215,47 +279,67 @@ def rows_kernel(
     decay2 = load_decay(marks, h, F)
 
     sums = new_sums(F)
-    risen = False
+    taken = False
     for stretch in range(group * problem.units,
                       tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        since, due = start, True
+        slots = tl.cdiv(stop - start, F.SLOT)
+        first_line = slot_line(line, 0, problem, F)
+        due = True
         if F.STEEP:
-            since = tl.load(rises + line)
-            due = since < stop
+            due = risen(rises, start, stop, first_line, slots, F)
         if due:
-            risen = True
-            state = load_state(saved, line, 0, F)
+            taken = True
+            last_ref, last_tot = end_of_stretch(stored, line, stop - start, decay2, F)
+            end_ref, end_tot = last_ref, last_tot
             G, pull = 0.0, 0.0
             if F.TAKES_STATES:
                 G, pull = zeros(F.PAD_M, F.BLOCK_V), full(F.PAD_M, 0.0)
+            for n in range(slots):
+                slot = first_line + slots - 1 - n
+                t0 = start + (slots - 1 - n) * F.SLOT
+                end = tl.minimum(t0 + F.SLOT, stop)
+                ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
+                if F.TAKES_STATES:
+                    add_to(state_ptrs(reverse.slots.G, slot, v0, F), G, F)
+                    add_to(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F), pull, F)
+                    if not F.STEEP and piece == 0:
+                        ratio = share_left(end_ref, end_tot, last_ref, last_tot, stop - end,
+                                           decay2, F)  # fmt: skip
+                        tl.store(vector_ptrs(reverse.slots.ratio, slot, F), ratio)
+                    fall = share_left(ref, tot, end_ref, end_tot, end - t0, decay2, F)
+                    G *= fall[:, None]
+                    pull *= fall
+                since, own = t0, True
                 if F.STEEP:
-                    G, pull = (
-                        tl.load(state_ptrs(own.G, line, 0, F)),
-                        tl.load(vector_ptrs(own.pull, line, F)),
-                    )
-            handed = (
-                G,
-                pull,
-                state[1],
-            )  # the ratio: e^{L at the stretch's start}, in units of 2^ref
-            state, handed, sums, rise = stretch_rows(
-                queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state,
-                handed, sums, lq, lk, decay2, part, marks, problem, F,
-            )  # fmt: skip
+                    since = tl.load(rises + slot)
+                    own = since < end
+                if own:
+                    place, held = (stored, reverse, rises, line, slot, v0, piece), (past, new)
+                    if F.STEEP or F.CHUNK < F.SLOT:
+                        held = load_held(place, past, new, F)
+                    handed, sums, rise = slot_rows(
+                        queries, keys, values, douts, keep_ptr, dq_ptr, since, t0, end,
+                        (ref, tot, held), (G, pull, tot), place, sums, lq, lk, decay2, part,
+                        F.DIM_V - v0, marks, problem, F,
+                    )  # fmt: skip
+                    G, pull = handed[0], handed[1]
+                    if not F.STEEP:
+                        tl.store(rises + slot, rise)
+                end_ref, end_tot = ref, tot
             if F.TAKES_STATES:
-                tl.store(vector_ptrs(own.pull, line, F), handed[1])
-                tl.store(state_ptrs(own.G, line, 0, F), handed[0])
-                ratio = tl.where(state[1] == 0.0, 0.0, handed[2] / state[1])
-                tl.store(vector_ptrs(own.ratio, line, F), ratio)
-            if not F.STEEP:
-                tl.store(rises + line, rise)
+                add_to(state_ptrs(reverse.G, line, v0, F), G, F)
+                add_to(vector_ptrs(reverse.pull, line * F.SLICES + piece, F), pull, F)
+                if not F.STEEP and piece == 0:
+                    ratio = share_left(end_ref, end_tot, last_ref, last_tot, stop - start,
+                                       decay2, F)  # fmt: skip
+                    tl.store(vector_ptrs(reverse.ratio, line, F), ratio)
     if F.STEEP:
-        if risen:
-            store_sums(partial, group, pair, part, sums, problem, F)
+        if taken:
+            store_sums(partial, group, share, part, sums, problem, F)
     else:
-        store_sums(partial, group, pair, part, sums, problem, F)
+        store_sums(partial, group, share, part, sums, problem, F)
 
 
 @triton.jit
@@ -287,10 +371,12 @@ def columns_ptrs(base, line, part, F: tl.constexpr):
 
 
 @triton.jit
-def store_sums(partial, group, pair, part, sums, problem, F: tl.constexpr):
-    """This program's share of the parameter gradients, a place of its own."""
+def store_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
+    """This program's share of the parameter gradients, a place of its own; `share` counts pairs
+    and slices of columns.
+    """
     dcore, dlk, dhalf, ddecay = sums
-    line = tl.cast(pair, tl.int64) * problem.groups + group
+    line = tl.cast(share, tl.int64) * problem.groups + group
     offs_m = tl.arange(0, F.PAD_M)
     marks = line * F.PAD_M + offs_m
     if F.TAKES_CORE:

@@ -242,6 +242,6 @@ def bidirectional_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> 
         kept = torch.exp(call.L0 - ends.L).masked_fill(empty, 0.0)
         dR0 = G[:, marks, : F.DIM_V].reshape(call.R0.shape)
         held = call.R0.masked_fill(empty.unsqueeze(-1), 0.0)
-        grads["L0"] = kept * ((dR0 * held).sum(-1) - pull[:, marks].reshape(empty.shape))
+        grads["L0"] = kept * ((dR0 * held).sum(-1) - pull[:, 0, marks].reshape(empty.shape))
         grads["R0"] = kept.unsqueeze(-1) * dR0
     return grads

@@ -43,14 +43,13 @@ def token(s, j, F: tl.constexpr):
 
 
 @triton.jit
-def raised(s, ref, tot, acc, F: tl.constexpr):
-    """(ref, tot, acc, factor of the latter two): ref not below the score of a piece's first token.
+def raised(s, ref, tot, F: tl.constexpr):
+    """(ref, factor of totals): ref not below the score of a piece's first token.
 
     All rows of the piece see that token, so that none loses anything.
     """
     top = tl.where(tot == 0.0, ref, tl.maximum(ref, tl.ceil(token(s, 0, F))))
-    share = tl.exp2(ref - top)
-    return top, tot * share, acc * share[:, None], share
+    return top, tl.exp2(ref - top)
 
 
 @triton.jit
@@ -180,6 +179,23 @@ def at_middle(ref, tot, decay2, F: tl.constexpr):
 
 
 @triton.jit
+def open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F: tl.constexpr):
+    """(keys, P, first token that rises too far, ref, tot, factor that totals moved by).
+
+    P = e^{s-ref}, [PAD_M, CHUNK].
+    """
+    s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
+    shift = 0.0
+    if F.STEEP:
+        ref, share = raised(s, ref, tot, F)
+        tot *= share
+    else:
+        ref, tot, shift, share = at_middle(ref, tot, decay2, F)
+    ref, P, first = exponentials(s, keep, ref, tot, shift, F)
+    return k, P, first, ref, tot, share
+
+
+@triton.jit
 def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, F: tl.constexpr):
     """(keep, v, P, first token that rises too far, state, factor that totals moved by).
 
@@ -187,17 +203,11 @@ def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, 
     """
     ref, tot, acc = state
     keep = kept_tokens(keep_ptr, t0, stop, F)
-    s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
     v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-    shift = 0.0
-    if F.STEEP:
-        ref, tot, acc, share = raised(s, ref, tot, acc, F)
-    else:
-        ref, tot, shift, share = at_middle(ref, tot, decay2, F)
-        if F.DECAY:
-            acc *= share[:, None]
-    ref, P, first = exponentials(s, keep, ref, tot, shift, F)
+    k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+    if F.STEEP or F.DECAY:
+        acc *= share[:, None]
     return keep, v, operand(P, F), first, ref, tot, acc, share
 
 

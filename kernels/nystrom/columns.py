@@ -23,7 +23,7 @@ def backward(
     """
     width, columns = args.choose_config("rows", call).block_v, call.value.shape[3]
     if columns <= width:
-        return _through_half(call, sweep(call, dout, dL, dR, wide=False))
+        return through_half(call, sweep(call, dout, dL, dR, wide=False))
     sums = _zeros(call)
     for v0 in range(0, columns, width):
         cols = slice(v0, v0 + width)
@@ -36,7 +36,7 @@ def backward(
         )  # fmt: skip
         for name, grad in grads.items():
             sums[name][(..., cols) if name in ("value", "R0") else ...] += grad
-    return _through_half(call, sums)
+    return through_half(call, sums)
 
 
 def _zeros(call: args.Inputs) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def _zeros(call: args.Inputs) -> dict[str, Tensor]:
     return {name: torch.zeros(shape, **new) for name, shape in shapes.items()}
 
 
-def _through_half(call: args.Inputs, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+def through_half(call: args.Inputs, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add the gradient of s_ll / 2 to those of the landmarks."""
     pull = grads.pop("half", None)
     if pull is not None:

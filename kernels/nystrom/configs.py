@@ -52,9 +52,9 @@ def choose(
 
     `arch` as from `device_arch`; `width`, `head_dim` and `v_dim` are padded to powers of two >= 16.
     A tile has a landmark a row, 64 of them to four warps, and registers to a thread in proportion
-    to its columns: so the short chunks, and the launches that a backward is cut into. A wide
-    backward spills all the same, up to a few hundred bytes a thread; half the columns would spill
-    little, and do everything twice, for values and again for queries and keys. Exact float32
+    to its columns: so the short chunks, and the launches that a wide backward is cut into. A
+    backward spills all the same, up to 850 bytes a thread: in one launch a side it has half the
+    instructions of two that spill little. Exact float32
     products keep their operands in registers: small tiles, and twice the warps. Small ones too
     where there is little shared memory.
     """
@@ -72,7 +72,9 @@ def choose(
     elif pass_ == "pieces" and width == 128 and v_dim <= 128:
         block_d = block_v = 64
     block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
-    if backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
+    if backward and bfloat16 and not wide:
+        chunk = 32 if pass_ == "rows" else 64
+    elif backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
     elif pass_ == "pieces":
         chunk = 16 if wide else 32
@@ -83,7 +85,7 @@ def choose(
     else:
         chunk = 64 if bfloat16 else 32
     shares = 1
-    if backward and max(width, head_dim, v_dim) > 32:
+    if backward and (wide or not bfloat16 and max(width, head_dim, v_dim) > 32):
         shares = 3 if pass_ == "rows" and width > 64 else 2
     ahead = pass_ == "forward" and arch in TWICE and chunk > 16 and max(head_dim, v_dim) <= 128
     stages = 2 if ahead else 1
@@ -93,7 +95,9 @@ def choose(
 SCAN_ROWS = 8  # landmarks of a program that walks all stretches of a sequence
 FORWARD_SPAN = 512  # tokens between states that are stored
 LEAST_SPAN = 128  # likewise where sequences are short
-BACKWARD_SPAN = 256  # likewise; the backward walks again from one to each of its chunks
+BACKWARD_SPAN = 1024  # likewise of the backward, at most
+BACKWARD_SLOT = 64  # tokens of a slot: what stretches hold so far is stored at the start of each
+BACKWARD_PIECE = 16  # tokens of a piece of the backward, at most
 READ_SPAN = 256  # queries of a program, where all read one state
 SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway
 
@@ -112,13 +116,22 @@ def forward_span(where: torch.device, pairs: int, tokens: int) -> int:
 
 
 PROGRAMS = 1024  # of a backward kernel, or twice that: each leaves a share of the gradients
-SCRATCH = 1 << 27  # bytes that they may keep states in, or twice that
 
 
-def stretches_of_a_program(stretches: int, scratch: int = 0) -> int:
-    """Stretches that a program walks one after another; `scratch` is what it keeps, in bytes."""
-    programs = min(PROGRAMS, max(1, SCRATCH // scratch)) if scratch else PROGRAMS
-    return max(1, stretches // programs)
+def backward_span(where: torch.device, pairs: int, tokens: int, width: int) -> tuple[int, int]:
+    """Tokens of a stretch and of a slot of the backward: few stretches, for the scans over them,
+    but enough to keep the device busy. States of up to 32 landmarks are small: short slots.
+    """
+    span = BACKWARD_SPAN
+    slot = min(span, BACKWARD_SLOT if width > 32 else BACKWARD_SLOT // 2)
+    while span > 2 * slot and pairs * tokens < 3 * span * shared.processors(where):
+        span //= 2
+    return span, slot
+
+
+def stretches_of_a_program(stretches: int) -> int:
+    """Stretches that a program walks one after another."""
+    return max(1, stretches // PROGRAMS)
 
 
 ROWS = "TAKES_STATES", "TAKES_CORE", "TAKES_QUERIES"

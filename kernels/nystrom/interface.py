@@ -10,7 +10,7 @@ from flashmark.nystrom.eager import interface as eager
 
 from . import arguments as args
 from . import columns, configs
-from .backward import causal_sweep
+from .backward import causal_backward
 from .bidirectional import bidirectional_forward, bidirectional_sweep
 from .forward import causal_forward
 
@@ -38,8 +38,11 @@ def update(call: Call, L: Tensor, R: Tensor) -> Tensor:
 def backward(call: Call, saved: Saved, dout: Tensor, dL: Tensor | None, dR: Tensor | None) -> Grads:
     if not call.query.shape[0]:
         return eager.backward(call, saved, dout, dL, dR)
-    sweep = causal_sweep if call.is_causal else bidirectional_sweep
-    grads = columns.backward(sweep, args.describe(call), dout, dL, dR)
+    own = args.describe(call)
+    if call.is_causal:
+        grads = causal_backward(own, dout, dL, dR)
+    else:
+        grads = columns.backward(bidirectional_sweep, own, dout, dL, dR)
     inputs = {
         "query": call.query, "key": call.key, "value": call.value, "lq": call.landmark_queries,
         "lk": call.landmark_keys, "core": call.core, "decay": call.decay, "L0": call.L0,

@@ -19,6 +19,7 @@ from .primitives import (
     load_rows,
     locate,
     mm_acc,
+    operand,
     span_of,
     store_end_state,
     store_state,
@@ -36,6 +37,7 @@ def states_kernel(
     marks,
     keep_ptr,
     saved,
+    slots,
     table,
     heads,
     parts,
@@ -46,7 +48,10 @@ def states_kernel(
     tokens,
     F: tl.constexpr,
 ):
-    """The state of each stretch by itself, at its last token: an online softmax over its keys."""
+    """The state of each stretch by itself, at its last token: an online softmax over its keys.
+
+    `slots`, if any, are left what precedes each slot of the stretch, at the token before it.
+    """
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, stretch, pair = locate(problem)
     b, h = pair // problem.heads, pair % problem.heads
@@ -60,29 +65,76 @@ def states_kernel(
     lq = landmark_queries(marks, b, h, k_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
 
+    line = tl.cast(pair, tl.int64) * problem.stretches + stretch
+
     top = full(F.PAD_M, float("-inf"))
     tot = full(F.PAD_M, 0.0)
     acc = zeros(F.PAD_M, F.BLOCK_V)
     for t0 in tl.range(start, stop, F.CHUNK):
         keep = kept_tokens(keep_ptr, t0, stop, F)
+        if F.SLOT > 0:
+            if (t0 - start) % F.SLOT == 0:
+                slot = slot_line(line, t0 - start, problem, F)
+                store_state(slots, slot, v0, known(top), tot, operand(acc, F), F)
         dots, k = landmark_dots(keys, t0, keep, lq, F)
         s = dots * marks.scale2
-        if F.DECAY:
-            age = (stop - 1 - t0 - tl.arange(0, F.CHUNK)).to(tl.float32)
-            s -= decay2[:, None] * age[None, :]
+        fade = 0.0
+        if F.DECAY:  # times are those of the chunk's last token
+            length = tl.minimum(stop - t0, F.CHUNK)
+            s -= decay2[:, None] * (length - 1 - tl.arange(0, F.CHUNK)).to(tl.float32)[None, :]
+            fall = decay2 * length
+            whole = tl.floor(fall + 0.5)
+            top -= whole
+            fade = whole - fall
         s = tl.where(keep[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.ceil(tl.max(s, 1)))
-        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        pivot = known(higher)
         P = cut_operand(tl.exp2(s - pivot[:, None]), F)
-        alpha = tl.exp2(top - pivot)
+        alpha = tl.exp2(top - pivot + fade)
         v = load_rows(v_ptr, t0, v_strides[2], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                       F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
         acc = mm_acc(P, v, acc * alpha[:, None], F)
         tot = tot * alpha + tl.sum(P, 1)
         top = higher
-    ref = tl.where(top == float("-inf"), 0.0, top)
-    line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-    store_state(saved, line, v0, ref, tot, acc, F)
+    store_state(saved, line, v0, known(top), tot, acc, F)
+
+
+@triton.jit
+def known(ref):
+    """A reference that may be -inf, where nothing is held, as states have it: 0 then."""
+    return tl.where(ref == float("-inf"), 0.0, ref)
+
+
+@triton.jit
+def slot_line(line, elapsed, problem, F: tl.constexpr):
+    """Line of the slot that starts so many tokens after its stretch, which has line `line`."""
+    return line * tl.cdiv(problem.span, F.SLOT) + elapsed // F.SLOT
+
+
+@triton.jit
+def decayed(ref, tot, decay2, tokens, F: tl.constexpr):
+    """(ref, tot, factor of totals) of a state so many tokens later."""
+    fade = 1.0
+    if F.DECAY:
+        fall = decay2 * tokens
+        whole = tl.floor(fall + 0.5)
+        fade = tl.exp2(whole - fall)
+        ref, tot = ref - whole, tot * fade
+    return ref, tot, fade
+
+
+@triton.jit
+def joined(ref, tot, own_ref, own_tot):
+    """(ref, tot, factors of the two totals) of two states together, tot in [1, 2)."""
+    top = tl.maximum(tl.where(tot == 0.0, float("-inf"), ref),
+                     tl.where(own_tot == 0.0, float("-inf"), own_ref))  # fmt: skip
+    top = known(top)
+    past = tl.where(tot == 0.0, 0.0, tl.exp2(ref - top))
+    new = tl.where(own_tot == 0.0, 0.0, tl.exp2(own_ref - top))
+    tot = tot * past + own_tot * new
+    bits = tl.where(tot > 0.0, tl.floor(tl.log2(tot)), 0.0)
+    shrink = tl.exp2(-bits)
+    return top + bits, tot * shrink, past * shrink, new * shrink
 
 
 @triton.jit
@@ -136,41 +188,38 @@ def scan_kernel(own, saved, ends, marks, table, sequences, heads, parts, groups,
         tl.store(saved.acc + at[:, None] * F.PAD_V + (v0 + tl.arange(0, F.BLOCK_V))[None, :], acc)
         if F.DECAY:
             start, stop, _ = span_of(first + n, b, problem, table, F)
-            fall = decay2 * (stop - start)
-            whole = tl.floor(fall + 0.5)
-            ref -= whole
-            shrink = tl.exp2(whole - fall)
-            tot *= shrink
-            acc *= shrink[:, None]
-        # both states at the higher of the two references, then `tot` back to [1, 2)
-        top = tl.maximum(tl.where(tot == 0.0, float("-inf"), ref),
-                         tl.where(own_tot == 0.0, float("-inf"), own_ref))  # fmt: skip
-        top = tl.where(top == float("-inf"), 0.0, top)
-        past = tl.where(tot == 0.0, 0.0, tl.exp2(ref - top))
-        new = tl.where(own_tot == 0.0, 0.0, tl.exp2(own_ref - top))
-        tot = tot * past + own_tot * new
-        bits = tl.where(tot > 0.0, tl.floor(tl.log2(tot)), 0.0)
-        shrink = tl.exp2(-bits)
-        ref = top + bits
-        tot *= shrink
-        acc = acc * (past * shrink)[:, None] + own_acc * (new * shrink)[:, None]
+            ref, tot, fade = decayed(ref, tot, decay2, stop - start, F)
+            acc *= fade[:, None]
+        ref, tot, past, new = joined(ref, tot, own_ref, own_tot)
+        acc = acc * past[:, None] + own_acc * new[:, None]
         one, two, three = two, three, four
     store_end_state(ends.L, ends.R, end_line, v0, r0, ref, tot, acc, ROWS, F)
 
 
 def start_states(call: args.Inputs, stretches: args.Stretches) -> tuple[args.Saved, args.Ends]:
     """States at the start of every stretch, and at the end of every sequence."""
-    config = args.choose_config("states", call)
-    F = args.features(call, config)
+    stored, ends = slot_states(call, stretches, args.choose_config("states", call), 0)
+    return stored.saved, ends
+
+
+def slot_states(
+    call: args.Inputs, stretches: args.Stretches, config: configs.Config, slot: int
+) -> tuple[args.Stored, args.Ends]:
+    """`start_states`, and what states at the start of every slot of `slot` tokens follow from."""
+    F = args.features(call, config, SLOT=slot)
     parts, (batch, heads) = F.PAD_V // F.BLOCK_V, call.key.shape[:2]
-    own = args.new_states(call, batch * heads * stretches.count, F)
+    lines = batch * heads * stretches.count
+    own, slots = args.new_states(call, lines, F), None
+    if slot:
+        dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
+        slots = args.new_states(call, lines * (stretches.span // slot), F, dtype)
     saved = own._replace(ref=torch.empty_like(own.ref), tot=torch.empty_like(own.tot))
     ends = args.new_ends(call)
     problem = args.problem_of(call, stretches, parts)
     with on_device(call.query):
         states_kernel[(batch * heads * problem.groups * parts,)](
             call.key, call.value, strides(call.key), strides(call.value), call.marks, call.keep,
-            own, stretches.table, *problem, F, **config.options,
+            own, slots, stretches.table, *problem, F, **config.options,
         )  # fmt: skip
         parts *= F.PAD_M // configs.SCAN_ROWS
         scan_kernel[(call.rows * heads * parts,)](
@@ -178,4 +227,4 @@ def start_states(call: args.Inputs, stretches: args.Stretches) -> tuple[args.Sav
             *problem._replace(parts=parts, groups=call.rows), configs.SCAN_ROWS, F,
             num_warps=max(1, F.BLOCK_V // 64),
         )  # fmt: skip
-    return saved, ends
+    return args.Stored(saved, own.ref, own.tot, slots), ends

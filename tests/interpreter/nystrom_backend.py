@@ -24,7 +24,8 @@ def op(*args, **kwargs):
 
 
 def shorten(monkeypatch, span: int) -> None:
-    """Stretches of `span` tokens; interpreted, float32 passes in few, wide launches: half the time.
+    """Stretches of `span` tokens, slots of half of it; interpreted, float32 passes in few, wide
+    launches: half the time.
 
     Half precision keeps the launches and the columns of a GPU.
     """
@@ -41,3 +42,4 @@ def shorten(monkeypatch, span: int) -> None:
     monkeypatch.setattr(configs, "choose", chosen)
     for name in ("FORWARD_SPAN", "BACKWARD_SPAN", "READ_SPAN"):
         monkeypatch.setattr(configs, name, span)
+    monkeypatch.setattr(configs, "BACKWARD_SLOT", span // 2)
