@@ -69,8 +69,10 @@ def choose(
     block_d = block_v = 64 if backward else 128
     if pass_ == "decode":
         block_v = 64
-    elif pass_ == "pieces" and width == 128 and v_dim <= 128:
-        block_d = block_v = 64
+    elif pass_ == "pieces" and v_dim <= 128:
+        block_d, block_v = 64 if width == 128 else 128, 64
+    elif pass_ == "forward" and width == 128 and head_dim > 128:
+        block_d = 64
     block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
     if backward and bfloat16 and not wide:
         chunk = 32 if pass_ == "rows" else 64

@@ -127,16 +127,9 @@ def mm(a, b, F: tl.constexpr):
 
 @triton.jit
 def mm_core(a, core, F: tl.constexpr):
-    """A product with the core, whose large entries cancel: even of bfloat16 one in tf32, or, where
-    that does not fit, three.
-    """
+    """A product with the core, whose large entries cancel: tf32 even in bfloat16, while it fits."""
     if F.PAD_M <= 64:
         product = tl.dot(a, core, input_precision=F.PRECISION)
-    elif F.SPLIT:
-        a_high, a_low = split(a)
-        high, low = split(core)
-        product = tl.dot(a_high, low, tl.dot(a_low, high))
-        product = tl.dot(a_high, high, product)
     else:
         product = mm(a, core, F)
     return product

@@ -155,10 +155,23 @@ def turned_divided(W, norm, half2, F: tl.constexpr):
 
 
 @triton.jit
+def times_core(features, core, F: tl.constexpr):
+    """features core, in bfloat16 three products where tf32 does not fit."""
+    if F.SPLIT and F.PAD_M > 64:
+        high, low = split(features)
+        core_high, core_low = split(core)
+        product = tl.dot(high, core_low, tl.dot(low, core_high))
+        product = tl.dot(high, core_high, product)
+    else:
+        product = mm_core(features, core, F)
+    return product
+
+
+@triton.jit
 def read_weights(queries, t0, there, lk, norm, marks, F: tl.constexpr):
     """Weights on R of a chunk of queries of one head, [CHUNK, PAD_M]."""
     dots = landmark_products(queries[0], t0, queries[1], there, tl.trans(lk[2]), lk[0], lk[1], F)
-    W = mm_core(landmark_features(dots, lk[4], marks, F), lk[3], F)
+    W = times_core(landmark_features(dots, lk[4], marks, F), lk[3], F)
     return divided(W, norm, lk[4], F)
 
 

@@ -128,4 +128,5 @@ def test_kernel(target, launch):
         if launch.dtype != SINGLE and report.kernel not in SCANS:
             assert report.hgmma + report.hmma > 0, report
         if launch.dtype == HALF and launch.marks >= 64 and launch.pass_ != "decode":
-            assert report.hgmma > 0 or report.kernel in SCANS, report
+            rows32 = report.kernel == "read_kernel" and launch.marks > 64  # half a warpgroup's
+            assert report.hgmma > 0 or report.kernel in SCANS or rows32, report
