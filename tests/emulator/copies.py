@@ -273,8 +273,10 @@ class BulkCopy:
 
 
 def _bulk(c, i) -> None:
-    if i.has("commit_group") or i.has("wait_group"):
-        return  # of copies out of shared memory, which only tensor maps use here, at once
+    if i.has("bulk_group") or i.has("commit_group") or i.has("wait_group"):
+        from .stores import emit_store
+
+        return emit_store(c, i)
     if not (i.has("tensor") and i.has("mbarrier::complete_tx::bytes")) or i.has(
         "multicast::cluster"
     ):

@@ -102,6 +102,7 @@ class Machine:
         self.reports: list[Report] = []
         self.draw = np.random.default_rng(options.seed)
         self.copies = None  # made by copies.py
+        self.stores = None  # made by stores.py
         self.last_region: dict[int, Region] = {}
         self.progress = False
         self.dynamic_shared = dynamic_shared

@@ -2,11 +2,11 @@
 
 Time is a counter. Every granule of shared memory (the bytes of the kernel's smallest access) knows
 its last write and each agent's last read, with time and instruction. An agent is a warp, the matrix
-products that it leads, or the copies that complete on one mbarrier. `seen[w, a]` is the time up to
-which warp w is ordered after agent a: barriers raise it, and an access to something later is a race
-however the warps happened to be scheduled. A copy or a product in flight has a time that no
-warp has seen, until it is waited for. `proxied` is the same for reads by the async proxy: fences
-raise it.
+products that it leads, the boxes that it stores, or the copies that complete on one mbarrier.
+`seen[w, a]` is the time up to which warp w is ordered after agent a: barriers raise it, and an
+access to something later is a race however the warps happened to be scheduled. A copy or a product
+in flight has a time that no warp has seen, until it is waited for. `proxied` is the same for reads
+by the async proxy: fences raise it.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Races:
         self.granule = machine.program.granule["shared"]
         self.per_cta = machine.shared_bytes // self.granule
         warps = machine.warps_per_cta
-        self.first_product, self.first_slot = warps, 2 * warps
-        agents = 2 * warps + self.SLOTS
+        self.first_product, self.first_store, self.first_slot = warps, 2 * warps, 3 * warps
+        agents = 3 * warps + self.SLOTS
         granules = machine.ctas * self.per_cta
         self.writes = np.zeros(granules, "i8")  # time, instruction, agent, lane
         self.last_read = np.zeros(granules, "i8")  # time, instruction
-        self.reads = np.zeros(2 * warps * granules, "i8")
+        self.reads = np.zeros(3 * warps * granules, "i8")
         self.granules = granules
         self.now = 1
         self.seen = np.zeros((machine.warps, agents), "i8")
@@ -237,8 +237,10 @@ class Races:
     def _agent(self, agent: int, lane: int) -> str:
         if agent < self.first_product:
             return f"warp {agent}" + ("" if lane == ALL_LANES else f", lane {lane}")
-        if agent < self.first_slot:
+        if agent < self.first_store:
             return f"the products of warp {agent - self.first_product}'s group"
+        if agent < self.first_slot:
+            return f"the boxes that warp {agent - self.first_store} stores"
         return "the copies of an mbarrier"
 
     def _report(self, i, kind: str, warp: int, lane: int, cell: int, other: str) -> None:
@@ -261,20 +263,36 @@ class Races:
 
     def async_read(self, i, cells, warps) -> None:
         """Products read granules [n, k], for warps [n] that lead their warp groups."""
+        self._read_in_flight(i, cells, warps, self.first_product + self.own[warps])
+
+    def _read_in_flight(self, i, cells, warps, agents) -> None:
         last = self.writes[cells]
         bad = (last - 1).view("u8") >= (self.proxy_limit[warps][:, None] - 1).view("u8")
         if bad.any():
             lanes = np.full(len(warps), ALL_LANES)
             self._check_writes(i, "read", bad, last, cells, warps, lanes, self.proxied)
-        agents = self.first_product + self.own[warps]
         for agent in np.unique(agents):
             self.use(int(agent))
         stamp = IN_FLIGHT << 16 | i.index
         self.reads[cells + (agents * self.granules)[:, None]] = stamp
         self.last_read[cells] = stamp
 
+    def store_read(self, i, cells, warp: int) -> None:
+        """A box that a warp stores is read from granules, until `store_done`."""
+        warps = np.array([warp])
+        self._read_in_flight(i, cells[None, :], warps, self.first_store + self.own[warps])
+
+    def store_done(self, cells, warp: int) -> None:
+        agent = self.first_store + int(self.own[warp])
+        self._read_done(cells[None, :], np.array([agent]))
+        self.seen[warp, agent] = self.now
+        self.tick()
+        self.update(np.array([warp]))
+
     def async_read_done(self, cells, warps) -> None:
-        agents = self.first_product + self.own[warps]
+        self._read_done(cells, self.first_product + self.own[warps])
+
+    def _read_done(self, cells, agents) -> None:
         at = cells + (agents * self.granules)[:, None]
         stamps = self.reads[at]
         done = self.now << 16 | stamps & 0xFFFF

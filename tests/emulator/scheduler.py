@@ -278,6 +278,10 @@ class Scheduler:
             warp = copy.cta * machine.warps_per_cta
             machine.report(copy.instruction, "a copy is under way when its CTA ends", warp, 0, 0)
         copies.finish(None, machine.all_warps, None)
+        if machine.stores is not None and machine.stores.under_way:
+            store = machine.stores.under_way[0]
+            kind = "a store reads shared memory when its CTA ends"
+            machine.report(store.instruction, kind, store.warp, store.lane, 0)
         if machine.issued.any():
             shape = (machine.ctas, -1, 4)
             each = machine.issued.reshape(shape) if machine.warps_per_cta % 4 == 0 else None
