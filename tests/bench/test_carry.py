@@ -1,0 +1,56 @@
+"""The archive that spares a machine with a GPU the compiling."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+# one small launch in place of the suite's
+ONE = """
+import sys
+from bench import carry
+from tests.compile.block_sparse_launches import Launch
+carry.launches = lambda forward: [Launch("forward", 32)]
+"""
+RERUN = """
+from bench.offline import compiling_for
+with compiling_for(90):
+    carry.launches(True)[0].run()
+"""
+
+
+def run(code: str, *arguments: str, **environment: str) -> str:
+    """A process of its own: the interpreter's would not compile."""
+    settings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=settings | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
+def test_what_is_carried_need_not_be_compiled(tmp_path):
+    made = tmp_path / "here" / "gpu.tar.xz"
+    made.parent.mkdir()
+    printed = run(ONE + "carry.main()", str(PTXAS), "--out", str(made))
+    assert printed.startswith(f"{made}: ")
+
+    there = tmp_path / "there"
+    with tarfile.open(made) as archive:
+        archive.extractall(there, filter="data")
+    cache, ptxas = there / "carried" / "cache", there / "carried" / "ptxas"
+    assert ptxas.read_bytes() == PTXAS.read_bytes() and os.access(ptxas, os.X_OK)
+    carried = {path.relative_to(cache) for path in cache.rglob("*")}
+    assert any(path.suffix == ".cubin" for path in carried)
+    run(ONE + RERUN, TRITON_CACHE_DIR=str(cache), TRITON_PTXAS_PATH=str(ptxas))
+    assert {path.relative_to(cache) for path in cache.rglob("*")} == carried
