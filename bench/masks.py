@@ -12,7 +12,7 @@ import flashmark
 from bench.compare import Job, Prepare, Settings, compare, forward_and_backward, verdict
 from bench.oracle import Oracle
 from bench.patterns import PATTERNS, Formula
-from bench.peers import Contender, Work, contenders, gluon, ours, tuned_contenders
+from bench.peers import Contender, Work, contenders, ours, pointers, tuned_contenders
 
 # masks, at D = 128, for which a GPU run compiles FlexAttention: each takes a quarter of a minute
 FLEX_ON_GPU = ("causal", "window", "documents")
@@ -39,7 +39,7 @@ def masks(settings: Settings) -> Iterator[Job]:
 
 
 def forms(settings: Settings) -> Iterator[Job]:
-    """On a GPU: both forms of the forward kernel. To be run last: no GPU has run the second."""
+    """On a GPU: both forms of the forward kernel, Hopper's, which is the default, and any GPU's."""
     for name in settings.patterns or ("causal", "window"):
         for n in settings.choose_lengths(cpu=(1024,), gpu=(16384,)):
             pattern = PATTERNS[name](n, settings.device)
@@ -47,7 +47,7 @@ def forms(settings: Settings) -> Iterator[Job]:
                 work = Work(
                     pattern, 1, 2048 // dim, n, dim, torch.bfloat16, settings.device, False
                 )  # fmt: skip
-                both = [ours("triton"), gluon()]
+                both = [ours("triton"), pointers()]
                 yield attention_job(work, both, settings.rounds, suite="forms")
 
 

@@ -96,14 +96,15 @@ def ours(backend: str) -> Contender:
     return Contender(f"flashmark {backend}", prepare)
 
 
-def gluon() -> Contender:
-    """Our kernels with the forward kernel's Hopper form."""
+def pointers() -> Contender:
+    """Our kernels with the forward kernel's form for any GPU."""
 
     def prepare(work: Work) -> Attention:
         from flashmark.kernels.block_sparse import configs
 
         attention = ours("triton").prepare(work)
-        config = configs.hopper("gluon", work.dim, (work.block_size,) * 2)
+        arch, block = configs.device_arch(work.device), (work.block_size,) * 2
+        config = configs.choose(arch, work.dtype, work.dim, block, "forward")
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with configs.using(forward=config):
@@ -111,7 +112,7 @@ def gluon() -> Contender:
 
         return run
 
-    return Contender("flashmark gluon", prepare)
+    return Contender("flashmark pointers", prepare)
 
 
 def sdpa(kind: SDPBackend | None = None) -> Contender:

@@ -131,11 +131,14 @@ _TF32 = {
     "decode": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 1)},
 }
 
-# The forward kernel's other form by (form, width of the head): compiled, not run on a GPU, so
-# `choose` does not choose it. A call takes it with `using(forward=hopper(...))`.
+# Hopper's form of the forward kernel, by (form, width of the head, whether there is a bias); on
+# Hopper it is chosen for what it can compute (forms.py).
 HOPPER = {
-    ("gluon", 64): Config(128, 128, 4, 3, "gluon"),
-    ("gluon", 128): Config(128, 128, 4, 3, "gluon", lazy=True),
+    ("gluon", 64, False): Config(128, 128, 4, 3, "gluon"),
+    ("gluon", 128, False): Config(128, 128, 4, 2, "gluon", lazy=True),
+    # a bias takes the registers of 64 keys
+    ("gluon", 64, True): Config(128, 64, 4, 3, "gluon"),
+    ("gluon", 128, True): Config(128, 64, 4, 3, "gluon", lazy=True),
 }
 
 _IN_USE: dict[str, Config] = {}
@@ -156,6 +159,11 @@ def with_entries(table: dict, entries: dict) -> Iterator[None]:
 def using(**passes: Config) -> contextlib.AbstractContextManager[None]:
     """Run passes, by name, with these configs whatever the operands: for tests and measurements."""
     return with_entries(_IN_USE, passes)
+
+
+def in_use(pass_: str) -> bool:
+    """Whether a pass runs with a config whatever the operands."""
+    return pass_ in _IN_USE
 
 
 def choose(
@@ -210,11 +218,14 @@ def _chosen(
     return fit(config, arch, width, dtype)
 
 
-def hopper(form: str, head_dim: int, block: tuple[int, int] | None = None) -> Config:
+@functools.lru_cache(1024)
+def hopper(
+    form: str, head_dim: int, block: tuple[int, int] | None = None, bias: bool = False
+) -> Config:
     """The config of a Hopper form, "gluon", for `head_dim`, the wider of keys and values, and a
     mask's block as in `choose`.
     """
-    config = HOPPER[form, 64 if head_dim <= 64 else 128]
+    config = HOPPER[form, 64 if head_dim <= 64 else 128, bias]
     if block is None:
         return config
     block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])

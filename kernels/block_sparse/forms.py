@@ -1,15 +1,35 @@
-"""Conditions of the forward kernel's Hopper form, for the launcher and for the user's message."""
+"""Choice between the forms of the forward kernel, and the conditions of Hopper's: for the launcher
+and for the user's message.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import configs
+from . import configs, passes
 from .arguments import KernelArguments
 
 ALIGNMENT = 16  # bytes, of what a tensor descriptor points to and of its strides
 MAX_DIM = 128
+MIN_BLOCK = (64, 32)  # of a mask: rows of a warpgroup, bits of a word
+
+
+def choose_forward(
+    query: Tensor, key: Tensor, value: Tensor, call: KernelArguments
+) -> configs.Config:
+    """The config of the forward pass: one that is in use, or else the Hopper form's where it can
+    compute the call, or the pointer form's.
+    """
+    if not configs.in_use("forward") and can_use_form("gluon", query, key, value, call):
+        features = call.features
+        block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
+        return configs.hopper(
+            "gluon", max(features.PAD, features.PAD_V), block, features.BIAS != "none"
+        )
+    config = passes.choose_config("forward", query, call)
+    can_use_form(config.form, query, key, value, call, raise_error=True)
+    return config
 
 
 def can_use_form(
@@ -42,27 +62,22 @@ def _objection(
     arch = configs.device_arch(query.device)
     if arch != 90:
         return NotImplementedError(f"form {form!r}: expected compute capability 9.0, got {arch}")
-    lacking = _lacking(call)
-    if lacking:
-        return NotImplementedError(f"form {form!r}: expected no {' and no '.join(lacking)}")
+    features = call.features
+    if features.DROPOUT:
+        return NotImplementedError(f"form {form!r}: expected no dropout")
+    block = features.BLOCK_Q, features.BLOCK_KV
+    if features.KIND == "sparse" and (block[0] < MIN_BLOCK[0] or block[1] < MIN_BLOCK[1]):
+        return ValueError(f"form {form!r}: expected blocks of at least {MIN_BLOCK}, got {block}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         complaint = _misfit(tensor)
         if complaint is not None:
             return ValueError(f"form {form!r}: {name}: {complaint}")
+    if value.shape[-1] * value.element_size() % ALIGNMENT:  # rows of the output
+        return ValueError(
+            f"form {form!r}: value: expected rows of whole {ALIGNMENT} bytes, got "
+            f"{value.shape[-1] * value.element_size()}"
+        )
     return None
-
-
-def _lacking(call: KernelArguments) -> list[str]:
-    """Names of the features of a call that the Hopper form does not have."""
-    features = call.features
-    asked = {
-        "bias": features.BIAS != "none",
-        "dropout": features.DROPOUT,
-        "softcap": features.SOFTCAP,
-        "query_offset": features.OFFSET,
-        "kv_lengths": features.LENGTHS,
-    }
-    return [name for name, on in asked.items() if on]
 
 
 def _misfit(tensor: Tensor) -> str | None:

@@ -21,7 +21,7 @@ from . import configs, passes
 from .arguments import LaunchSizes
 from .attend import attend, normalise, store_rows
 from .decode import decode, is_decode
-from .forms import can_use_form
+from .forms import choose_forward
 from .primitives import bias_base, head_of, keys_of, load_tile, row_stride
 from .walk import masked_tile, next_tile, place, walk_keys
 
@@ -136,8 +136,7 @@ def forward(call: Call) -> Saved:
     described = args.describe(call)
     if is_decode(described):
         return decode(call, described)
-    config = passes.choose_config("forward", query, described)
-    can_use_form(config.form, query, key, value, described, raise_error=True)
+    config = choose_forward(query, key, value, described)
     sizes, features = passes.over_queries(described, call.mask, query, config)
     batch, heads, q_len, _ = query.shape
     out = torch.empty(batch, heads, q_len, value.shape[-1], dtype=query.dtype, device=query.device)

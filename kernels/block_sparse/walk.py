@@ -10,12 +10,21 @@ import triton.language as tl
 
 @triton.jit
 def locate(sizes):
-    """Index of this program within its (batch, head) pair, and the number of the pair.
+    """`locate_at` of this program, the only one of its tile.
 
-    One grid axis, because the others end at 65535. Indices are outermost within a section of
-    pairs: its heavy tiles start first while its keys and values stay in the L2 cache.
+    One grid axis, because the others end at 65535.
     """
-    pid = tl.program_id(0)
+    return locate_at(tl.program_id(0), sizes)
+
+
+@triton.jit
+def locate_at(pid, sizes):
+    """Index of a tile within its (batch, head) pair, and the number of the pair, from that of the
+    tile in the launch.
+
+    Indices are outermost within a section of pairs: its heavy tiles start first while its keys and
+    values stay in the L2 cache.
+    """
     per_section = sizes.tiles * sizes.section
     section = pid // per_section
     rest = pid - section * per_section

@@ -10,6 +10,7 @@ import torch
 from flashmark import masks
 from flashmark.block_sparse.call import Call, Grads, Saved
 from flashmark.kernels import block_sparse
+from flashmark.kernels.block_sparse import arguments, configs, passes
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 Q_LEN, HEADS = 1024, 4
@@ -56,7 +57,11 @@ class Launch:
         plain = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
         try:
-            if self.pass_ in ("forward", "decode"):
+            if self.pass_ == "forward":  # Hopper's form has launches of its own
+                config = passes.choose_config("forward", query, arguments.describe(call))
+                with configs.using(forward=config):
+                    block_sparse.forward(call)
+            elif self.pass_ == "decode":
                 block_sparse.forward(call)
             elif self.pass_ == "jvp":
                 block_sparse.jvp(call, Grads(query, key, key, bias, None))

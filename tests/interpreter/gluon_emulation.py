@@ -9,7 +9,9 @@ barrier that nobody completes is an error. Registers, layouts and memory fences 
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import importlib
 import random
 import threading
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
 
 from flashmark.kernels.block_sparse import configs
 from flashmark.kernels.block_sparse.arguments import LaunchSizes
@@ -113,23 +116,50 @@ class Stage:
 
     def __init__(self, dtype, shape):
         self.dtype = dtype
-        self.tile = tl.full(shape[-2:], float("nan"), tl.float32).to(dtype)
+        empty = float("nan") if dtype.is_floating() else -1
+        self.tile = tl.full(shape[-2:], empty, tl.float32).to(dtype)
 
     def reshape(self, shape):
         assert list(shape) == list(self.tile.shape)
         return View(self, False)
 
 
+class Integer:
+    """An integer in shared memory."""
+
+    tile = None
+
+    def store(self, tile):
+        self.tile = tile
+
+    def load(self, layout):
+        return self.tile
+
+
 class View:
-    def __init__(self, stage: Stage, turned: bool):
-        self.stage, self.turned, self.dtype = stage, turned, stage.dtype
+    """A tile in shared memory, or some of its rows."""
+
+    def __init__(self, stage: Stage, turned: bool, rows: slice = slice(None)):
+        self.stage, self.turned, self.dtype, self.rows = stage, turned, stage.dtype, rows
 
     def permute(self, order):
         assert order == (1, 0)
         return View(self.stage, not self.turned)
 
+    def slice(self, start, length):
+        return View(self.stage, False, slice(start, start + length))
+
     def read(self):
         return tl.trans(self.stage.tile) if self.turned else self.stage.tile
+
+    def load(self, layout):
+        data = self.stage.tile.handle.data[self.rows].copy()
+        handle = TensorHandle(data, self.stage.tile.handle.dtype)
+        return tl.tensor(handle, tl.block_type(self.dtype, list(data.shape)))
+
+    def store(self, tile):
+        tile = tile.to(self.dtype)
+        self.stage.tile.handle.data[self.rows] = tile.handle.data
 
 
 class Product:
@@ -153,16 +183,22 @@ class Descriptor:
         rows, width = self.block_shape[2:]
         self.block_type = SimpleNamespace(nbytes=rows * width * self.dtype.primitive_bitwidth // 8)
 
-    def load(self, b, h, start, column):
+    def load(self, *coordinates):
+        ptrs, inside = self.block(*coordinates)
+        return tl.load(ptrs, mask=inside, other=0.0)
+
+    def store(self, tile, *coordinates):
+        ptrs, inside = self.block(*coordinates)
+        tl.store(ptrs, tile, mask=inside)
+
+    def block(self, b, h, start, column):
+        """Pointers of a block, and where it lies in the tensor."""
         rows, width = self.block_shape[2:]
         offs, offs_d = start + tl.arange(0, rows), column + tl.arange(0, width)
         head = self.ptr + int(b) * self.strides[0] + int(h) * self.strides[1]
         inside = (offs >= 0) & (offs < self.shape[2])
-        return tl.load(
-            head + offs[:, None] * self.strides[2] + offs_d[None, :],
-            mask=inside[:, None] & (offs_d < self.shape[3])[None, :],
-            other=0.0,
-        )
+        ptrs = head + offs[:, None] * self.strides[2] + offs_d[None, :]
+        return ptrs, inside[:, None] & (offs_d < self.shape[3])[None, :]
 
 
 class Gluon:
@@ -178,7 +214,7 @@ class Gluon:
         return tl.arange(start, end)
 
     def full(self, shape, value, dtype, layout):
-        return tl.full(shape, value, dtype)
+        return tl.zeros(shape, dtype) + value
 
     def convert_layout(self, tensor, layout):
         return tensor
@@ -187,7 +223,8 @@ class Gluon:
         return range(*bounds)
 
     def allocate_shared_memory(self, dtype, shape, layout):
-        make = Barrier if layout == "barrier" else lambda: Stage(dtype, shape)
+        special = {"barrier": Barrier, "integer": Integer}
+        make = special.get(layout, lambda: Stage(dtype, shape))
         stages = [make() for _ in range(shape[0])]
         return SimpleNamespace(index=lambda i: stages[int(i)])
 
@@ -198,7 +235,11 @@ class Gluon:
     def SliceLayout(self, *_):  # noqa: N802
         return None
 
-    DotOperandLayout = NVMMADistributedLayout = lambda self, *_, **__: None
+    def SwizzledSharedLayout(self, *_):  # noqa: N802
+        return "integer"
+
+    DotOperandLayout = NVMMADistributedLayout = BlockedLayout = lambda self, *_, **__: None
+    num_warps = lambda self: 4  # noqa: E731
 
 
 def stand_ins(crew: Crew) -> dict:
@@ -223,6 +264,22 @@ def stand_ins(crew: Crew) -> dict:
 
         crew.copies.append(land)
 
+    stores: collections.Counter[threading.Thread] = collections.Counter()
+
+    def store(desc, coordinates, stage):
+        me = threading.current_thread()
+
+        def land():
+            desc.store(stage.tile, *coordinates)
+            stores[me] -= 1
+
+        stores[me] += 1
+        crew.copies.append(land)
+
+    def store_wait(outstanding):
+        me = threading.current_thread()
+        crew.pause(lambda: stores[me] <= outstanding)
+
     def finish(outstanding, values):
         crew.pause()
         return _one_or_all([v.result() if isinstance(v, Product) else v for v in values])
@@ -237,7 +294,11 @@ def stand_ins(crew: Crew) -> dict:
             arrive=arrive,
             expect=expect,
         ),
-        "tma": SimpleNamespace(async_copy_global_to_shared=copy),
+        "tma": SimpleNamespace(
+            async_copy_global_to_shared=copy,
+            async_copy_shared_to_global=store,
+            store_wait=store_wait,
+        ),
         "fence_async_shared": lambda: None,
         "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product(a, b, acc, use_acc),
         "warpgroup_mma_wait": finish,
@@ -255,6 +316,7 @@ def program(
     v_ptr,
     out_ptr,
     lse_ptr,
+    residual_ptr,
     lists,
     modifiers,
     pairs,
@@ -270,7 +332,10 @@ def program(
     run: tl.constexpr,
 ):
     sizes = (pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section)
-    run((q_ptr, k_ptr, v_ptr), out_ptr, lse_ptr, lists, modifiers, sizes)
+    run((q_ptr, k_ptr, v_ptr, out_ptr), lse_ptr, residual_ptr, lists, modifiers, sizes)
+
+
+MODULES = ("forward_gluon", "gluon_loads", "gluon_tile")
 
 
 @contextlib.contextmanager
@@ -278,31 +343,44 @@ def emulated(seed: int = 0):
     """The Gluon form runs on CPU tensors."""
     from triton.experimental.gluon._runtime import GluonJITFunction
 
-    from flashmark.kernels.block_sparse import forward_gluon as module
-
-    kernel = module.forward_gluon_kernel.fn
-    functions = {n: f.fn for n, f in vars(module).items() if isinstance(f, GluonJITFunction)}
+    package = configs.__package__
+    modules = [importlib.import_module(f"{package}.{name}") for name in MODULES]
+    kernel = modules[0].forward_gluon_kernel.fn
+    functions = {
+        name: f.fn
+        for module in modules
+        for name, f in vars(module).items()
+        if isinstance(f, GluonJITFunction)
+    }
     seeds = random.Random(seed)
 
     class Kernel:
         def __getitem__(self, grid):
-            def launch(q, k, v, out, lse, lists, modifiers, *sizes, F, STAGES, **options):
-                def run(ptrs, out_ptr, lse_ptr, lists, modifiers, sizes):
+            def launch(q, k, v, out, lse, residual, lists, modifiers, *sizes, F, STAGES, **options):
+                hosts = (q, k, v, out)
+
+                def run(ptrs, lse_ptr, residual_ptr, lists, modifiers, sizes):
                     crew = Crew(seeds.random())
-                    descs = [Descriptor(*pair) for pair in zip((q, k, v), ptrs, strict=True)]
+                    descs = [Descriptor(*pair) for pair in zip(hosts, ptrs, strict=True)]
                     with pytest.MonkeyPatch.context() as patch:
                         for name, stand_in in (functions | stand_ins(crew)).items():
-                            patch.setattr(module, name, stand_in)
+                            for module in modules:
+                                if hasattr(module, name):
+                                    patch.setattr(module, name, stand_in)
                         patch.setattr(tl.block_type, "layout", None, raising=False)
-                        kernel(*descs, out_ptr, lse_ptr, lists, modifiers, *sizes, F, STAGES)
+                        kernel(
+                            *descs, lse_ptr, residual_ptr, lists, modifiers, *sizes, F, STAGES
+                        )  # fmt: skip
                         assert not crew.copies, "a copy is under way when the program ends"
 
-                bases = (q.base, k.base, v.base)
-                program[grid](*bases, out, lse, lists, modifiers, *LaunchSizes(*sizes), run=run)
+                bases = [host.base for host in hosts]
+                program[grid](
+                    *bases, lse, residual, lists, modifiers, *LaunchSizes(*sizes), run=run
+                )  # fmt: skip
 
             return launch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "forward_gluon_kernel", Kernel())
+        patch.setattr(modules[0], "forward_gluon_kernel", Kernel())
         patch.setattr(configs, "device_arch", lambda device: 90)
         yield

@@ -21,7 +21,9 @@ HALF = torch.float16
 
 
 @pytest.fixture(params=["gluon"])
-def form(request, device):
+def form(request, device, monkeypatch):
+    if device.type == "cpu":  # a program computes several lines
+        monkeypatch.setattr(configs, "processors", lambda device: 2)
     if INTERPRETED:
         with gluon_emulation.emulated():
             yield request.param
@@ -35,7 +37,8 @@ def run(form: str, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward pass with the config that ships for the form."""
     case, mask = call.case, call.mask
     block = (mask.block_q, mask.block_kv) if mask.kind == "sparse" else None
-    with configs.using(forward=configs.hopper(form, max(case.dim, case.v_dim or 0), block)):
+    dim = max(case.dim, case.v_dim or 0)
+    with configs.using(forward=configs.hopper(form, dim, block, case.bias is not None)):
         return call.forward()
 
 
@@ -186,35 +189,90 @@ def test_a_key_or_value_of_the_future_changes_nothing(form, device):
     assert torch.equal(poisoned_lse[..., :101], lse[..., :101])
 
 
+PAST = masks.causal() & ~masks.prefix(20)
+FEATURES = {
+    "softcap": Case(mask=PAST, softcap=2.0, sinks=True),
+    "softcap-causal": Case(mask=masks.causal(), softcap=2.0, dtype=torch.bfloat16),
+    "relative-bias": Case(mask=PAST, bias=(2, 139), sinks=True),
+    "relative-bias-causal": Case(mask=masks.causal(), q_len=150, bias=(2, 299), kv_heads=1),
+    "dense-bias": Case(mask=PAST, bias=(1, 2, 70, 70)),
+    "bias-of-keys": Case(bias=(1, 1, 1, 70)),
+    "query-offset": Case(mask=PAST, query_offset=(65,), q_len=60, rows=140, kv_len=140),
+    "query-offset-causal": Case(
+        mask=masks.causal(), batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140
+    ),
+    "kv-lengths": Case(batch=3, heads=1, kv_lengths=(0, 45, 70)),
+    "kv-lengths-causal": Case(mask=masks.causal(), batch=2, q_len=150, kv_lengths=(133, 150)),
+    "kv-lengths-sparse": Case(
+        mask=masks.causal() & masks.sliding_window(190), batch=3, heads=1, q_len=250,
+        kv_lengths=(0, 130, 221),
+    ),
+    "offset-and-lengths": Case(
+        mask=masks.sliding_window(100), batch=2, heads=1, q_len=70, rows=200, kv_len=200,
+        query_offset=(10, 130), kv_lengths=(80, 200), bias=(1, 399),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature(form, name, device):
+    case = FEATURES[name]
+    check(form, dataclasses.replace(case, block=64, v_dim=24), device)
+
+
+def test_a_bias_of_minus_1e9_on_every_key_leaves_a_mean(form, device):
+    case = Case(heads=1, q_len=70, dim=72, v_dim=24, bias=(1, 1, 70, 70), dtype=HALF, block=64)
+    call = Call(case, device)
+    call.bias[:, :, 20:40] = -1e9
+    expected = call.reference()
+    out, lse = run(form, call)
+    assert relative_error(out, expected["out"]) <= call.budget(expected)["out"]
+    assert_close(lse[:, :, 20:40], torch.full_like(lse[:, :, 20:40], -1e9), 1e-6)
+
+
 PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
+
+
+@pytest.mark.parametrize("name", ["plain", *FEATURES])
+def test_the_form_is_the_default_on_hopper(form, name, device, monkeypatch):
+    case = FEATURES.get(name, PLAIN)
+    call = Call(dataclasses.replace(case, dtype=HALF, block=64, v_dim=24), device)
+    described = describe(call.checked())
+    tensors = (call.query, call.key, call.value)
+    assert forms.choose_forward(*tensors, described).form == form
+    monkeypatch.setattr(configs, "device_arch", lambda device: 80)
+    assert forms.choose_forward(*tensors, described).form == "pointers"
+
+
 REFUSED = {
-    "bias": (Case(bias=(2, 139)), NotImplementedError, "expected no bias"),
     "dropout": (Case(dropout_p=0.1), NotImplementedError, "expected no dropout"),
-    "softcap": (Case(softcap=2.0), NotImplementedError, "expected no softcap"),
-    "query_offset": (
-        Case(query_offset=(3,), q_len=60, rows=70, kv_len=70),
-        NotImplementedError,
-        "expected no query_offset",
-    ),
-    "kv_lengths": (
-        Case(batch=3, heads=1, q_len=100, kv_lengths=(0, 45, 100)),
-        NotImplementedError,
-        "expected no kv_lengths",
-    ),
     "dtype": (Case(), ValueError, "query: expected float16 or bfloat16, got torch.float32"),
     "head dimension": (Case(dim=136), ValueError, "head dimension of at most 128, got 136"),
     "width of a row": (Case(dim=20), ValueError, r"whole 16 bytes, got \[.*\] bytes"),
-}
+    "blocks": (Case(block=32), ValueError, r"blocks of at least \(64, 32\), got \(32, 32\)"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_form_cannot_do_is_refused(form, name, device):
+def test_what_a_form_cannot_do_is_refused_or_left_to_the_other(form, name, device):
     case, error, message = REFUSED[name]
     dtype = torch.float32 if name == "dtype" else HALF
-    case = dataclasses.replace(case, mask=PLAIN.mask, block=64, dtype=dtype)
-    call = Call(case, device)
+    block = case.block if name == "blocks" else 64
+    call = Call(dataclasses.replace(case, mask=PLAIN.mask, block=block, dtype=dtype), device)
     with pytest.raises(error, match=message):
         run(form, call)
+    described = describe(call.checked())
+    chosen = forms.choose_forward(call.query, call.key, call.value, described)
+    assert chosen.form == "pointers"
+
+
+def test_rows_of_the_output_that_no_descriptor_takes_go_to_the_pointer_form(form, device):
+    call = Call(dataclasses.replace(PLAIN, v_dim=24), device)
+    call.value = call.value.new_zeros(*call.value.shape[:3], 32)[..., :20]
+    with pytest.raises(ValueError, match="value: expected rows of whole 16 bytes, got 40"):
+        run(form, call)
+    described = describe(call.checked())
+    assert forms.choose_forward(call.query, call.key, call.value, described).form == "pointers"
 
 
 def test_the_question_and_the_message_are_one(device, monkeypatch):

@@ -77,14 +77,24 @@ def test_nested_tuples_and_none_arrive_flat(driver):
 def test_forward_gets_its_operands_and_grid(driver):
     query, key, value = tensors(HEADS, 2, 2)
     driver.stub_keep(3)
-    block_sparse.forward(make_call(query, key, value))
-    launch = stub.last_launch()
     config = configs.choose(90, torch.bfloat16, DIM, None, "forward")
+    with configs.using(forward=config):
+        block_sparse.forward(make_call(query, key, value))
+    launch = stub.last_launch()
     assert launch.kernel == "forward_kernel"
     assert launch.grid == (HEADS * LENGTH // config.block_m, 1, 1)
     assert launch.threads == 32 * config.num_warps
     pointers = [driver.stub_parameter(i) for i in range(3)]
     assert pointers == [x.data_ptr() for x in (query, key, value)]
+
+
+def test_the_forward_runs_as_many_programs_as_fit(driver):
+    for length, programs in ((LENGTH, HEADS * LENGTH // 128), (128 * 132, 132)):
+        query, key, value = tensors(HEADS, 2, 2, length=length)
+        block_sparse.forward(make_call(query, key, value))
+        launch = stub.last_launch()
+        assert launch.kernel == "forward_gluon_kernel"
+        assert launch.grid == (programs, 1, 1)
 
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["two-pass", "one-pass"])
@@ -149,13 +159,15 @@ def test_the_hopper_form_takes_what_a_tensor_map_takes(driver, name, monkeypatch
     call = make_call(query, key, key)
     described = arguments.describe(call)
     allowed = forms.can_use_form("gluon", query, key, key, described)
+    default = forms.choose_forward(query, key, key, described).form
+    assert default == ("gluon" if allowed else "pointers")
     monkeypatch.setattr(forms, "_misfit", lambda tensor: None)
     maps = driver.stub_tensor_maps()
     with configs.using(forward=configs.hopper("gluon", DIM)):
         if allowed:
             block_sparse.forward(call)
             assert stub.last_launch().kernel == "forward_gluon_kernel"
-            assert driver.stub_tensor_maps() - maps == 3
+            assert driver.stub_tensor_maps() - maps == 4
         else:
             with pytest.raises((AssertionError, RuntimeError)):
                 block_sparse.forward(call)

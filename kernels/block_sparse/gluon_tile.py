@@ -1,0 +1,225 @@
+"""A line of tiles in the forward pass for Hopper, as one warpgroup computes it: the scores of the
+next tile are in flight during the softmax of this one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_loads import ROWS, get
+from .primitives import bias_base, keep_seen, log2_factor, logits, online_softmax, visible
+
+
+class Work(NamedTuple):
+    """A warpgroup's part of a line. What few tiles need is read there: registers are scarce."""
+
+    problem: object
+    queries: object
+    slot: object  # of the line's integers
+    first_row: object  # mask row of the warpgroup's first query
+
+
+@gluon.jit
+def issue_scores(q, rings, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
+    """S = Q K^T of tile t [ROWS, BLOCK_N], in flight."""
+    stage = t % STAGES
+    mbarrier.wait(rings.k_full.index(stage), (t // STAGES) & 1)
+    # [BLOCK_N, PAD], in shared memory
+    k = rings.k.index(stage).reshape([F.BLOCK_N, F.PAD])
+    # [ROWS, BLOCK_N]
+    zero = gl.full([ROWS, F.BLOCK_N], 0.0, gl.float32, layout)
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
+    """O + P V of tile t [ROWS, PAD_V], in flight."""
+    stage = t % STAGES
+    mbarrier.wait(rings.v_full.index(stage), (t // STAGES) & 1)
+    # [BLOCK_N, PAD_V], in shared memory
+    v = rings.v.index(stage).reshape([F.BLOCK_N, F.PAD_V])
+    return warpgroup_mma(p, v, acc, is_async=True)
+
+
+@gluon.jit
+def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
+    """The scores of a tile whose bits are set, else -inf; all of them where `bits` is -1.
+
+    A word of 32 keys becomes a dimension: a thread has as many words as S has registers to 8
+    columns, and the compiler knows the bit of each register but for a shift.
+    """
+    WIDTH: gl.constexpr = 32
+    WORDS: gl.constexpr = F.BLOCK_N // WIDTH
+    layout: gl.constexpr = s.type.layout
+    # [ROWS, WORDS, WIDTH]
+    parts = gl.reshape(s, [ROWS, WORDS, WIDTH])
+    by_word: gl.constexpr = gl.SliceLayout(2, parts.type.layout)
+    # [ROWS], [WORDS], [WIDTH]
+    r = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, by_word))
+    w = gl.arange(0, WORDS, gl.SliceLayout(0, by_word))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, parts.type.layout)))
+    per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32
+    rows = bits_ptr + (bits.to(gl.int64) * F.BLOCK_Q + r % F.BLOCK_Q) * per_row
+    rows += (start_n % F.BLOCK_KV) // 32
+    # [ROWS, WORDS]
+    word = gl.load(rows[:, None] + w[None, :], mask=bits >= 0, other=-1)
+    if F.CLIP:  # bits beyond a sample's keys need not be 0
+        left = gl.minimum(gl.maximum(end_n - start_n - w * 32, 0), 32)
+        word &= ((1 << left.to(gl.int64)) - 1).to(gl.int32)[None, :]
+    # [ROWS, WORDS, WIDTH], as `tile_bits`
+    seen = (word[:, :, None] >> (c % 8)[None, None, :], (1 << (c // 8 * 8))[None, None, :])
+    kept = keep_seen(seen, parts, float("-inf"), True, F)
+    return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), layout)
+
+
+@gluon.jit
+def softmax(
+    s, m_i, l_i, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """`online_softmax` of the scores of tile t."""
+    sizes, modifiers, line = work.problem.sizes, work.problem.modifiers, work.queries
+    n = get(rings.starts.index(t % (STAGES + 1)))
+    # [1, BLOCK_N], [ROWS, 1]
+    n2 = (n + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
+    r2 = (work.first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s.type.layout)))[:, None]
+    offset = 0
+    if F.OFFSET:
+        offset = get(line.row0.index(work.slot)) - get(line.start_i.index(work.slot))
+    pair = get(line.pair.index(work.slot))
+    base = bias_base(modifiers, pair // sizes.heads, pair % sizes.heads, F)
+    s, _ = logits(s, base, r2, n2, offset, sizes, modifiers, F)
+    end_n = sizes.kv_len
+    if F.LENGTHS:
+        end_n = get(line.end_n.index(work.slot))
+    if MASKED and F.KIND == "sparse":
+        bits = get(rings.bits.index(t % (STAGES + 1)))
+        s = keep_bits(s, work.problem.lists.bits, bits, n, work.first_row, end_n, F)
+    elif MASKED:
+        seen = visible(None, 0, n, r2, n2, end_n, sizes, MASKED, F)
+        s = keep_seen(seen, s, float("-inf"), MASKED, F)
+    safe: gl.constexpr = MASKED or F.BIAS != "none"
+    factor = log2_factor(modifiers, F)
+    return online_softmax(s, factor, m_i, l_i, safe, F.SLACK, F.NATURAL)
+
+
+@gluon.jit
+def add_tile(
+    s,
+    acc,
+    l_i,
+    m_i,
+    t,
+    q,
+    rings,
+    work,
+    MASKED: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Take the scores of tile t into the running sums; O + P V is in flight, and P must live."""
+    # weights [ROWS, BLOCK_N]; alpha, m_i, l_i [ROWS]
+    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, t, rings, work, MASKED, F, STAGES)
+    if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
+        acc = acc * rows_of(alpha, acc)[:, None]
+    p = operand(weights, acc, q.dtype)
+    return issue_output(p, acc, rings, t, F, STAGES), p, l_i, m_i
+
+
+@gluon.jit
+def step(
+    s,
+    acc,
+    l_i,
+    m_i,
+    t,
+    q,
+    rings,
+    work,
+    MASKED: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Add tile t, not the last, while the scores of the next are computed, which it returns."""
+    layout: gl.constexpr = s.type.layout
+    # [ROWS, BLOCK_N]
+    following = issue_scores(q, rings, t + 1, layout, F, STAGES)
+    acc, p, l_i, m_i = add_tile(
+        s, acc, l_i, m_i, t, q, rings, work, MASKED, F, STAGES
+    )  # fmt: skip
+    following, acc, p = warpgroup_mma_wait(0, [following, acc, p])
+    mbarrier.arrive(rings.k_empty.index((t + 1) % STAGES), count=1)
+    mbarrier.arrive(rings.v_empty.index(t % STAGES), count=1)
+    return following, acc, l_i, m_i
+
+
+@gluon.jit
+def rows_of(vector, acc):
+    """A vector over the rows of S as one over the rows of O."""
+    return gl.convert_layout(vector, gl.SliceLayout(1, acc.type.layout))
+
+
+@gluon.jit
+def operand(weights, acc, dtype: gl.constexpr):
+    """P as the left operand of P V, in registers."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, k_width=2)
+    return gl.convert_layout(weights.to(dtype), layout)
+
+
+@gluon.jit
+def attend_line(
+    w: gl.constexpr,
+    queries,
+    slot,
+    rings,
+    tile,
+    problem,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attention of a warpgroup's queries over the tiles of a line, which begins at the program's
+    number `tile`: (output [ROWS, PAD_V], row sums, row maxima, number of tiles).
+    """
+    # [ROWS, PAD], in shared memory
+    q = queries.tiles.index(w).reshape([ROWS, F.PAD])
+    n_inside, n_tiles = get(queries.n_inside.index(slot)), get(queries.n_tiles.index(slot))
+    first_row = get(queries.row0.index(slot)) + w * ROWS
+    work = Work(problem, queries, slot, first_row)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
+    # [ROWS, PAD_V]
+    acc = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, o_layout)
+    # [ROWS]
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    if n_tiles > 0:
+        # [ROWS, BLOCK_N]
+        s = issue_scores(q, rings, tile, s_layout, F, STAGES)
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(rings.k_empty.index(tile % STAGES), count=1)
+        last = tile + n_tiles - 1
+        # two at a time, so that the next scores end where the first were, and nothing is copied; a
+        # FULL tile that is left has no bits and goes with the PARTIAL ones
+        pairs_end = tile + gl.minimum(n_inside, n_tiles - 1) // 2 * 2
+        for t in range(tile, pairs_end, 2):
+            for more in gl.static_range(2):
+                s, acc, l_i, m_i = step(
+                    s, acc, l_i, m_i, t + more, q, rings, work, False, F, STAGES
+                )  # fmt: skip
+        for t in range(pairs_end, last):
+            s, acc, l_i, m_i = step(s, acc, l_i, m_i, t, q, rings, work, True, F, STAGES)
+        mbarrier.arrive(queries.empty.index(0), count=1)
+        acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, last, q, rings, work, True, F, STAGES)
+        acc, p = warpgroup_mma_wait(0, [acc, p])
+        mbarrier.arrive(rings.v_empty.index(last % STAGES), count=1)
+    else:
+        mbarrier.arrive(queries.empty.index(0), count=1)
+    return acc, l_i, m_i, n_tiles
