@@ -17,9 +17,16 @@ from pathlib import Path
 
 def launches(forward: bool) -> Iterator:
     """The launches of the compile suite, of the forward kernels alone if `forward`."""
-    from tests.compile import block_sparse_launches, nystrom_launches, test_hopper_forms
+    from tests.compile import (
+        block_sparse_launches,
+        nystrom_launches,
+        test_hopper_backward,
+        test_hopper_forms,
+    )
 
     yield from test_hopper_forms.LAUNCHES
+    if not forward:
+        yield from test_hopper_backward.LAUNCHES
     for launch in block_sparse_launches.all_launches():
         if not forward or launch.pass_ == "forward":
             yield launch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from flashmark.block_sparse.call import Call, Grads, Saved
 
 from . import arguments as args
 from . import bias as bias_gradient
-from . import passes
+from . import forms, passes
 from .backward_kv import Operands, backward_kv_kernel
 from .backward_q import backward_q_kernel
 from .primitives import LOG2E, ROWS_OF_A_TILE, head_of, load_rows, load_tile, padded_rows
@@ -77,7 +79,8 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     """Gradients of `forward`.
 
     A deterministic call computes dQ in a pass of its own and the bias gradient in fixed point, so
-    that results repeat bitwise; otherwise both go through float32 atomics, which is faster.
+    that results repeat bitwise; otherwise both go through float32 atomics, which is faster, except
+    in Gluon, where two passes always compute the gradients.
     """
     query, key, value, bias = call.query, call.key, call.value, call.bias
     if not query.numel() or not key.numel():
@@ -92,7 +95,10 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
             query, key, value, dout, lse, delta,
             args.strides(query), args.strides(key), args.strides(value), args.strides(dout),
         )  # fmt: skip
-        if call.deterministic:
+        if forms.backward_form(query, key, value, dout, described) == "gluon":
+            gluon = importlib.import_module(f"{__package__}.backward_gluon")  # where it is used
+            dquery, dkey, dvalue = gluon.backward(operands, call, described)
+        elif call.deterministic:
             dkey, dvalue = _keys_and_values(operands, None, total, call, described)
             dquery = _queries(operands, call, described)
         else:

@@ -141,6 +141,12 @@ HOPPER = {
     ("gluon", 128, True): Config(128, 64, 4, 3, "gluon", lazy=True),
 }
 
+# Gluon kernels of the backward pass: tiles that walk have 64 rows, and a warpgroup holds 64
+HOPPER_BACKWARD = {
+    "backward_kv": Config(64, 128, 4, 4, "gluon"),
+    "backward_q": Config(128, 64, 4, 4, "gluon"),
+}
+
 _IN_USE: dict[str, Config] = {}
 
 
@@ -230,6 +236,22 @@ def hopper(
         return config
     block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])
     return dataclasses.replace(config, block_m=block_m, block_n=block_n)
+
+
+def hopper_backward(pass_: str, block: tuple[int, int] | None = None) -> Config:
+    """The Gluon config of "backward_kv", for one query head or a group, or of "backward_q", and a
+    mask's block as in `choose`.
+    """
+    config = _IN_USE.get(pass_, HOPPER_BACKWARD[pass_])
+    if block is None:
+        return config
+    block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])
+    return dataclasses.replace(config, block_m=block_m, block_n=block_n)
+
+
+def pointers_in_use(*passes: str) -> bool:
+    """Whether one of these passes is to run with a config of the pointer form."""
+    return any(pass_ in _IN_USE and _IN_USE[pass_].form == "pointers" for pass_ in passes)
 
 
 def _divide(config: Config, block: tuple[int, int], pass_: str, width: int, extras: bool) -> Config:

@@ -96,3 +96,22 @@ def _misfit(tensor: Tensor) -> str | None:
     if tensor.data_ptr() % ALIGNMENT:
         return f"expected data that starts at a multiple of {ALIGNMENT} bytes"
     return None
+
+
+def backward_form(
+    query: Tensor, key: Tensor, value: Tensor, dout: Tensor, call: KernelArguments
+) -> str:
+    """Form of the kernels that compute the gradients of a call: "gluon" where that can, else
+    "pointers".
+    """
+    features = call.features
+    # rows of one warpgroup; wide heads spill where a program has only one
+    least = 64 if max(features.PAD, features.PAD_V) <= 64 else 128
+    small = features.KIND == "sparse" and min(features.BLOCK_Q, features.BLOCK_KV) < least
+    lacking = features.BIAS != "none" or features.DROPOUT or features.SOFTCAP
+    lacking = lacking or features.OFFSET or features.LENGTHS
+    if configs.device_arch(query.device) != 90 or small or lacking:
+        return "pointers"
+    misfit = any(_misfit(tensor) is not None for tensor in (query, key, value, dout))
+    chosen = configs.pointers_in_use("backward_q", *configs.KEY_PASSES)
+    return "pointers" if misfit or chosen else "gluon"

@@ -28,6 +28,13 @@ def choose_config(pass_: str, query: Tensor, call: KernelArguments) -> configs.C
     return configs.choose(arch, query.dtype, head_dim, block, pass_, extras, exact)
 
 
+def choose_gluon(pass_: str, call: KernelArguments) -> configs.Config:
+    """The config of a Gluon kernel of the backward pass."""
+    features = call.features
+    block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
+    return configs.hopper_backward(pass_, block)
+
+
 def over_queries(
     call: KernelArguments, mask: BlockMask, query: Tensor, config: configs.Config
 ) -> tuple[LaunchSizes, Features]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 from flashmark import masks
 from flashmark.block_sparse.call import Call, Grads, Saved
 from flashmark.kernels import block_sparse
-from flashmark.kernels.block_sparse import arguments, configs, passes
+from flashmark.kernels.block_sparse import arguments, configs, forms, passes
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 Q_LEN, HEADS = 1024, 4
@@ -68,9 +71,18 @@ class Launch:
             else:
                 lse = torch.zeros(1, HEADS, Q_LEN)
                 residual = lse.new_zeros(0) if bias is None else torch.zeros_like(lse)
-                block_sparse.backward(call, Saved(query, lse, residual), query, None)
+                with pointers():
+                    block_sparse.backward(call, Saved(query, lse, residual), query, None)
         finally:
             torch.set_float32_matmul_precision(plain)
+
+
+@contextlib.contextmanager
+def pointers() -> Iterator[None]:
+    """Gradients are computed by the pointer form, also where the Gluon form could."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "backward_form", lambda *_: "pointers")
+        yield
 
 
 PASSES = ("forward", "jvp", "two-pass", "two-pass-grouped", "one-pass", "decode")

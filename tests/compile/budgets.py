@@ -37,6 +37,8 @@ HEADLINES = (
     "two-pass-bf16-D64-block128-relative", "two-pass-bf16-D128-block128-relative",
     "one-pass-bf16-D64-block128-plain", "one-pass-bf16-D128-block128-plain",
     "gluon-D64-sparse128-bfloat16", "gluon-D128-sparse128-bfloat16",
+    "gluon-backward-D64-sparse128-bfloat16", "gluon-backward-D128-sparse128-bfloat16",
+    "gluon-backward-D64-causal128-bfloat16", "gluon-backward-D128-causal128-bfloat16",
     "forward-bf16-M64-D64-plain", "forward-bf16-M64-D128-plain", "forward-bf16-M128-D128-plain",
     "backward-bf16-M64-D64-plain", "backward-bf16-M128-D128-plain",
     "decode-bf16-M64-D64-plain", "bidirectional-bf16-M64-D64-plain",
@@ -135,6 +137,7 @@ def all_launches() -> list:
     from tests.compile import (
         block_sparse_launches,
         routed_launches,
+        test_hopper_backward,
         test_hopper_forms,
         test_hybrid_kernels,
         test_nystrom_kernels,
@@ -143,6 +146,7 @@ def all_launches() -> list:
     return [
         *block_sparse_launches.all_launches(),
         *test_hopper_forms.LAUNCHES,
+        *test_hopper_backward.LAUNCHES,
         *test_nystrom_kernels.SUITE,
         *test_hybrid_kernels.SUITE,
         *routed_launches.all_launches(),

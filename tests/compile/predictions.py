@@ -5,10 +5,11 @@ python -m tests.compile.predictions writes tests/compile/predictions.csv and pri
 
 A turn of a loop takes one tile. Each warp issues an instruction a cycle; the half-rate pipe takes
 two cycles for one, the exponential unit eight, a product N / 2 for 64 x N x 16. Groups of warps
-that do not wait for each other (programs of a multiprocessor; in the Gluon form its two
-warpgroups) overlap. A group by itself computes products, then the rest; in the Gluon form the next
-scores run during the rest. The time of a turn lies between the largest of these demands and their
-sum: it is taken as (sum of x^p)^(1/p) with p = 3, and p = 2 and 4 give the range.
+that do not wait for each other (programs of a multiprocessor; in the Gluon forms its two
+warpgroups) overlap. A group by itself computes products, then the rest; in the Gluon forms half of
+the products run during the rest: in the forward the next scores, for dK and dV dP and dV, for dQ
+dP and the next scores. The time of a turn lies between the largest of these demands and their sum:
+it is taken as (sum of x^p)^(1/p) with p = 3, and p = 2 and 4 give the range.
 """
 
 from __future__ import annotations
@@ -154,6 +155,10 @@ class Prediction:
 FORWARD = (("forward", "forward_kernel", 4),)
 ONE_PASS = (("backward_fused", "backward_kv_kernel", 10),)
 TWO_PASSES = (("backward_kv", "backward_kv_kernel", 10), ("backward_q", "backward_q_kernel", 10))
+IN_GLUON = (
+    ("backward_kv", "backward_kv_gluon_kernel", 10),
+    ("backward_q", "backward_q_gluon_kernel", 10),
+)
 ROWS = [
     (CAUSAL, "gluon-D64-causal128-bfloat16", FORWARD, 64),
     (CAUSAL, "gluon-D128-causal128-bfloat16", FORWARD, 128),
@@ -163,6 +168,12 @@ ROWS = [
     (CAUSAL, "one-pass-bf16-D128-causal-plain", ONE_PASS, 128),
     (CAUSAL, "two-pass-bf16-D64-causal-plain", TWO_PASSES, 64),
     (CAUSAL, "two-pass-bf16-D128-causal-plain", TWO_PASSES, 128),
+    (CAUSAL, "gluon-backward-D64-causal128-bfloat16", IN_GLUON, 64),
+    (CAUSAL, "gluon-backward-D128-causal128-bfloat16", IN_GLUON, 128),
+    (WINDOW, "gluon-backward-D64-sparse128-bfloat16", IN_GLUON, 64),
+    (WINDOW, "gluon-backward-D128-sparse128-bfloat16", IN_GLUON, 128),
+    (WINDOW, "one-pass-bf16-D64-block128-plain", ONE_PASS, 64),
+    (WINDOW, "one-pass-bf16-D128-block128-plain", ONE_PASS, 128),
     (WINDOW, "gluon-D64-sparse128-bfloat16", FORWARD, 64),
     (WINDOW, "gluon-D128-sparse128-bfloat16", FORWARD, 128),
     (WINDOW, "forward-bf16-D64-block128-plain", FORWARD, 64),
@@ -177,8 +188,11 @@ def predict(work: Work, name: str, passes, dim: int) -> Prediction:
     for pass_, kernel, _ in passes:
         gluon = name.startswith("gluon")
         block = None if "causal" in name else (BLOCK, BLOCK)
-        config = launch.config if gluon else configs.choose(90, HALF, dim, block, pass_)
-        asked = "forward_gluon_kernel" if gluon else kernel
+        if passes is IN_GLUON:
+            config = configs.hopper_backward(pass_, block)
+        else:
+            config = launch.config if gluon else configs.choose(90, HALF, dim, block, pass_)
+        asked = "forward_gluon_kernel" if gluon and passes is FORWARD else kernel
         kernels.append(kernel_of(launch, asked, config))
     flops = passes[0][2] * dim * work.seen
     rates = [

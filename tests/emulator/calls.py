@@ -38,6 +38,7 @@ TANGENTS = {
     "D=128": dataclasses.replace(PLAIN, dim=128),
     "relative bias, sinks": dataclasses.replace(PLAIN, bias=(2, 299), sinks=True),
 }
+WIDE = dataclasses.replace(PLAIN, dim=128, block=128)
 NYSTROM = {
     "landmarks": NystromCase(150, 64, dim=64, v_dim=64),
     "decay, state": NystromCase(150, 16, decay=0.3, state=True),
@@ -62,6 +63,7 @@ def calls(arch: int) -> dict[str, Callable[[], Errors]]:
         found[f"block-sparse: forward mode, {name}"] = functools.partial(tangents, case)
     if arch == 90:
         found["block-sparse: window, Gluon"] = functools.partial(hopper_form, "gluon")
+        found["block-sparse: window, D=128, Gluon"] = functools.partial(block_sparse, WIDE)
     for name, case in NYSTROM.items():
         found[f"Nyström: {name}"] = functools.partial(_nystrom, case)
     for name, case in HYBRID.items():

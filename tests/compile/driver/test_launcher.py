@@ -97,16 +97,26 @@ def test_the_forward_runs_as_many_programs_as_fit(driver):
         assert launch.grid == (programs, 1, 1)
 
 
-@pytest.mark.parametrize("deterministic", [True, False], ids=["two-pass", "one-pass"])
-def test_backward_launches(driver, deterministic):
+POINTERS = ["delta_kernel", "backward_kv_kernel"]
+IN_GLUON = ["delta_kernel", "backward_kv_gluon_kernel", "backward_q_gluon_kernel"]
+BACKWARD = {
+    "two-pass": ({"softcap": 30.0}, True, [*POINTERS, "backward_q_kernel"]),
+    "one-pass": ({"softcap": 30.0}, False, POINTERS),
+    "gluon": ({}, False, IN_GLUON),
+    "gluon-deterministic": ({}, True, IN_GLUON),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_launches(driver, name):
+    options, deterministic, expected = BACKWARD[name]
     query, key, value = tensors(HEADS, 2, 2)
     lse = torch.zeros(1, HEADS, LENGTH)
     window = masks.sliding_window(100)
-    call = make_call(query, key, value, window, deterministic=deterministic)
+    call = make_call(query, key, value, window, deterministic=deterministic, **options)
     saved = Saved(query, lse, lse.new_zeros(0))
     names = kernels_of(driver, lambda: block_sparse.backward(call, saved, query, None))
-    expected = ["delta_kernel", "backward_kv_kernel"]
-    assert names == (expected + ["backward_q_kernel"] if deterministic else expected)
+    assert names == expected
 
 
 def test_a_decoding_step_is_two_launches(driver):
@@ -171,6 +181,17 @@ def test_the_hopper_form_takes_what_a_tensor_map_takes(driver, name, monkeypatch
         else:
             with pytest.raises((AssertionError, RuntimeError)):
                 block_sparse.forward(call)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_in_gluon_take_what_a_tensor_map_takes(driver, name):
+    query, key = tensors(HEADS)[0], laid_out(name)
+    call = make_call(query, key, key)
+    lse, maps = torch.zeros(1, HEADS, LENGTH), driver.stub_tensor_maps()
+    block_sparse.backward(call, Saved(query, lse, lse.new_zeros(0)), query, None)
+    # Q, dO, lse, Delta, K and V; then all but lse and Delta
+    made = 10 if name in ("contiguous", "tokens-first", "rows-8-apart") else 0
+    assert driver.stub_tensor_maps() - maps == made
 
 
 def test_some_layouts_are_allowed_and_some_refused(driver):

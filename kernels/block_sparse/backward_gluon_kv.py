@@ -1,0 +1,315 @@
+"""dK and dV for Hopper in Gluon: one warp loads tiles of queries through TMA, warpgroups of 64 keys
+each compute, and they meet over a ring of STAGES buffers, the stages.
+
+A stage holds all that a tile of queries brings: Q, dO, lse, Delta and a tag, its place in the mask.
+Its two barriers work as those of the forward, whose docstring says why it cannot deadlock; a
+warpgroup gives tile t back after it has waited for tile t + 1, so there are two stages at least.
+The tiles are those of all heads of a group, counted before the warps part, FULL ones first.
+
+Tiles are transposed, keys down and queries across, so that P^T and dS^T enter their products from
+the registers where they were computed. While a warpgroup computes P^T, dP^T is in flight, and dV
+while it computes dS^T; S^T of the next tile follows dK.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .arguments import LaunchSizes
+from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
+from .backward_gluon_pieces import (
+    barriers,
+    buffers,
+    integers,
+    keep_bits_down,
+    operand,
+    put,
+)
+from .forward_gluon import LOADER_REGISTERS, REGISTERS, ROWS
+from .primitives import keep_seen, log2_factor, logits, visible
+from .walk import locate
+
+
+class Held(NamedTuple):
+    """Shared memory: the tile of keys, ROWS by ROWS, and its barriers."""
+
+    k: object
+    v: object
+    full: object
+    place: object  # the pair and the first key, until they are stored: registers are short
+
+
+class Outputs(NamedTuple):
+    """Pointers to dK and dV, contiguous over (batch, key head, key), and the factor of dK."""
+
+    dk: object
+    dv: object
+    scale: object
+
+
+@gluon.jit
+def queries_of(stages, stage, F: gl.constexpr):
+    """Q [BLOCK_M, PAD] and dO [BLOCK_M, PAD_V] in shared memory."""
+    q = stages.q.index(stage).reshape([F.BLOCK_M, F.PAD])
+    return q, stages.dout.index(stage).reshape([F.BLOCK_M, F.PAD_V])
+
+
+@gluon.jit
+def issue_scores(k, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
+    """S^T = K Q^T of tile t [ROWS, BLOCK_M], in flight."""
+    stage = t % STAGES
+    mbarrier.wait(stages.full.index(stage), (t // STAGES) & 1)
+    q, _ = queries_of(stages, stage, F)
+    zero = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout)
+    return warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def probabilities(s, stages, stage, first_key, work, MASKED: gl.constexpr, F: gl.constexpr):
+    """P^T [ROWS, BLOCK_M] of the tile in a stage, from its scores."""
+    layout: gl.constexpr = s.type.layout
+    across: gl.constexpr = gl.SliceLayout(0, layout)
+    # [1, BLOCK_M]
+    lse2 = stages.lse.index(stage).load(layout)
+    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
+    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
+    if MASKED and F.KIND == "sparse":
+        first = first_key - work.start_n
+        if F.BLOCK_N < F.BLOCK_KV:
+            first = first_key % F.BLOCK_KV
+        p = keep_bits_down(p, work.lists.bits, stages.tag.index(stage), first, F)
+    elif MASKED and F.KIND == "causal":
+        # [ROWS, 1], [1, BLOCK_M]
+        n2 = (first_key + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
+        r2 = stages.tag.index(stage).load(across) + gl.arange(0, F.BLOCK_M, across)
+        seen = visible(None, 0, 0, r2[None, :], n2, work.end_n, work.sizes, MASKED, F)
+        p = keep_seen(seen, p, 0.0, MASKED, F)
+    return p
+
+
+@gluon.jit
+def add_tile(
+    s,
+    dk,
+    dv,
+    t,
+    v,
+    stages,
+    first_key,
+    work,
+    MASKED: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Take tile t, whose scores are s, into dK [ROWS, PAD] and dV [ROWS, PAD_V], both in flight;
+    P^T and dS^T must live.
+    """
+    stage = t % STAGES
+    layout: gl.constexpr = s.type.layout
+    # [BLOCK_M, PAD] and [BLOCK_M, PAD_V], in shared memory
+    q, dout = queries_of(stages, stage, F)
+    # [ROWS, BLOCK_M]
+    zero = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout)
+    dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+    p = probabilities(s, stages, stage, first_key, work, MASKED, F)
+    p_t = operand(p, dv, q.dtype)
+    # [ROWS, PAD_V]
+    dv = warpgroup_mma(p_t, dout, dv, is_async=True)
+    # [ROWS, BLOCK_M]
+    dp = warpgroup_mma_wait(1, [dp])
+    # [1, BLOCK_M]
+    delta = stages.delta.index(stage).load(layout)
+    ds = p * (dp - delta)
+    if MASKED:  # whatever Q, dO and V are where nothing is seen
+        ds = gl.where(p == 0.0, 0.0, ds)
+    ds_t = operand(ds, dk, q.dtype)
+    # [ROWS, PAD]
+    dk = warpgroup_mma(ds_t, q, dk, is_async=True)
+    return dk, dv, p_t, ds_t
+
+
+@gluon.jit
+def step(
+    s,
+    dk,
+    dv,
+    t,
+    k,
+    v,
+    stages,
+    first_key,
+    work,
+    MASKED: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Add tile t, not the last, and compute the scores of the next, which it returns."""
+    layout: gl.constexpr = s.type.layout
+    dk, dv, p_t, ds_t = add_tile(s, dk, dv, t, v, stages, first_key, work, MASKED, F, STAGES)
+    s = issue_scores(k, stages, t + 1, layout, F, STAGES)
+    s, dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [s, dk, dv, p_t, ds_t])
+    mbarrier.arrive(stages.empty.index(t % STAGES), count=1)
+    return s, dk, dv
+
+
+@gluon.jit
+def store(base, tile, place, w, kv_len, DIM: gl.constexpr, PAD: gl.constexpr):
+    """Store a tile of dK or dV, [ROWS, PAD], without what lies beyond the keys."""
+    layout: gl.constexpr = tile.type.layout
+    down: gl.constexpr = gl.SliceLayout(1, layout)
+    # [ROWS], [PAD]
+    n = place.index(1).load(down) + (w * ROWS + gl.arange(0, ROWS, down))
+    d = gl.arange(0, PAD, gl.SliceLayout(0, layout))
+    row = place.index(0).load(down).to(gl.int64) * kv_len + n
+    gl.store(
+        base + row[:, None] * DIM + d[None, :],
+        tile.to(base.dtype.element_ty),
+        mask=(n < kv_len)[:, None] & (d < DIM)[None, :],
+    )
+
+
+@gluon.jit
+def compute(
+    w: gl.constexpr,
+    held,
+    stages,
+    work,
+    outputs,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Compute keys ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_M, 16])
+    k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD, 16])
+    v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
+    # [ROWS, PAD], [ROWS, PAD_V]
+    dk = gl.full([ROWS, F.PAD], 0.0, gl.float32, k_layout)
+    dv = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, v_layout)
+    first_key = work.start_n + w * ROWS
+    # [ROWS, PAD], [ROWS, PAD_V], in shared memory
+    k = held.k.index(w).reshape([ROWS, F.PAD])
+    v = held.v.index(w).reshape([ROWS, F.PAD_V])
+    mbarrier.wait(held.full.index(w), 0)
+    if work.n_tiles > 0:
+        # [ROWS, BLOCK_M]
+        s = issue_scores(k, stages, 0, s_layout, F, STAGES)
+        s = warpgroup_mma_wait(0, [s])
+        last = work.n_tiles - 1
+        n_full = gl.minimum(work.n_full, last)
+        for t in range(n_full):
+            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, False, F, STAGES)
+        # a FULL tile that is left has no bits and goes with the PARTIAL ones
+        for t in range(n_full, last):
+            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
+        dk, dv, p_t, ds_t = add_tile(s, dk, dv, last, v, stages, first_key, work, True, F, STAGES)
+        dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
+    kv_len = work.sizes.kv_len
+    store(outputs.dk, dk * outputs.scale, held.place, w, kv_len, F.DIM, F.PAD)
+    store(outputs.dv, dv, held.place, w, kv_len, F.DIM_V, F.PAD_V)
+
+
+@gluon.jit(do_not_specialize=LaunchSizes._fields)
+def backward_kv_gluon_kernel(
+    q_desc,
+    dout_desc,
+    lse_desc,
+    delta_desc,
+    k_desc,
+    v_desc,
+    dk_ptr,
+    dv_ptr,
+    lists,
+    modifiers,
+    scale,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    sizes = LaunchSizes(
+        pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
+    )
+    inputs = Inputs(q_desc, dout_desc, lse_desc, delta_desc)
+    index, pair = locate(sizes)
+    b, hk = pair // sizes.heads, pair % sizes.heads
+    tile = index
+    if F.KIND == "sparse":
+        split: gl.constexpr = F.BLOCK_KV // F.BLOCK_N
+        lines = lists.order + b * sizes.line_batch + hk * sizes.group * sizes.line_head
+        tile = gl.load(lines + index // split) * split + index % split
+    start_n = tile * F.BLOCK_N
+    if start_n >= sizes.kv_len:
+        return
+    end_n = sizes.kv_len
+    all_full, all_tiles = 0, 0
+    for g in range(sizes.group):
+        n_full, n_masked, _, _, _, _, _ = walk_head(
+            lists, sizes, b, hk * sizes.group + g, start_n, end_n, F
+        )
+        all_full += n_full
+        all_tiles += n_full + n_masked
+    work = Work(lists, sizes, modifiers, pair, start_n, end_n, all_full, all_tiles)
+    outputs = Outputs(dk_ptr, dv_ptr, scale)
+
+    WARPGROUPS: gl.constexpr = F.BLOCK_N // ROWS
+    held = Held(
+        buffers(k_desc, WARPGROUPS),
+        buffers(v_desc, WARPGROUPS),
+        barriers(WARPGROUPS, 1),
+        integers(2),
+    )
+    put(held.place.index(0), pair)
+    put(held.place.index(1), start_n)
+    stages = Stages(
+        buffers(q_desc, STAGES),
+        buffers(dout_desc, STAGES),
+        buffers(lse_desc, STAGES),
+        buffers(delta_desc, STAGES),
+        integers(STAGES),
+        barriers(STAGES, 1),
+        barriers(STAGES, WARPGROUPS),
+    )
+    fence_async_shared()
+    for w in gl.static_range(WARPGROUPS):
+        first = start_n + w * ROWS
+        full = held.full.index(w)
+        mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [b, hk, first, 0], full, held.k.index(w))
+        tma.async_copy_global_to_shared(v_desc, [b, hk, first, 0], full, held.v.index(w))
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (compute, (0, held, stages, work, outputs, F, STAGES)),
+                (compute, (1, held, stages, work, outputs, F, STAGES)),
+                (load_tiles, (inputs, stages, work, F, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (compute, (0, held, stages, work, outputs, F, STAGES)),
+                (load_tiles, (inputs, stages, work, F, STAGES)),
+            ],
+            [1],
+            [LOADER_REGISTERS],
+        )

@@ -1,0 +1,109 @@
+"""Loads of the Gluon kernel of dK and dV: the tiles of queries of a group of heads that see a tile
+of keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from .backward_gluon_pieces import put
+from .walk import masked_tile, next_tile, walk_queries
+
+
+class Inputs(NamedTuple):
+    """Descriptors of what a stage holds."""
+
+    q: object
+    dout: object
+    lse: object
+    delta: object
+
+
+class Stages(NamedTuple):
+    """Shared memory: STAGES buffers of each kind, and their barriers."""
+
+    q: object
+    dout: object
+    lse: object
+    delta: object
+    tag: object
+    full: object
+    empty: object
+
+
+class Work(NamedTuple):
+    """Work of one program: a tile of keys, and how many tiles of queries see it."""
+
+    lists: object
+    sizes: object
+    modifiers: object
+    pair: object
+    start_n: object
+    end_n: object
+    n_full: object
+    n_tiles: object
+
+
+@gluon.jit
+def walk_head(lists, sizes, b, head, start_n, end_n, F: gl.constexpr):
+    """`walk_queries` of one query head."""
+    line = b * sizes.line_batch + head * sizes.line_head + start_n // F.BLOCK_KV
+    return walk_queries(sizes, lists, line, start_n, 0, end_n, F)
+
+
+@gluon.jit
+def load_tile(inputs, stages, work, t, head, start, tag, STAGES: gl.constexpr):
+    """Load the t-th tile of queries, from query `start` on."""
+    stage = t % STAGES
+    full = stages.full.index(stage)
+    mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
+    put(stages.tag.index(stage), tag)
+    rows: gl.constexpr = inputs.lse.block_type.nbytes
+    mbarrier.expect(full, inputs.q.block_type.nbytes + inputs.dout.block_type.nbytes + 2 * rows)
+    b = work.pair // work.sizes.heads
+    pair = b * (work.sizes.heads * work.sizes.group) + head
+    tma.async_copy_global_to_shared(inputs.q, [b, head, start, 0], full, stages.q.index(stage))
+    tma.async_copy_global_to_shared(
+        inputs.dout, [b, head, start, 0], full, stages.dout.index(stage)
+    )
+    tma.async_copy_global_to_shared(inputs.lse, [pair, start], full, stages.lse.index(stage))
+    tma.async_copy_global_to_shared(inputs.delta, [pair, start], full, stages.delta.index(stage))
+
+
+@gluon.jit
+def load_tiles(inputs, stages, work, F: gl.constexpr, STAGES: gl.constexpr):
+    """Load the tiles of queries: the work of the loading warp."""
+    lists, sizes = work.lists, work.sizes
+    start_n, end_n = work.start_n, work.end_n
+    b, hk = work.pair // sizes.heads, work.pair % sizes.heads
+    t = 0
+    for g in range(sizes.group):
+        head = hk * sizes.group + g
+        n_full, _, _, run, run_end, start, stop = walk_head(
+            lists, sizes, b, head, start_n, end_n, F
+        )
+        for _ in range(n_full):
+            tag = start
+            if F.KIND == "sparse":
+                tag = -1
+            load_tile(inputs, stages, work, t, head, start, tag, STAGES)
+            t += 1
+            run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
+    for g in range(sizes.group):
+        head = hk * sizes.group + g
+        n_full, n_masked, first, _, _, full_start, _ = walk_head(
+            lists, sizes, b, head, start_n, end_n, F
+        )
+        for rest in range(n_masked):
+            start, bits = masked_tile(
+                lists, first, rest, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F
+            )
+            tag = start
+            if F.KIND == "sparse":
+                tag = bits * F.BLOCK_Q + start % F.BLOCK_Q
+            load_tile(inputs, stages, work, t, head, start, tag, STAGES)
+            t += 1

@@ -1,0 +1,347 @@
+"""dQ for Hopper in Gluon: one warp loads tiles of keys and values through TMA, and warpgroups of 64
+queries each compute.
+
+The ring is that of dK and dV, with K, V and a tag in a stage. While a warpgroup computes P, its dP
+and S of the next tile are in flight; during dS, S of the next.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .arguments import LaunchSizes
+from .backward_gluon_pieces import (
+    barriers,
+    buffers,
+    integers,
+    keep_bits_across,
+    operand,
+    put,
+)
+from .forward_gluon import LOADER_REGISTERS, REGISTERS, ROWS
+from .primitives import keep_seen, log2_factor, logits, padded_rows, visible
+from .walk import masked_tile, next_tile, place, walk_keys
+
+
+class Stages(NamedTuple):
+    """Shared memory: STAGES buffers of each kind, and their barriers."""
+
+    k: object
+    v: object
+    tag: object
+    full: object
+    empty: object
+
+
+class Held(NamedTuple):
+    """Shared memory: the tile of queries, ROWS by ROWS, and its barriers."""
+
+    q: object
+    dout: object
+    full: object
+
+
+class Rows(NamedTuple):
+    """Pointers to what a query has one of, and to dQ, contiguous, with its factor."""
+
+    lse: object
+    delta: object
+    dq: object
+    scale: object
+
+
+class Line(NamedTuple):
+    """The tiles of a line, as `walk_keys` gives them."""
+
+    n_full: object
+    n_masked: object
+    first: object
+    run: object
+    run_end: object
+    start: object
+    stop: object
+
+
+class Work(NamedTuple):
+    """Work of one program."""
+
+    lists: object
+    line: object
+    sizes: object
+    modifiers: object
+    pair: object
+    b: object
+    h: object
+    row0: object
+    end_n: object
+
+
+@gluon.jit
+def load_tile(k_desc, v_desc, stages, work, t, start, tag, STAGES: gl.constexpr):
+    """Load the t-th tile of keys and values, from key `start` on."""
+    stage = t % STAGES
+    full = stages.full.index(stage)
+    mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
+    put(stages.tag.index(stage), tag)
+    mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    b, hk = work.b, work.h // work.sizes.group
+    tma.async_copy_global_to_shared(k_desc, [b, hk, start, 0], full, stages.k.index(stage))
+    tma.async_copy_global_to_shared(v_desc, [b, hk, start, 0], full, stages.v.index(stage))
+
+
+@gluon.jit
+def load_tiles(k_desc, v_desc, stages, work, F: gl.constexpr, STAGES: gl.constexpr):
+    """Load the tiles of keys and values: the work of the loading warp."""
+    lists, line = work.lists, work.line
+    run, start, stop = line.run, line.start, line.stop
+    for t in range(line.n_full):
+        tag = start
+        if F.KIND == "sparse":
+            tag = -1
+        load_tile(k_desc, v_desc, stages, work, t, start, tag, STAGES)
+        run, start, stop = next_tile(
+            lists, run, line.run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
+        )
+    for rest in range(line.n_masked):
+        start, bits = masked_tile(
+            lists, line.first, rest, line.start, line.n_full, F.BLOCK_N, F.BLOCK_KV, F
+        )
+        tag = start
+        if F.KIND == "sparse":
+            tag = bits * (F.BLOCK_KV // F.BLOCK_N) + start % F.BLOCK_KV // F.BLOCK_N
+        load_tile(k_desc, v_desc, stages, work, line.n_full + rest, start, tag, STAGES)
+
+
+@gluon.jit
+def keys_of(stages, stage, F: gl.constexpr):
+    """K [BLOCK_N, PAD] and V [BLOCK_N, PAD_V] in shared memory."""
+    k = stages.k.index(stage).reshape([F.BLOCK_N, F.PAD])
+    return k, stages.v.index(stage).reshape([F.BLOCK_N, F.PAD_V])
+
+
+@gluon.jit
+def issue_scores(q, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
+    """S = Q K^T of tile t [ROWS, BLOCK_N], in flight."""
+    stage = t % STAGES
+    mbarrier.wait(stages.full.index(stage), (t // STAGES) & 1)
+    k, _ = keys_of(stages, stage, F)
+    zero = gl.full([ROWS, F.BLOCK_N], 0.0, gl.float32, layout)
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def issue_weights(dout, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
+    """dP = dO V^T of tile t [ROWS, BLOCK_N], in flight."""
+    _, v = keys_of(stages, t % STAGES, F)
+    zero = gl.full([ROWS, F.BLOCK_N], 0.0, gl.float32, layout)
+    return warpgroup_mma(dout, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def probabilities(s, lse2, tag, first_row, work, MASKED: gl.constexpr, F: gl.constexpr):
+    """P [ROWS, BLOCK_N] of a tile, from its scores."""
+    layout: gl.constexpr = s.type.layout
+    across: gl.constexpr = gl.SliceLayout(0, layout)
+    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
+    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
+    if MASKED and F.KIND == "sparse":
+        p = keep_bits_across(p, work.lists.bits, tag, first_row, F)
+    elif MASKED:
+        # [1, BLOCK_N], [ROWS, 1]
+        n2 = (tag.load(across) + gl.arange(0, F.BLOCK_N, across))[None, :]
+        r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
+        seen = visible(None, 0, 0, r2, n2, work.end_n, work.sizes, MASKED, F)
+        p = keep_seen(seen, p, 0.0, MASKED, F)
+    return p
+
+
+@gluon.jit
+def add_keys(
+    p, dp, dq, delta, t, stages, MASKED: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr
+):
+    """Take tile t, of which P and dP are given, into dQ [ROWS, PAD], in flight; dS must live."""
+    k, _ = keys_of(stages, t % STAGES, F)
+    # [ROWS, BLOCK_N]
+    ds = p * (dp - delta)
+    if MASKED:  # whatever V is where nothing is seen
+        ds = gl.where(p == 0.0, 0.0, ds)
+    ds = operand(ds, dq, k.dtype)
+    return warpgroup_mma(ds, k, dq, is_async=True), ds
+
+
+@gluon.jit
+def step(
+    s,
+    dq,
+    t,
+    q,
+    dout,
+    lse2,
+    delta,
+    stages,
+    first_row,
+    work,
+    MASKED: gl.constexpr,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Add tile t, not the last, while the scores of the next are computed, which it returns."""
+    layout: gl.constexpr = s.type.layout
+    stage = t % STAGES
+    # [ROWS, BLOCK_N]
+    dp = issue_weights(dout, stages, t, layout, F, STAGES)
+    following = issue_scores(q, stages, t + 1, layout, F, STAGES)
+    p = probabilities(s, lse2, stages.tag.index(stage), first_row, work, MASKED, F)
+    dp = warpgroup_mma_wait(1, [dp])
+    dq, ds = add_keys(p, dp, dq, delta, t, stages, MASKED, F, STAGES)
+    following, dq, ds = warpgroup_mma_wait(0, [following, dq, ds])
+    mbarrier.arrive(stages.empty.index(stage), count=1)
+    return following, dq
+
+
+@gluon.jit
+def compute(
+    w: gl.constexpr,
+    held,
+    stages,
+    work,
+    rows,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Compute rows ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16])
+    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD, 16])
+    # [ROWS, PAD]
+    dq = gl.full([ROWS, F.PAD], 0.0, gl.float32, q_layout)
+    line, sizes = work.line, work.sizes
+    first_row = work.row0 + w * ROWS
+    # [ROWS, 1]
+    padded = gl.cast(work.pair, gl.int64) * padded_rows(sizes.q_len)
+    places = padded + first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    lse2 = gl.load(rows.lse + places)[:, None]
+    delta = gl.load(rows.delta + places)[:, None]
+    # [ROWS, PAD], [ROWS, PAD_V], in shared memory
+    q = held.q.index(w).reshape([ROWS, F.PAD])
+    dout = held.dout.index(w).reshape([ROWS, F.PAD_V])
+    mbarrier.wait(held.full.index(w), 0)
+    n_tiles = line.n_full + line.n_masked
+    if n_tiles > 0:
+        # [ROWS, BLOCK_N]
+        s = issue_scores(q, stages, 0, s_layout, F, STAGES)
+        s = warpgroup_mma_wait(0, [s])
+        last = n_tiles - 1
+        # two at a time, as in the forward
+        pairs = gl.minimum(line.n_full, last) // 2
+        for t in range(0, 2 * pairs, 2):
+            for more in gl.static_range(2):
+                s, dq = step(
+                    s, dq, t + more, q, dout, lse2, delta, stages, first_row, work, False, F, STAGES
+                )  # fmt: skip
+        for t in range(2 * pairs, last):
+            s, dq = step(
+                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, F, STAGES
+            )  # fmt: skip
+        # [ROWS, BLOCK_N]
+        dp = issue_weights(dout, stages, last, s_layout, F, STAGES)
+        tag = stages.tag.index(last % STAGES)
+        p = probabilities(s, lse2, tag, first_row, work, True, F)
+        dp = warpgroup_mma_wait(0, [dp])
+        dq, ds = add_keys(p, dp, dq, delta, last, stages, True, F, STAGES)
+        dq, ds = warpgroup_mma_wait(0, [dq, ds])
+
+    i = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    d = gl.arange(0, F.PAD, gl.SliceLayout(0, q_layout))
+    row = gl.cast(work.pair, gl.int64) * sizes.q_len + i
+    gl.store(
+        rows.dq + row[:, None] * F.DIM + d[None, :],
+        (dq * rows.scale).to(rows.dq.dtype.element_ty),
+        mask=(i < sizes.q_len)[:, None] & (d < F.DIM)[None, :],
+    )
+
+
+@gluon.jit(do_not_specialize=LaunchSizes._fields)
+def backward_q_gluon_kernel(
+    q_desc,
+    dout_desc,
+    k_desc,
+    v_desc,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    lists,
+    modifiers,
+    scale,
+    pairs,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    rows,
+    line_batch,
+    line_head,
+    tiles,
+    section,
+    F: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    sizes = LaunchSizes(
+        pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
+    )
+    pair, b, h, _, end_n, leading, row0 = place(sizes, lists, modifiers, F)
+    if row0 >= sizes.q_len:
+        return
+    n_full, n_masked, first, run, run_end, start, stop = walk_keys(
+        sizes, lists, leading + row0 // F.BLOCK_Q, row0, end_n, F
+    )
+    line = Line(n_full, n_masked, first, run, run_end, start, stop)
+    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, end_n)
+    per_row = Rows(lse_ptr, delta_ptr, dq_ptr, scale)
+
+    WARPGROUPS: gl.constexpr = F.BLOCK_M // ROWS
+    held = Held(
+        buffers(q_desc, WARPGROUPS), buffers(dout_desc, WARPGROUPS), barriers(WARPGROUPS, 1)
+    )
+    stages = Stages(
+        buffers(k_desc, STAGES),
+        buffers(v_desc, STAGES),
+        integers(STAGES),
+        barriers(STAGES, 1),
+        barriers(STAGES, WARPGROUPS),
+    )
+    fence_async_shared()
+    for w in gl.static_range(WARPGROUPS):
+        first_row = row0 + w * ROWS
+        full = held.full.index(w)
+        mbarrier.expect(full, q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [b, h, first_row, 0], full, held.q.index(w))
+        tma.async_copy_global_to_shared(dout_desc, [b, h, first_row, 0], full, held.dout.index(w))
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (compute, (0, held, stages, work, per_row, F, STAGES)),
+                (compute, (1, held, stages, work, per_row, F, STAGES)),
+                (load_tiles, (k_desc, v_desc, stages, work, F, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (compute, (0, held, stages, work, per_row, F, STAGES)),
+                (load_tiles, (k_desc, v_desc, stages, work, F, STAGES)),
+            ],
+            [1],
+            [LOADER_REGISTERS],
+        )

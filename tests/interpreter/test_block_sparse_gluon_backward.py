@@ -1,0 +1,189 @@
+"""The Gluon form of the backward kernels: gradients against the definition, and which calls it
+computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+from flashmark import masks
+from flashmark.kernels.block_sparse import configs, forms
+from flashmark.kernels.block_sparse.arguments import describe
+from tests.helpers import relative_error
+from tests.interpreter import gluon_backward
+from tests.interpreter.attention_cases import Call, Case
+from tests.interpreter.running import INTERPRETED
+from tests.interpreter.test_block_sparse_forms import MASKS, random_bits
+
+HALF = torch.float16
+
+
+@pytest.fixture
+def gluon(device):
+    """A context in which gradients are computed in Gluon."""
+    if INTERPRETED:
+        return gluon_backward.emulated
+    if configs.device_arch(device) == 90:
+        return contextlib.nullcontext
+    pytest.skip("the Gluon form needs compute capability 9.0")
+
+
+def gradients(gluon, call: Call, out: torch.Tensor, lse: torch.Tensor, deterministic: bool = False):
+    with gluon():
+        return call.backward(out, lse, deterministic)
+
+
+def form_of(call: Call) -> str:
+    tensors = (call.query, call.key, call.value, call.dout)
+    return forms.backward_form(*tensors, describe(call.checked()))
+
+
+def check(gluon, case: Case, device: torch.device) -> dict[str, torch.Tensor]:
+    """Gradients are as close to the definition as those of the pointer form must be."""
+    case = dataclasses.replace(case, dtype=case.dtype if case.dtype != torch.float32 else HALF)
+    call = Call(case, device)
+    with gluon():
+        assert form_of(call) == "gluon"
+    expected = call.reference()
+    budget = call.budget(expected)
+    got = gradients(gluon, call, *call.forward())
+    for name, tensor in got.items():
+        error = relative_error(tensor, expected[name])
+        assert error <= budget[name], f"{name}: error {error:.2e}, allowed {budget[name]:.2e}"
+    return got
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask(gluon, name, device):
+    check(gluon, Case(mask=MASKS[name], kv_heads=1, q_len=150, dim=32, block=64), device)
+
+
+@pytest.mark.parametrize("q_len", [1, 17, 127, 129, 200])
+def test_lengths(gluon, q_len, device):
+    """Tiles of 128 queries or keys, the last one ragged."""
+    for mask in (masks.causal(), masks.sliding_window(150), None):
+        check(gluon, Case(mask=mask, heads=1, q_len=q_len, block=128), device)
+
+
+@pytest.mark.parametrize("shape", [(70, 200), (200, 70)], ids=str)
+def test_fewer_or_more_keys_than_queries(gluon, shape, device):
+    for mask in (masks.causal(), masks.sliding_window(50)):
+        q_len, kv_len = shape
+        case = Case(mask=mask, heads=1, q_len=q_len, kv_len=kv_len, block=64)
+        check(gluon, case, device)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (64, 64), (72, 40), (128, 128), (8, 24)], ids=str)
+def test_head_dimensions(gluon, dims, device):
+    dim, v_dim = dims
+    mask = masks.sliding_window(90)
+    block = 64 if max(dims) <= 64 else 128
+    check(gluon, Case(mask=mask, heads=1, q_len=70, dim=dim, v_dim=v_dim, block=block), device)
+
+
+def test_bfloat16(gluon, device):
+    for mask in (masks.causal(), masks.sliding_window(90)):
+        case = Case(mask=mask, heads=1, q_len=100, dim=64, block=64, dtype=torch.bfloat16)
+        check(gluon, case, device)
+
+
+@pytest.mark.parametrize("block", [128, (128, 64), (64, 128)], ids=str)
+def test_runs_of_full_tiles(gluon, block, device):
+    """Lines whose full tiles come in several runs, lines that have none, and some that are
+    empty.
+    """
+    tiles = random_bits(1, 1, 2, 5, density=0.6, seed=3)
+    tiles[..., 1, :] = False
+    mask = masks.blocks(tiles, 128) & masks.mask_mod(lambda b, h, i, j: (j < 384) | (i + j < 600))
+    check(gluon, Case(mask=mask, heads=1, q_len=256, kv_len=640, block=block), device)
+
+
+def test_more_tiles_than_stages(gluon, device):
+    mask = masks.causal() & masks.sliding_window(430)
+    case = Case(mask=mask, heads=2, kv_heads=1, q_len=450, dim=128, v_dim=128, block=128)
+    check(gluon, case, device)
+
+
+def test_fully_masked_rows(gluon, device):
+    visible = random_bits(1, 2, 140, 140)
+    visible[:, 1] = False
+    visible[:, :, 20:100] = False
+    visible[..., 64:] = False
+    got = check(gluon, Case(mask=masks.dense(visible), q_len=140, block=64), device)
+    assert (got["d query"][:, 1] == 0).all() and (got["d query"][:, 0, 20:100] == 0).all()
+    for name in ("d key", "d value"):
+        assert (got[name][:, 1] == 0).all() and (got[name][:, :, 64:] == 0).all()
+
+
+def test_per_sample_and_head_masks_with_grouped_heads(gluon, device):
+    mask = masks.dense(random_bits(2, 4, 70, 70))
+    check(gluon, Case(mask=mask, batch=2, heads=4, kv_heads=2, q_len=70, block=64), device)
+
+
+def test_sinks_and_a_negative_scale(gluon, device):
+    mask = masks.causal() & ~masks.prefix(20)
+    assert "d sinks" in check(gluon, Case(mask=mask, q_len=90, block=64, sinks=True), device)
+    check(gluon, Case(mask=masks.causal(), q_len=90, sinks=True, scale=-0.3), device)
+
+
+def test_strides(gluon, device):
+    case = Case(mask=MASKS["window"], batch=2, heads=2, kv_heads=1, q_len=70, block=64, dim=32)
+    check(gluon, dataclasses.replace(case, layout="bnhd"), device)
+
+
+def test_gradients_repeat_bitwise(gluon, device):
+    call = Call(Case(mask=masks.causal(), kv_heads=1, q_len=150, block=64, dtype=HALF), device)
+    out, lse = call.forward()
+    first = gradients(gluon, call, out, lse)
+    again = gradients(gluon, call, out, lse, deterministic=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_what_a_query_does_not_see_changes_nothing(gluon, name, device):
+    """A value of the future is infinite: gradients of earlier queries, keys and values stay."""
+    mask = masks.causal() if name == "causal" else masks.causal() & masks.sliding_window(40)
+    call = Call(Case(mask=mask, heads=1, q_len=150, block=64, dtype=HALF), device)
+    out, lse = call.forward()
+    before = gradients(gluon, call, out, lse)
+    call.value[..., 101:, :] = float("inf")
+    after = gradients(gluon, call, out, lse)
+    assert all(torch.equal(before[n][..., :101, :], after[n][..., :101, :]) for n in before)
+
+
+PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
+WITH_POINTERS = {
+    "bias": {"bias": (2, 139)},
+    "dropout": {"dropout_p": 0.1},
+    "softcap": {"softcap": 2.0},
+    "query_offset": {"query_offset": (3,), "q_len": 60, "rows": 70, "kv_len": 70},
+    "kv_lengths": {"batch": 2, "kv_lengths": (45, 70)},
+    "dtype": {"dtype": torch.float32},
+    "head dimension": {"dim": 136},
+    "width of a row": {"dim": 20},
+    "gaps between rows": {"layout": "gaps"},
+    "small blocks": {"block": 32},
+    "small blocks of wide heads": {"dim": 72},
+}
+
+
+@pytest.mark.parametrize("name", WITH_POINTERS)
+def test_other_calls_go_to_the_pointer_form(name, device, monkeypatch):
+    monkeypatch.setattr(configs, "device_arch", lambda device: 90)
+    assert form_of(Call(PLAIN, device)) == "gluon"
+    assert form_of(Call(dataclasses.replace(PLAIN, **WITH_POINTERS[name]), device)) == "pointers"
+
+
+def test_a_config_of_the_pointer_form_is_obeyed(device, monkeypatch):
+    monkeypatch.setattr(configs, "device_arch", lambda device: 90)
+    with configs.using(backward_q=configs.Config(64, 64, 8, 2)):
+        assert form_of(Call(PLAIN, device)) == "pointers"
+
+
+def test_other_gpus_take_the_pointer_form(device, monkeypatch):
+    monkeypatch.setattr(configs, "device_arch", lambda device: 80)
+    assert form_of(Call(PLAIN, device)) == "pointers"
