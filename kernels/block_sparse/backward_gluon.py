@@ -18,7 +18,8 @@ from . import passes
 from .backward_gluon_kv import backward_kv_gluon_kernel
 from .backward_gluon_q import backward_q_gluon_kernel
 from .backward_kv import Operands
-from .forward_gluon import ROWS, describe
+from .forward_gluon import describe
+from .gluon_loads import ROWS
 
 
 def describe_rows(tensor: Tensor) -> TensorDescriptor:

@@ -26,16 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
+from .backward_gluon_bits import keep_bits_down
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
-from .backward_gluon_pieces import (
-    barriers,
-    buffers,
-    integers,
-    keep_bits_down,
-    operand,
-    put,
-)
-from .forward_gluon import LOADER_REGISTERS, REGISTERS, ROWS
+from .forward_gluon import LOADER_REGISTERS, REGISTERS
+from .gluon_loads import ROWS, barriers, buffers, integers, put
+from .gluon_tile import operand
 from .primitives import keep_seen, log2_factor, logits, visible
 from .walk import locate
 

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .backward_gluon_pieces import put
+from .gluon_loads import put
 from .walk import masked_tile, next_tile, walk_queries
 
 

@@ -20,15 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
-from .backward_gluon_pieces import (
-    barriers,
-    buffers,
-    integers,
-    keep_bits_across,
-    operand,
-    put,
-)
-from .forward_gluon import LOADER_REGISTERS, REGISTERS, ROWS
+from .backward_gluon_bits import keep_bits_across
+from .forward_gluon import LOADER_REGISTERS, REGISTERS
+from .gluon_loads import ROWS, barriers, buffers, integers, put
+from .gluon_tile import operand
 from .primitives import keep_seen, log2_factor, logits, padded_rows, visible
 from .walk import masked_tile, next_tile, place, walk_keys
 

@@ -1,49 +1,12 @@
-"""Pieces that the Gluon kernels of the backward pass share: buffers, operands of products, bits."""
+"""Bits of tiles in the Gluon kernels of the backward pass."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .forward_gluon import ROWS
+from .gluon_loads import ROWS
 from .primitives import keep_seen
-
-
-@gluon.jit
-def barriers(SIZE: gl.constexpr, ARRIVALS: gl.constexpr):
-    """SIZE barriers that complete when as many have arrived."""
-    made = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(SIZE):
-        mbarrier.init(made.index(n), count=ARRIVALS)
-    return made
-
-
-@gluon.jit
-def buffers(desc, SIZE: gl.constexpr):
-    """SIZE buffers for the blocks of a descriptor."""
-    return gl.allocate_shared_memory(desc.dtype, [SIZE] + desc.block_shape, desc.layout)
-
-
-@gluon.jit
-def integers(SIZE: gl.constexpr):
-    """SIZE integers in shared memory."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.allocate_shared_memory(gl.int32, [SIZE, 1], layout)
-
-
-@gluon.jit
-def put(buffer, value):
-    """Store an integer in shared memory."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    buffer.store(gl.full([1], value, gl.int32, layout))
-
-
-@gluon.jit
-def operand(tile, acc, dtype: gl.constexpr):
-    """A tile as the left operand, in registers, of a product that is added to acc."""
-    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, k_width=2)
-    return gl.convert_layout(tile.to(dtype), layout)
 
 
 @gluon.jit
