@@ -31,6 +31,7 @@ from bench.plot import plot
 from bench.report import print_report
 from bench.runner import run_jobs
 from bench.targets import targets
+from flashmark.kernels.block_sparse import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {
@@ -44,8 +45,8 @@ SUITES = {
     "tuned": tuned,
     "forms": forms,
 }
-# by file name of a test, or by suite; forms that no GPU has run are apart, and last: one may hang
-OPERATORS = {"forms": "forms", "nystrom": "nystrom", "hybrid": "hybrid"}
+# by file name of a test, or by suite; forms that no GPU has run are apart, and first: one may hang
+OPERATORS = {"forms": "forms", "gluon": "forms", "nystrom": "nystrom", "hybrid": "hybrid"}
 FORMS_SECONDS = 60
 
 
@@ -58,14 +59,19 @@ def main() -> int:
     where = describe(device)
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
     red = {}
+    pointers = arguments.pointers
     if arguments.tests:
         print(f"tests on {device} ...", flush=True)
-        red = run_tests(device, out, arguments.test_minutes or arguments.minutes / 2)
+        red = run_tests(device, out, arguments.test_minutes or arguments.minutes / 2, pointers)
         print("red:", ", ".join(f"{name} ({why})" for name, why in red.items()) or "none")
+        pointers = pointers or "forms" in red
+    if pointers:
+        print("every kernel takes its pointer form", flush=True)
     settings = Settings(device, arguments.rounds, arguments.quick)
     suites = [SUITES[name] for name in arguments.suites or SUITES]
     jobs = [job for suite in suites for job in suite(settings)]
-    rows = run_jobs(jobs, where, until=until, save=out / "gpu.csv")
+    with configs.pointer_forms() if pointers else contextlib.nullcontext():
+        rows = run_jobs(jobs, where, until=until, save=out / "gpu.csv")
     if not rows:
         print("no time was left for any work")
         return 1
@@ -93,15 +99,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short lengths: does it run?")
     parser.add_argument("--test-minutes", type=float, help="of them for tests, default: half")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="time only")
+    parser.add_argument(
+        "--pointers", action="store_true", help="without the Hopper forms, as where theirs are red"
+    )
     parser.add_argument("--device", default="cuda", help="cpu tries the script where no GPU is")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     return parser.parse_args()
 
 
-def run_tests(device: torch.device, out: Path, minutes: float) -> dict[str, str]:
+def run_tests(
+    device: torch.device, out: Path, minutes: float, pointers: bool = False
+) -> dict[str, str]:
     """The kernels' own tests, on the device. Returns the reason for each operator that failed.
 
     One operator after the other, so that the tests of one that do not finish say nothing of others.
+    The Hopper forms come first: where they fail or hang, the others run without them.
     """
     until, red = time.monotonic() + 60 * minutes, {}
     files: dict[str, list[str]] = {}
@@ -111,7 +123,7 @@ def run_tests(device: torch.device, out: Path, minutes: float) -> dict[str, str]
     if device.type == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     with open(out / "tests.log", "w") as log:
-        for operator in sorted(files, key=lambda name: name == "forms"):
+        for operator in sorted(files, key=lambda name: name != "forms"):
             junit = out / f"tests-{operator}.xml"
             junit.unlink(missing_ok=True)
             command = [
@@ -120,12 +132,16 @@ def run_tests(device: torch.device, out: Path, minutes: float) -> dict[str, str]
             ]  # fmt: skip
             if device.type == "cuda":  # compiling takes longest, and runs on the CPU
                 command += ["-n", str(min(16, os.cpu_count() or 1))]
+            if operator == "forms" and pointers:
+                continue
+            if pointers or "forms" in red:
+                command.append("--pointers")
             left = until - time.monotonic()
-            seconds = FORMS_SECONDS if operator == "forms" else left - FORMS_SECONDS
-            if min(seconds, left) > 0:
+            seconds = min(FORMS_SECONDS, left) if operator == "forms" else left
+            if seconds > 0:
                 run_limited(
-                    command + files[operator], min(seconds, left), cwd=ROOT, env=environment,
-                    stdout=log, stderr=log,
+                    command + files[operator], seconds, cwd=ROOT, env=environment, stdout=log,
+                    stderr=log,
                 )  # fmt: skip
             why = read_verdict(junit)
             if why:

@@ -148,6 +148,7 @@ HOPPER_BACKWARD = {
 }
 
 _IN_USE: dict[str, Config] = {}
+_HOPPER_FORMS = {"allowed": True}
 
 
 @contextlib.contextmanager
@@ -170,6 +171,16 @@ def using(**passes: Config) -> contextlib.AbstractContextManager[None]:
 def in_use(pass_: str) -> bool:
     """Whether a pass runs with a config whatever the operands."""
     return pass_ in _IN_USE
+
+
+def hopper_forms() -> bool:
+    """Whether calls may take the Hopper form of a kernel."""
+    return _HOPPER_FORMS["allowed"]
+
+
+def pointer_forms() -> contextlib.AbstractContextManager[None]:
+    """Take the pointer form of every kernel inside a `with` block, on Hopper too."""
+    return with_entries(_HOPPER_FORMS, {"allowed": False})
 
 
 def choose(

@@ -21,7 +21,8 @@ def choose_forward(
     """The config of the forward pass: one that is in use, or else the Hopper form's where it can
     compute the call, or the pointer form's.
     """
-    if not configs.in_use("forward") and can_use_form("gluon", query, key, value, call):
+    free = configs.hopper_forms() and not configs.in_use("forward")
+    if free and can_use_form("gluon", query, key, value, call):
         features = call.features
         block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
         return configs.hopper(
@@ -110,7 +111,8 @@ def backward_form(
     small = features.KIND == "sparse" and min(features.BLOCK_Q, features.BLOCK_KV) < least
     lacking = features.BIAS != "none" or features.DROPOUT or features.SOFTCAP
     lacking = lacking or features.OFFSET or features.LENGTHS
-    if configs.device_arch(query.device) != 90 or small or lacking:
+    elsewhere = configs.device_arch(query.device) != 90 or not configs.hopper_forms()
+    if elsewhere or small or lacking:
         return "pointers"
     misfit = any(_misfit(tensor) is not None for tensor in (query, key, value, dout))
     chosen = configs.pointers_in_use("backward_q", *configs.KEY_PASSES)

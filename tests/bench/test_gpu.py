@@ -69,12 +69,20 @@ def test_operators_without_time_for_tests_are_red(monkeypatch, tmp_path):
     assert not commands
 
 
-def test_what_may_hang_is_tested_last_and_by_itself(monkeypatch, tmp_path):
+def test_where_what_may_hang_is_red_the_rest_runs_without_it(monkeypatch, tmp_path):
     commands = pretend(monkeypatch, ALL_GREEN | {"forms": None})
     assert set(gpu.run_tests(CPU, tmp_path, minutes=4)) == {"forms"}
-    assert [Path(x).name for x in commands[-1] if x.endswith(".py")] == [
-        "test_block_sparse_forms.py"
-    ]
+    first, *others = commands
+    assert [Path(x).name for x in first if x.endswith(".py")] == [
+        "test_block_sparse_forms.py", "test_block_sparse_gluon_backward.py",
+    ]  # fmt: skip
+    assert "--pointers" not in first and all("--pointers" in command for command in others)
+
+
+def test_the_hopper_forms_can_be_left_out(monkeypatch, tmp_path):
+    commands = pretend(monkeypatch, ALL_GREEN | {"forms": None})
+    assert gpu.run_tests(CPU, tmp_path, minutes=4, pointers=True) == {}
+    assert len(commands) == 3 and all("--pointers" in command for command in commands)
 
 
 def test_tests_that_hang_end_with_all_their_processes(tmp_path):

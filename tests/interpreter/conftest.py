@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ if INTERPRETED:
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu (the interpreter), emulated or cuda")
     parser.addoption("--every", type=int, default=1, help="run one in so many of the tests")
+    parser.addoption("--pointers", action="store_true", help="without the Hopper forms")
     parser.addoption("--arch", default="90", choices=("80", "90"), help="of --device emulated")
 
 
@@ -63,6 +65,15 @@ def device() -> Iterator[torch.device]:
 @pytest.fixture(autouse=True)
 def on_device(device):
     """Also tests that do not ask for the device run on it."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forms(request) -> Iterator[None]:
+    """The Hopper forms of kernels run where they can, unless told otherwise."""
+    from flashmark.kernels.block_sparse import configs
+
+    with configs.pointer_forms() if request.config.getoption("--pointers") else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
