@@ -30,9 +30,9 @@ def _load() -> str:
         return "the native operators were not built with this package"
     try:
         torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
+        _register_fakes()
+    except (OSError, RuntimeError) as error:  # of another torch, or of other sources
         return f"the native operators could not be loaded: {error}"
-    _register_fakes()
     return ""
 
 
