@@ -117,7 +117,7 @@ def outgoing(call: args.Inputs, ends: args.Ends, dL, dR, F) -> tuple[Tensor, Ten
         dR = dR.float()
         G[:, marks, : F.DIM_V] = dR.flatten(0, 1)
         products = torch.nn.functional.pad(dR * ends.R, (0, F.PAD_V - F.DIM_V))
-        pull[..., marks] = products.view(lines, F.MARKS, F.SLICES, -1).sum(-1).mT
+        pull[..., marks] = products.reshape(lines, F.MARKS, F.SLICES, -1).sum(-1).mT
     if dL is not None:
         pull[:, 0, marks] -= dL.float().flatten(0, 1)
     return pull, G

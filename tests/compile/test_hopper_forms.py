@@ -82,8 +82,8 @@ LAUNCHES = [
     *(Launch(f, 72, "sparse", 128, 40, torch.float16, "sinks") for f in FORMS),
     *(
         Launch("gluon", d, k, feature=x)
-        for d, k, x in itertools.product(
-            (64, 128), ("sparse", "causal"), ("softcap", "relative", "dense", "offset", "lengths")
+        for (d, k), x in itertools.product(
+            ((64, "causal"), (128, "sparse")), ("softcap", "relative", "dense", "offset", "lengths")
         )
     ),
     Launch("gluon", 64, "sparse", lazy=True),
