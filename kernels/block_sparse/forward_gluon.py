@@ -69,8 +69,8 @@ LOADER_REGISTERS = gl.constexpr(24)
 
 
 class Results(NamedTuple):
-    """Where results go: a descriptor of the output and room for a part of it to each warpgroup;
-    pointers to lse and its residual, contiguous over (batch, head, query).
+    """Places of the results: a descriptor of the output, and room for a part of it to each
+    warpgroup; pointers to lse and its residual, contiguous over (batch, head, query).
     """
 
     desc: object
@@ -178,7 +178,7 @@ def forward_gluon_kernel(
 
 @functools.cache
 def layout_of(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a tile lies in shared memory."""
+    """Layout of a tile in shared memory."""
     kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
 

@@ -65,7 +65,7 @@ def kernels() -> dict[str, Kernel]:
 
 
 def seconds(kernel: Kernel, programs: int, chunks: int, bytes_: float, p: float) -> float:
-    """Of a launch of `programs` that take `chunks` each."""
+    """Seconds of a launch of `programs` that take `chunks` each."""
     groups = min(kernel.groups, -(-programs // PROCESSORS))
     waves = max(1.0, programs / (PROCESSORS * groups))
     cycles = dataclasses.replace(kernel, groups=groups).cycles(kernel.full, p)
