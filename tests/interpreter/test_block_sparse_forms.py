@@ -4,7 +4,9 @@ form, and what they refuse.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,6 +33,14 @@ def form(request, device, monkeypatch):
         yield request.param
     else:
         pytest.skip("the Hopper form needs compute capability 9.0")
+
+
+@contextlib.contextmanager
+def on_architecture(arch: int) -> Iterator[None]:
+    """A device of another compute capability, for a part of a test that `form` goes around."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "device_arch", lambda device: arch)
+        yield
 
 
 def run(form: str, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,14 +244,16 @@ PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
 
 
 @pytest.mark.parametrize("name", ["plain", *FEATURES])
-def test_the_form_is_the_default_on_hopper(form, name, device, monkeypatch):
+def test_the_form_is_the_default_on_hopper(form, name, device):
     case = FEATURES.get(name, PLAIN)
     call = Call(dataclasses.replace(case, dtype=HALF, block=64, v_dim=24), device)
     described = describe(call.checked())
     tensors = (call.query, call.key, call.value)
     assert forms.choose_forward(*tensors, described).form == form
-    monkeypatch.setattr(configs, "device_arch", lambda device: 80)
-    assert forms.choose_forward(*tensors, described).form == "pointers"
+    with on_architecture(80):
+        assert forms.choose_forward(*tensors, described).form == "pointers"
+    with configs.pointer_forms():
+        assert forms.choose_forward(*tensors, described).form == "pointers"
 
 
 REFUSED = {
@@ -275,20 +287,20 @@ def test_rows_of_the_output_that_no_descriptor_takes_go_to_the_pointer_form(form
     assert forms.choose_forward(call.query, call.key, call.value, described).form == "pointers"
 
 
-def test_the_question_and_the_message_are_one(device, monkeypatch):
+def test_the_question_and_the_message_are_one(device):
     call = Call(PLAIN, device)
     tensors = (call.query, call.key, call.value)
     described = describe(call.checked())
     assert forms.can_use_form("pointers", *tensors, described)
-    monkeypatch.setattr(configs, "device_arch", lambda device: 80)
-    assert not forms.can_use_form("gluon", *tensors, described)
-    with pytest.raises(NotImplementedError, match="expected compute capability 9.0, got 80"):
-        forms.can_use_form("gluon", *tensors, described, raise_error=True)
-    with pytest.raises(ValueError, match="form: expected one of pointers, .*, got 'tma'"):
-        forms.can_use_form("tma", *tensors, described, raise_error=True)
+    with on_architecture(80):
+        assert not forms.can_use_form("gluon", *tensors, described)
+        with pytest.raises(NotImplementedError, match="expected compute capability 9.0, got 80"):
+            forms.can_use_form("gluon", *tensors, described, raise_error=True)
+        with pytest.raises(ValueError, match="form: expected one of pointers, .*, got 'tma'"):
+            forms.can_use_form("tma", *tensors, described, raise_error=True)
     aside = call.query.new_zeros(call.query.numel() + 1)[1:].view_as(call.query)
-    monkeypatch.setattr(configs, "device_arch", lambda device: 90)
-    with pytest.raises(ValueError, match="query: expected data that starts at a multiple of 16"):
+    message = "query: expected data that starts at a multiple of 16"
+    with on_architecture(90), pytest.raises(ValueError, match=message):
         forms.can_use_form("gluon", aside, *tensors[1:], described, raise_error=True)
 
 

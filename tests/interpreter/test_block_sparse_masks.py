@@ -108,12 +108,13 @@ def test_agrees_with_the_eager_backend(name, device):
 @pytest.mark.parametrize("head_dim", [16, 64])
 @pytest.mark.parametrize("name", ["causal", "window"])
 def test_tiles_of_a_hopper_gpu(name, head_dim, device, monkeypatch):
-    """The tile sizes that a GPU runs with give the same results as the small ones of the
+    """The tile sizes of the pointer form on a GPU give the same results as the small ones of the
     interpreter.
     """
     monkeypatch.setattr(configs, "device_arch", lambda device: 90)
     case = Case(mask=MASKS[name], heads=1, q_len=150, dim=head_dim, block=128)
-    check(dataclasses.replace(case, dtype=torch.float16), device)
+    with configs.pointer_forms():
+        check(dataclasses.replace(case, dtype=torch.float16), device)
 
 
 def test_a_key_or_value_of_the_future_changes_nothing(device):
