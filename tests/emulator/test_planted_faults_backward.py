@@ -16,7 +16,7 @@ from tests.interpreter.attention_cases import Call, Case
 from .device import emulating
 from .machine import Options
 from .races import EmulationError
-from .test_planted_faults import FENCE, ORDERS, Planted
+from .test_planted_faults import ORDERS, Planted
 
 KERNELS = ("backward_kv_gluon_kernel", "backward_q_gluon_kernel")
 MASK = masks.causal() & masks.sliding_window(170)
@@ -66,7 +66,6 @@ ARRIVE = r"@%p\d+ mbarrier\.arrive\.shared::cta\.b64 _[^\n]*;"
 WAIT = r"wgmma\.wait_group\.sync\.aligned \d+;"
 REMOVED = {
     "a stage is never given back": (ARRIVE, "", r"deadlock.*mbarrier.try_wait"),
-    "no fence": (FENCE, "", r"no proxy fence: async write after write.*cp.async.bulk"),
     "no wait for a product": (WAIT, "", r"register of a product in flight: %r\d+.*wgmma"),
 }
 
