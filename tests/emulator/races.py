@@ -308,6 +308,16 @@ class Races:
         self._check_write(i, cells, warps, lanes, self.proxied, self.proxy_limit)
         self.writes[cells] = IN_FLIGHT << 32 | i.index << 16 | self.own[warp] << 8 | lane
 
+    def async_arrival(self, i, cells, warp: int, lane: int) -> None:
+        """A bulk copy will complete on an mbarrier: the async proxy writes what a thread initialised.
+        Arrivals order themselves.
+        """
+        cells, warps, lanes = cells[None, :], np.array([warp]), np.array([lane])
+        last = self.writes[cells]
+        bad = last >= self.proxy_limit[warps][:, None]
+        if bad.any():
+            self._check_writes(i, "write", bad, last, cells, warps, lanes, self.proxied)
+
     def async_write_done(self, i, cells, slot: int) -> None:
         agent = self.first_slot + slot
         self.use(agent)

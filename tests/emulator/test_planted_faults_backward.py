@@ -16,7 +16,7 @@ from tests.interpreter.attention_cases import Call, Case
 from .device import emulating
 from .machine import Options
 from .races import EmulationError
-from .test_planted_faults import ORDERS, Planted
+from .test_planted_faults import FENCE, ORDERS, Planted
 
 KERNELS = ("backward_kv_gluon_kernel", "backward_q_gluon_kernel")
 MASK = masks.causal() & masks.sliding_window(170)
@@ -76,6 +76,14 @@ def test_a_removed_instruction(kernel, name):
     pattern, new, report = REMOVED[name]
     results = outcomes(kernel, pattern, new)
     assert any(re.search(report, text) for text in results), results
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_proxy_fence_is_needed(kernel):
+    """After the barriers' initialisation, by threads, before copies complete on them."""
+    report = r"no proxy fence: async write after write.*cp.async.bulk.*mbarrier.init"
+    results = outcomes(kernel, FENCE, "")
+    assert results and all(re.search(report, text) for text in results), results
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
