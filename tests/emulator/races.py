@@ -309,8 +309,8 @@ class Races:
         self.writes[cells] = IN_FLIGHT << 32 | i.index << 16 | self.own[warp] << 8 | lane
 
     def async_arrival(self, i, cells, warp: int, lane: int) -> None:
-        """A bulk copy will complete on an mbarrier: the async proxy writes what a thread initialised.
-        Arrivals order themselves.
+        """A bulk copy will complete on an mbarrier: the async proxy writes what a thread has
+        initialised. Arrivals need no order.
         """
         cells, warps, lanes = cells[None, :], np.array([warp]), np.array([lane])
         last = self.writes[cells]

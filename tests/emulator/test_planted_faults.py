@@ -143,8 +143,11 @@ def test_every_proxy_fence_of_hopper_s_form_is_needed():
     sample's keys are made 0.
     """
     clipped = dataclasses.replace(CASE, kv_lengths=(140,))
-    kinds = ("write after write.*complete_tx.*mbarrier.init", "read after write.*bulk_group.*stmatrix",
-             "read after write.*wgmma.*st.shared")  # fmt: skip
+    kinds = (
+        "write after write.*complete_tx.*mbarrier.init",
+        "read after write.*bulk_group.*stmatrix",
+        "read after write.*wgmma.*st.shared",
+    )
     results = outcomes(90, "gluon", FENCE, "", case=clipped)
     assert len(results) == len(kinds)
     for kind in kinds:
