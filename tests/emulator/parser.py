@@ -234,7 +234,7 @@ def _parse_body(name: str, target: str, body: str, first_line: int) -> Kernel:
             position = targets.end()
             continue
         end = body.index(";", position)
-        statement = re.sub(r"\s+", " ", body[position:end]).strip()
+        statement = " ".join(body[position:end].split())
         if statement.startswith(".reg"):
             _declare(statement, kernel.registers, local)
         elif ".shared" in statement.split(" ")[0:2]:
@@ -280,9 +280,12 @@ _TOKEN = re.compile(
 )
 
 
+_GUARD = re.compile(r"@(!?)\s*([%\w]+)\s+(.*)")
+
+
 def _instruction(statement: str, line: int, source: str, local) -> Instruction:
     guard, rest = None, statement
-    if match := re.match(r"@(!?)\s*([%\w]+)\s+(.*)", statement):
+    if match := _GUARD.match(statement):
         guard, rest = Register(local(match[2]), bool(match[1])), match[3]
     op, _, tail = rest.partition(" ")
     tokens = _TOKEN.findall(tail)
@@ -332,12 +335,13 @@ def _integer(token: str) -> int:
     return int(token.rstrip("U"), 0)
 
 
+_NUMBER = re.compile(r"-?(?:0([fF][0-9a-fA-F]{8}|[dD][0-9a-fA-F]{16})|(?:0x[0-9a-fA-F]+|\d+)U?)")
+
+
 def _atom(token: str, local):
-    if re.fullmatch(r"-?0[fF][0-9a-fA-F]{8}", token):
-        return Immediate(int(token[2:], 16), 32)
-    if re.fullmatch(r"-?0[dD][0-9a-fA-F]{16}", token):
-        return Immediate(int(token[2:], 16), 64)
-    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", token):
+    if token[0] in "-0123456789" and (number := _NUMBER.fullmatch(token)):
+        if bits := number[1]:
+            return Immediate(int(bits[1:], 16), 4 * len(bits) - 4)
         return Immediate(_integer(token))
     name = local(token)
     return Register(name) if name in local.registers else Name(name)
