@@ -70,7 +70,7 @@ def outcomes(arch: int, form: str, pattern: str, new, options: Options | None = 
 
 
 def reports(pattern: str, new, run_edited) -> Iterator[str]:
-    """What `run_edited` raises with the text at each place that matches replaced, in turn."""
+    """Reports of `run_edited` with the text at each place that matches replaced, in turn."""
     n, count = 0, 1
     while n < count:
         planted = Planted(pattern, new, n)
