@@ -135,10 +135,11 @@ def parse(text: str) -> dict[str, Kernel]:
 
 @dataclasses.dataclass
 class _Scopes:
-    """Names as they are unique in the whole body."""
+    """Names as they are unique in the whole body. `declared` is the text of its registers."""
 
     scopes: list[dict[str, str]]
     registers: dict[str, str]
+    declared: str = ""
 
     def __call__(self, word: str) -> str:
         return next((names[word] for names in reversed(self.scopes) if word in names), word)
@@ -237,6 +238,8 @@ def _parse_body(name: str, target: str, body: str, first_line: int) -> Kernel:
         statement = " ".join(body[position:end].split())
         if statement.startswith(".reg"):
             _declare(statement, kernel.registers, local)
+            if not scopes:
+                local.declared += statement
         elif ".shared" in statement.split(" ")[0:2]:
             kernel.shared.append(_variable(statement))
         elif statement.startswith(".local") or statement.startswith(".param"):
@@ -283,7 +286,23 @@ _TOKEN = re.compile(
 _GUARD = re.compile(r"@(!?)\s*([%\w]+)\s+(.*)")
 
 
+_KNOWN: dict[tuple[str, str], tuple] = {}
+
+
 def _instruction(statement: str, line: int, source: str, local) -> Instruction:
+    """The same text among the same registers, as in a kernel with a planted fault, is read once."""
+    key = statement, local.declared
+    parts = None if local.scopes else _KNOWN.get(key)
+    if parts is None:
+        parts = _read(statement, line, local)
+        if not local.scopes:
+            _KNOWN[key] = parts
+    op, operands, guard = parts
+    return Instruction(op, operands, guard, line, source, statement)
+
+
+def _read(statement: str, line: int, local) -> tuple[str, list, Register | None]:
+    """Opcode, operands and guard of a statement."""
     guard, rest = None, statement
     if match := _GUARD.match(statement):
         guard, rest = Register(local(match[2]), bool(match[1])), match[3]
@@ -297,7 +316,7 @@ def _instruction(statement: str, line: int, source: str, local) -> Instruction:
             if tokens[position] != ",":
                 raise Unreadable(f"line {line}: cannot read {statement}")
             position += 1
-    return Instruction(op, operands, guard, line, source, statement)
+    return op, operands, guard
 
 
 def _operand(tokens: list[str], at: int, local):
