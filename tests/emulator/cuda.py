@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import shutil
 import struct
@@ -18,7 +19,9 @@ from .machine import Options, launch
 from .parser import parse
 from .program import Program
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC, KEPT = ROOT / "csrc", ROOT / "build" / "emulator"
+SUFFIXES = (".cu", ".cuh", ".h")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FLAGS = ("-std=c++20", "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-ptx",
          "-gencode=arch=compute_90a,code=compute_90a")  # fmt: skip
@@ -29,11 +32,20 @@ launched: list[Done] = []
 
 @functools.cache
 def ptx(source: str) -> str:
-    include = Path(torch.__file__).parent / "include"
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as result:
-        command = [NVCC, *FLAGS, f"-I{include}", str(CSRC / source), "-o", result.name]
-        subprocess.run(command, check=True, capture_output=True)
-        return Path(result.name).read_text()
+    """PTX of a source file, kept in build until a source or the compiler changes."""
+    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True).stdout
+    texts = [path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in SUFFIXES]
+    options = f"{FLAGS}, torch {torch.__version__}".encode()
+    key = hashlib.sha256(b"".join([version, options, *texts])).hexdigest()[:16]
+    kept = KEPT / f"{Path(source).stem}-{key}.ptx"
+    if not kept.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        include = Path(torch.__file__).parent / "include"
+        with tempfile.NamedTemporaryFile(suffix=".ptx", dir=KEPT, delete=False) as result:
+            command = [NVCC, *FLAGS, f"-I{include}", str(CSRC / source), "-o", result.name]
+            subprocess.run(command, check=True, capture_output=True)
+        Path(result.name).rename(kept)
+    return kept.read_text()
 
 
 @functools.cache

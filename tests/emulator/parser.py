@@ -290,7 +290,9 @@ _KNOWN: dict[tuple[str, str], tuple] = {}
 
 
 def _instruction(statement: str, line: int, source: str, local) -> Instruction:
-    """The same text among the same registers, as in a kernel with a planted fault, is read once."""
+    """An instruction; the same text among the same registers, as where faults are planted, is read
+    once.
+    """
     key = statement, local.declared
     parts = None if local.scopes else _KNOWN.get(key)
     if parts is None:
