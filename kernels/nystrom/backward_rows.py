@@ -85,7 +85,7 @@ def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
     dG = dW
     if F.MASS:
         dG = factor * (dW - centre)
-    dscores = features * core_mm(core, dG, False, F)
+    dscores = rounded_product(features, core_mm(core, dG, False, F), F)
     if not F.MASS:  # sum over l of F dF = sum over l of W dW
         dscores -= features * tl.sum(W * dW, 0)[None, :]
     return dG, dscores

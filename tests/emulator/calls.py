@@ -11,12 +11,17 @@ import torch
 
 import flashmark
 from flashmark import block_topk_attention, hybrid_attention, masks, nystrom_attention
-from flashmark.kernels.block_sparse import configs
+from flashmark.kernels import routed as routed_kernels
 from tests import helpers
 from tests.helpers import relative_error
+from tests.hybrid.cases import MERGES, detached, tokens
 from tests.hybrid.cases import Case as HybridCase
 from tests.interpreter.attention_cases import Call, Case
+from tests.interpreter.routed_cases import Call as RoutedCall
+from tests.interpreter.routed_cases import Case as RoutedCase
 from tests.nystrom.cases import Case as NystromCase
+
+from . import cuda_calls
 
 HALF = torch.bfloat16
 WINDOW = masks.causal() & masks.sliding_window(90)
@@ -30,6 +35,7 @@ EXACT = {
     "dense bias": dataclasses.replace(PLAIN, bias=(1, 2, 150, 150)),
     "relative bias": dataclasses.replace(PLAIN, bias=(2, 299)),
     "sinks, softcap": dataclasses.replace(PLAIN, sinks=True, softcap=2.0),
+    "lengths": dataclasses.replace(PLAIN, kv_lengths=(140,)),
     "decode": Case(mask=masks.causal(), q_len=2, kv_len=300, rows=300, kv_heads=1, dim=64,
                    query_offset=(255,), dtype=HALF),
 }  # fmt: skip
@@ -62,15 +68,19 @@ def calls(arch: int) -> dict[str, Callable[[], Errors]]:
     for name, case in TANGENTS.items():
         found[f"block-sparse: forward mode, {name}"] = functools.partial(tangents, case)
     if arch == 90:
-        found["block-sparse: window, Gluon"] = functools.partial(hopper_form, "gluon")
         found["block-sparse: window, D=128, Gluon"] = functools.partial(block_sparse, WIDE)
     for name, case in NYSTROM.items():
         found[f"Nyström: {name}"] = functools.partial(_nystrom, case)
     for name, case in HYBRID.items():
         found[f"hybrid: {name}"] = functools.partial(_hybrid, case)
+    found["hybrid: decode"] = hybrid_steps
     for deterministic in (True, False):
         form = "deterministic" if deterministic else "atomics"
         found[f"routed: chosen blocks, {form}"] = functools.partial(routed, deterministic)
+    found["routed: decode"] = routed_decode
+    if arch == 90:
+        for name, run in cuda_calls.CALLS.items():
+            found[f"CUDA C++: {name}"] = run
     return found
 
 
@@ -80,6 +90,31 @@ def _nystrom(case: NystromCase) -> Errors:
 
 def _hybrid(case: HybridCase) -> Errors:
     return operator(hybrid_attention, case.arguments(HALF))
+
+
+def hybrid_steps() -> Errors:
+    """Outputs of tokens that come one a call, for each merge."""
+    errors = []
+    for merge in MERGES:
+        case = HybridCase(9, 3, 5, merge, group=2)
+        arguments, state = detached(case.arguments(HALF)), case.empty_state(HALF)
+        outs = []
+        for i in range(case.n):
+            part = tokens(arguments, slice(i, i + 1))
+            outs.append(hybrid_attention(**part, state=state, state_out=state, backend="triton"))
+        exact = {n: x.double() if torch.is_tensor(x) else x for n, x in arguments.items()}
+        wanted = hybrid_attention(**exact, backend="reference")
+        plain = hybrid_attention(**arguments, backend="reference")
+        ours = torch.cat(outs, 2)
+        errors.append((relative_error(ours, wanted), relative_error(plain, wanted)))
+    return _worst(errors)
+
+
+def routed_decode() -> Errors:
+    """Outputs of two queries after 128 keys."""
+    case = RoutedCase(heads=4, q_len=2, kv_len=130, dim=64, block=32, dtype=HALF)
+    call = RoutedCall(case, torch.device("cpu"))
+    return _compare(call, routed_kernels.forward(call.checked())._asdict().items())
 
 
 def routed(deterministic: bool) -> Errors:
@@ -118,15 +153,7 @@ def tangents(case: Case) -> Errors:
     )
 
 
-def hopper_form(name: str) -> Errors:
-    """The outputs of a forward form of Hopper."""
-    call = Call(PLAIN, torch.device("cpu"))
-    with configs.using(forward=configs.hopper(name, 64, (64, 64))):
-        got = zip(("out", "lse"), call.forward(), strict=True)
-        return _compare(call, got)
-
-
-def _compare(call: Call, got: Iterable[tuple[str, torch.Tensor]]) -> Errors:
+def _compare(call: Call | RoutedCall, got: Iterable[tuple[str, torch.Tensor]]) -> Errors:
     wanted, plain = call.reference(), call.reference(call.case.dtype)
     return _worst(
         (relative_error(tensor, wanted[name]), relative_error(plain[name], wanted[name]))

@@ -355,7 +355,9 @@ def _start_box(M, i, tensor, start, place: int, barrier: int, warp: int, lane: i
     cta = int(M.cta_of[warp])
     cells = np.zeros(0, int)
     if M.options.check_races:
-        cells = M.races.cells_of(at + cta * M.shared_bytes, size)
+        start = cta * M.shared_bytes
+        M.races.async_arrival(i, M.races.cells_of(start + barrier + np.arange(8), 1), warp, lane)
+        cells = M.races.cells_of(at + start, size)
         M.races.async_write(i, cells, warp, lane)
     copy = BulkCopy(cta, slot, at, size, addresses, inside, i, cells)
     landing = M.options.landing

@@ -8,12 +8,13 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-from .device import extent
-from .machine import Launch, Options, launch
+from .device import Done, extent
+from .machine import Options, launch
 from .parser import parse
 from .program import Program
 
@@ -23,6 +24,7 @@ FLAGS = ("-std=c++20", "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000
          "-gencode=arch=compute_90a,code=compute_90a")  # fmt: skip
 THREADS = 256
 WARPS = THREADS // 32
+launched: list[Done] = []
 
 
 @functools.cache
@@ -51,7 +53,7 @@ class Source:
         self.options = options
         self.kernels = programs(edit(ptx(source)))
 
-    def launch(self, name: str, grid, *arguments, shared: int = 0) -> Launch:
+    def launch(self, name: str, grid, *arguments, shared: int = 0) -> None:
         """Arguments: tensors, bytes of a struct, or numbers. Structs hold addresses, so their
         tensors are listed as well: (bytes, [tensors]).
         """
@@ -75,7 +77,10 @@ class Source:
             assert len(value) == param.size, (param, len(value))
             space[start : start + len(value)] = value
         grid = (*grid, 1, 1)[:3] if isinstance(grid, tuple) else (grid, 1, 1)
-        return launch(program, grid, THREADS, bytes(space), ranges, shared, self.options)
+        start = time.perf_counter()
+        done = launch(program, grid, THREADS, bytes(space), ranges, shared, self.options)
+        seconds, counted = time.perf_counter() - start, (done.counts, done.conflicts, done.noted)
+        launched.append(Done(name.partition("<")[0], seconds, program, grid, *counted))
 
 
 def struct_of(form: str, *values) -> tuple[bytes, list[torch.Tensor]]:

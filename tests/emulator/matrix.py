@@ -15,7 +15,7 @@ ELEMENT_BITS = {"f16": 16, "bf16": 16, "tf32": 32}
 
 
 def full(value: np.ndarray, rows: int) -> np.ndarray:
-    return np.broadcast_to(value, (rows, 32))
+    return value if value.shape == (rows, 32) else np.broadcast_to(value, (rows, 32))
 
 
 def rows_of(*values) -> int:

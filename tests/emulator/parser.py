@@ -135,10 +135,11 @@ def parse(text: str) -> dict[str, Kernel]:
 
 @dataclasses.dataclass
 class _Scopes:
-    """Names as they are unique in the whole body."""
+    """Names as they are unique in the whole body. `declared` is the text of its registers."""
 
     scopes: list[dict[str, str]]
     registers: dict[str, str]
+    declared: str = ""
 
     def __call__(self, word: str) -> str:
         return next((names[word] for names in reversed(self.scopes) if word in names), word)
@@ -234,9 +235,11 @@ def _parse_body(name: str, target: str, body: str, first_line: int) -> Kernel:
             position = targets.end()
             continue
         end = body.index(";", position)
-        statement = re.sub(r"\s+", " ", body[position:end]).strip()
+        statement = " ".join(body[position:end].split())
         if statement.startswith(".reg"):
             _declare(statement, kernel.registers, local)
+            if not scopes:
+                local.declared += statement
         elif ".shared" in statement.split(" ")[0:2]:
             kernel.shared.append(_variable(statement))
         elif statement.startswith(".local") or statement.startswith(".param"):
@@ -280,9 +283,28 @@ _TOKEN = re.compile(
 )
 
 
+_GUARD = re.compile(r"@(!?)\s*([%\w]+)\s+(.*)")
+
+
+_KNOWN: dict[tuple[str, str], tuple] = {}
+
+
 def _instruction(statement: str, line: int, source: str, local) -> Instruction:
+    """The same text among the same registers, as in a kernel with a planted fault, is read once."""
+    key = statement, local.declared
+    parts = None if local.scopes else _KNOWN.get(key)
+    if parts is None:
+        parts = _read(statement, line, local)
+        if not local.scopes:
+            _KNOWN[key] = parts
+    op, operands, guard = parts
+    return Instruction(op, operands, guard, line, source, statement)
+
+
+def _read(statement: str, line: int, local) -> tuple[str, list, Register | None]:
+    """Opcode, operands and guard of a statement."""
     guard, rest = None, statement
-    if match := re.match(r"@(!?)\s*([%\w]+)\s+(.*)", statement):
+    if match := _GUARD.match(statement):
         guard, rest = Register(local(match[2]), bool(match[1])), match[3]
     op, _, tail = rest.partition(" ")
     tokens = _TOKEN.findall(tail)
@@ -294,7 +316,7 @@ def _instruction(statement: str, line: int, source: str, local) -> Instruction:
             if tokens[position] != ",":
                 raise Unreadable(f"line {line}: cannot read {statement}")
             position += 1
-    return Instruction(op, operands, guard, line, source, statement)
+    return op, operands, guard
 
 
 def _operand(tokens: list[str], at: int, local):
@@ -332,12 +354,13 @@ def _integer(token: str) -> int:
     return int(token.rstrip("U"), 0)
 
 
+_NUMBER = re.compile(r"-?(?:0([fF][0-9a-fA-F]{8}|[dD][0-9a-fA-F]{16})|(?:0x[0-9a-fA-F]+|\d+)U?)")
+
+
 def _atom(token: str, local):
-    if re.fullmatch(r"-?0[fF][0-9a-fA-F]{8}", token):
-        return Immediate(int(token[2:], 16), 32)
-    if re.fullmatch(r"-?0[dD][0-9a-fA-F]{16}", token):
-        return Immediate(int(token[2:], 16), 64)
-    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", token):
+    if token[0] in "-0123456789" and (number := _NUMBER.fullmatch(token)):
+        if bits := number[1]:
+            return Immediate(int(bits[1:], 16), 4 * len(bits) - 4)
         return Immediate(_integer(token))
     name = local(token)
     return Register(name) if name in local.registers else Name(name)

@@ -8,6 +8,7 @@ back those that are read later.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -204,7 +205,7 @@ class Code:
 
     def __init__(self, program: Program, block: Block):
         self.program, self.block = program, block
-        self.space = {"np": np, "get": get, "put": put}
+        self.space = {"np": np, "get": get, "keep": keep}
         self.loads, self.lines = [], []
         self.current: dict[str, dict[str, str]] = {}  # register -> NumPy type -> variable
         self.written: set[str] = set()
@@ -354,22 +355,35 @@ class Code:
         for name in kept:
             number = program.numbers[name]
             stores.append((number, self._register(name, program.sizes[number])))
-        plain = [f"R[{n}] = {v}" for n, v in stores]
-        some = [f"put(M, R, {n}, {v}, s, m)" for n, v in stores]
         body = [*self.loads, *self.lines]
         if stores:
-            body += ["if s is None and m is None:", *(f"    {x}" for x in plain)]
-            body += ["else:", *(f"    {x}" for x in some)]
+            numbers, values = zip(*stores, strict=True)
+            body.append(f"keep(M, R, {numbers}, ({', '.join(values)},), s, m)")
         body.append(f"return {self.result}")
         self.text = "def block(M, R, s, m):\n" + "\n".join(f"    {x}" for x in body)
-        name = f"<{program.kernel.name} block {block.index}>"
-        exec(compile(self.text, name, "exec"), self.space)
+        exec(_compiled(self.text, program.kernel.name), self.space)
         return self.space["block"]
+
+
+@functools.cache
+def _compiled(text: str, kernel: str):
+    """Kernels that differ by a planted fault have most of their blocks in common."""
+    return compile(text, f"<a block of {kernel}>", "exec")
 
 
 def get(value: np.ndarray, chosen) -> np.ndarray:
     """A register, for the warps that run."""
     return value if chosen is None or value.shape[0] == 1 else value[chosen]
+
+
+def keep(machine, registers: list, numbers, values, chosen, mask) -> None:
+    """Write registers, for some warps or lanes."""
+    if chosen is None and mask is None:
+        for number, value in zip(numbers, values, strict=True):
+            registers[number] = value
+    else:
+        for number, value in zip(numbers, values, strict=True):
+            put(machine, registers, number, value, chosen, mask)
 
 
 def put(machine, registers: list, number: int, value: np.ndarray, chosen, mask) -> None:

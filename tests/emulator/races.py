@@ -12,6 +12,7 @@ by the async proxy: fences raise it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -48,6 +49,12 @@ class EmulationError(RuntimeError):
         if len(reports) > 10:
             lines.append(f"and {len(reports) - 10} more")
         super().__init__("\n".join(lines))
+
+
+@functools.cache
+def _all_lanes(warps: int, width: int) -> np.ndarray:
+    lanes = np.arange(32) if width == 32 else np.array([ALL_LANES])
+    return np.tile(lanes, warps)
 
 
 class Races:
@@ -134,8 +141,7 @@ class Races:
                 lanes = np.full(len(rows), ALL_LANES)
         else:
             cells = (at // self.granule).ravel()
-            lanes = np.arange(32) if at.shape[1] == 32 else np.array([ALL_LANES])
-            lanes = np.tile(lanes, at.shape[0])
+            lanes = _all_lanes(*at.shape)
             warps = np.repeat(warps, at.shape[1])
         count = size // self.granule
         if count > 1:
@@ -307,6 +313,16 @@ class Races:
         warps, lanes = np.array([warp]), np.array([lane])
         self._check_write(i, cells, warps, lanes, self.proxied, self.proxy_limit)
         self.writes[cells] = IN_FLIGHT << 32 | i.index << 16 | self.own[warp] << 8 | lane
+
+    def async_arrival(self, i, cells, warp: int, lane: int) -> None:
+        """A bulk copy will complete on an mbarrier: the async proxy writes what a thread has
+        initialised. Arrivals need no order.
+        """
+        cells, warps, lanes = cells[None, :], np.array([warp]), np.array([lane])
+        last = self.writes[cells]
+        bad = last >= self.proxy_limit[warps][:, None]
+        if bad.any():
+            self._check_writes(i, "write", bad, last, cells, warps, lanes, self.proxied)
 
     def async_write_done(self, i, cells, slot: int) -> None:
         agent = self.first_slot + slot

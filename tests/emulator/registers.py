@@ -47,16 +47,17 @@ class RegisterState:
         if not self.products:
             return
         warps = slice(None) if chosen is None else chosen
-        states = self.state[warps]
-        for number in np.unique(states):
-            after, faults = self.moves.through(int(number), block)
-            here = np.nonzero(states == number)[0]
+        before = self.state[warps]
+        after = before.copy()
+        for number in set(before.tolist()):
+            here = before == number
+            after[here], faults = self.moves.through(number, block)
             if faults and self.machine.options.check_races:
                 kind, i, register, other = faults[0]
-                warp = int(here[0] if chosen is None else chosen[here[0]])
+                first = int(np.argmax(here))
+                warp = first if chosen is None else int(chosen[first])
                 self.machine.report(i, f"{kind}: {register}", warp, 0, 0, str(other))
-            states[here] = after
-        self.state[warps] = states
+        self.state[warps] = after
 
 
 class _Moves:

@@ -100,16 +100,15 @@ class Scheduler:
             if ready is None:
                 return None
         order = self.machine.options.order
-        warps = ready.any(1)
-        if order != "together":
-            warps &= self._turn(warps)
-        live = ready & warps[:, None]
         if self.machine.options.landing == "drawn" and self.machine.draw.random() < 0.2:
             self._land_one()
-        block = int(self.at[live].min())
-        live &= self.at == block
-        chosen = np.nonzero(live.any(1))[0]
-        mask = live[chosen]
+        able = ready.any(1)
+        rows = np.nonzero(able if order == "together" else able & self._turn(able))[0]
+        live, at = ready[rows], self.at[rows]
+        block = int(at[live].min())
+        live &= at == block
+        there = live.any(1)
+        chosen, mask = rows[there], live[there]
         if mask.all():
             mask = None
         if len(chosen) == self.machine.warps:
@@ -123,15 +122,12 @@ class Scheduler:
         if machine.options.order == "ahead":
             if machine.draw.random() < 0.02:
                 self.ahead = int(machine.draw.integers(per_cta))
-            order = [(self.ahead + n) % per_cta for n in range(per_cta)]
+            start = self.ahead
         else:
             self.turn += 1
-            order = [(self.turn + n) % per_cta for n in range(per_cta)]
-        for warp in order:
-            chosen = own == warp
-            if (able & chosen).any():
-                return chosen
-        return able
+            start = self.turn
+        some = able.reshape(-1, per_cta).any(0).tolist()
+        return own == next(w for n in range(per_cta) if some[w := (start + n) % per_cta])
 
     def _wake(self):
         """Nobody is ready: land copies, look at mbarriers again; else it is a deadlock."""
@@ -172,33 +168,31 @@ class Scheduler:
         """Move the lanes that ran a block on to where they go."""
         rows = slice(None) if chosen is None else chosen
         at, state = self.at[rows], self.state[rows]
-        live = np.ones(at.shape, bool) if mask is None else np.broadcast_to(mask, at.shape)
-        live = live & (state != DONE)
+        live = state != DONE if mask is None else mask & (state != DONE)
         kind, targets = block.kind, block.targets
         if kind == "jump":
             at[live] = targets[0]
         elif kind == "branch":
-            taken = np.broadcast_to(result, at.shape)
-            at[live] = np.where(taken, targets[0], targets[1])[live]
+            np.copyto(at, np.where(result, *targets), where=live)
         elif kind == "table":
-            index = np.broadcast_to(result, at.shape)
-            at[live] = np.array(targets)[index[live]]
+            np.copyto(at, np.array(targets)[result], where=live)
         elif kind == "exit":
-            gone = np.ones(at.shape, bool) if result is None else np.broadcast_to(result, at.shape)
             if targets:
                 at[live] = targets[0]
-            state[live & gone] = DONE
+            state[live if result is None else live & result] = DONE
         elif kind == "wait":
-            done = np.broadcast_to(result, at.shape)
-            at[live & done] = targets[0]
-            state[live & ~done] = STALLED
+            at[live & result] = targets[0]
+            state[live & ~result] = STALLED
         elif kind == "barrier":
             self._arrive(block, result, chosen, live, state)
             at[live] = targets[0]
-        state[live & (at >= self.end)] = DONE
+        leaves = kind == "exit" or self.end in targets
+        if leaves:
+            state[live & (at >= self.end)] = DONE
         self.at[rows], self.state[rows] = at, state
-        self.machine.exited = self.state == DONE
-        if kind in ("barrier", "exit"):
+        if leaves:
+            self.machine.exited = self.state == DONE
+        if kind == "barrier" or leaves:
             self._release()
 
     def _arrive(self, block, result, chosen, live, state) -> None:

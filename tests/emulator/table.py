@@ -4,7 +4,7 @@
 calls.py and writes them to results.csv, by version of Triton and architecture; `--draw` writes
 docs/gpu.md's table from it. An error is the largest relative one of the outputs and gradients of a
 call against float64; PyTorch's is that of the same formula in plain PyTorch and the same dtype.
-Seconds are of the emulation.
+Seconds are of the emulation. A revision is the last that changed kernels.
 
 Before 3.7, Triton puts no fence between cp.async and wgmma, which the ISA asks for: those are
 counted in the column `noted`, and end nothing.
@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import triton
 
+from . import cuda
 from .calls import calls
 from .counts import executed
-from .device import Emulated, emulating
+from .device import Done, emulating
 from .machine import Options
 from .races import EmulationError
 
@@ -49,11 +52,18 @@ class Row:
     pytorch: float
     faults: str  # the first, or 0
     noted: int
+    revision: str
 
 
-def rows_of(name: str, arch: int, device: Emulated, errors, faults: str) -> list[Row]:
-    by_kernel: dict[str, list] = {}
-    for launch in device.launches:
+@functools.cache
+def revision() -> str:
+    command = ["git", "log", "-1", "--format=%h", "--abbrev=7", "--", "kernels", "csrc"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def rows_of(name: str, arch: int, done: list[Done], errors, faults: str) -> list[Row]:
+    by_kernel: dict[str, list[Done]] = {}
+    for launch in done:
         by_kernel.setdefault(launch.kernel, []).append(launch)
     return [
         Row(
@@ -68,6 +78,7 @@ def rows_of(name: str, arch: int, device: Emulated, errors, faults: str) -> list
             float(f"{errors[1]:.2e}"),
             faults,
             sum(launch.noted.total() for launch in launches),
+            revision(),
         )
         for kernel, launches in by_kernel.items()
     ]
@@ -76,19 +87,20 @@ def rows_of(name: str, arch: int, device: Emulated, errors, faults: str) -> list
 def run(name: str, arch: int) -> list[Row]:
     """Run a call for an architecture."""
     errors, faults = (float("nan"), float("nan")), "0"
+    cuda.launched.clear()
     with emulating(arch, Options(only_noted=NOTED)) as device:
         try:
             errors = calls(arch)[name]()
         except EmulationError as error:
             faults = str(error).splitlines()[0]
-    return rows_of(name, arch, device, errors, faults)
+    return rows_of(name, arch, [*device.launches, *cuda.launched], errors, faults)
 
 
 def read() -> list[Row]:
     """The committed table."""
     if not RESULTS.exists():
         return []
-    kinds = (str, int, str, str, int, int, float, float, float, str, int)
+    kinds = (str, int, str, str, int, int, float, float, float, str, int, str)
     with RESULTS.open(newline="") as file:
         rows = list(csv.reader(file))[1:]
     return [Row(*(kind(x) for kind, x in zip(kinds, row, strict=True))) for row in rows]
@@ -120,6 +132,11 @@ def markdown(rows: list[Row]) -> str:
         cells.append(str(sum(row.faults != "0" for row in some)))
         cells.append(f"{sum(row.seconds for row in some) / len(errors):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
+    revisions: dict[tuple[str, int], dict[str, None]] = {column: {} for column in columns}
+    for row in rows:
+        revisions[row.triton, row.arch][row.revision] = None
+    cells = ["kernels of revision", "", *map(", ".join, revisions.values()), "", "", ""]
+    lines.append("| " + " | ".join(cells) + " |")
     noted = {(row.triton, row.arch, row.call) for row in rows if row.noted}
     for version, arch in sorted({key[:2] for key in noted}):
         count = sum(key[:2] == (version, arch) for key in noted)

@@ -248,6 +248,22 @@ def test_unordered_initialisation_is_a_race():
         copied(0, 0, edit=edit)
 
 
+def test_what_threads_wrote_and_a_copy_writes_needs_a_proxy_fence():
+    """The barrier, by its initialisation; words where the box lands."""
+    with pytest.raises(EmulationError, match="no proxy fence: async write.*mbarrier.init"):
+        copied(0, 0, edit=lambda text: text.replace("fence.proxy.async;", ""))
+
+    def late(text):
+        store = "bar.sync 0; mad.lo.u32 %s0, %t, 4, %s9; st.shared.b32 [%s0], 7; bar.sync 0;"
+        return text.replace("bar.sync 0;", store)
+
+    with pytest.raises(EmulationError, match="no proxy fence: async write.*st.shared"):
+        copied(0, 0, edit=late)
+    copied(
+        0, 0, edit=lambda text: late(text).replace("bar.sync 0;", "fence.proxy.async; bar.sync 0;")
+    )
+
+
 def test_sixteen_byte_copies_and_groups():
     """cp.async: the newest group may still be under way, and zeros fill what is not read."""
     x = integers("u4", 512)

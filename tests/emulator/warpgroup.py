@@ -8,6 +8,7 @@ then nobody may touch its registers, nor write what it reads. Every warp compute
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -35,6 +36,7 @@ class Descriptor:
         field = lambda low: (bits >> low & 0x3FFF) << 4  # noqa: E731
         return cls(field(0), field(16), field(32), SWIZZLE_BYTES[bits >> 62 & 3])
 
+    @functools.lru_cache(1024)  # noqa: B019
     def places(self, rows: int, depth: int, size: int, transposed: bool) -> np.ndarray:
         """[rows, depth] bytes of elements, `rows` along M or N and `depth` along K.
 
@@ -127,21 +129,21 @@ def _matrices(M, i, bits, kind: str, rows: int, depth: int, transposed: bool, wa
     bits = np.broadcast_to(bits, (len(warps), bits.shape[1]))
     if bits.shape[1] == 32 and (bits != bits[:, :1]).any():
         M.report(i, "a descriptor that differs between lanes", int(warps[0]), 0, 0)
-    groups = groups_of(M, warps)
-    keys = np.stack([groups, bits[:, 0].view("i8")], 1)
-    unique, first, number = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    number = number.reshape(-1)
-    if len(np.unique(unique[:, 0])) != len(unique):
+    keys = list(zip(groups_of(M, warps).tolist(), bits[:, 0].tolist(), strict=True))
+    unique = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    if len({group for group, _ in unique}) != len(unique):
         M.report(i, "a descriptor that differs between warps of a group", int(warps[0]), 0, 0)
-    leaders = warps[first]
-    patterns, which = np.unique(unique[:, 1], return_inverse=True)
+    number = np.array([unique[key] for key in keys])
+    leaders = warps[[keys.index(key) for key in unique]]
     at = np.empty((len(unique), rows, depth), "i8")
-    for n, pattern in enumerate(patterns):
-        descriptor = Descriptor.of(int(np.int64(pattern).view("u8")))
-        places = descriptor.places(rows, depth, size, transposed)
-        if places.max() + size > M.shared_limit:
-            M.report(i, "out of bounds: a descriptor", int(leaders[which == n][0]), 0, places.max())
-        at[which == n] = places
+    places: dict[int, np.ndarray] = {}
+    for (_, pattern), n in unique.items():
+        if pattern not in places:
+            here = Descriptor.of(pattern).places(rows, depth, size, transposed)
+            if here.max() + size > M.shared_limit:
+                M.report(i, "out of bounds: a descriptor", int(leaders[n]), 0, here.max())
+            places[pattern] = here
+        at[n] = places[pattern]
     at += (M.cta_of[leaders] * M.shared_bytes)[:, None, None]
     words = M.words[size][at // size]
     if kind == "tf32":
