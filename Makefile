@@ -5,7 +5,9 @@ BENCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH := $(VENV)/.torch-installed
 READY := $(VENV)/.requirements-installed
+BUILT := $(VENV)/.package-built
 PACKAGE := $(VENV)/.package-installed
 SOURCES := setup.py pyproject.toml $(wildcard kernels/*/__init__.py csrc/*.py) \
            $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
@@ -96,7 +98,7 @@ test-oldest:  ## the unit suite on the oldest torch that is supported, in an env
 	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
 	git ls-files -co --exclude-standard | tar -cT - | tar -xC $(OLDEST)/source
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools>=77,<82' $$(grep '^wheel' requirements-torch.txt)
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools>=77,<82' $$(grep -E '^(wheel|ninja)' requirements-torch.txt)
 	grep -v '^triton' requirements-dev.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -r $(OLDEST)/requirements.txt
 	CUDA_HOME=none FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable $(OLDEST)/source
@@ -125,12 +127,20 @@ clean:  ## remove what was built, .venv included
 	rm -rf $(VENV) build dist python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch first: with build isolation pip would fetch a second torch to build the extension against.
-$(READY): requirements-torch.txt requirements-dev.txt
+$(TORCH): requirements-torch.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-torch.txt
+	touch $@
+
+$(READY): $(TORCH) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation -r requirements-dev.txt
 	touch $@
 
-$(PACKAGE): $(READY) $(SOURCES)
+$(BUILT): $(TORCH) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The compiler need not wait for the other packages.
+$(PACKAGE): requirements-torch.txt requirements-dev.txt $(SOURCES)
+	@$(MAKE) --no-print-directory -j2 $(READY) $(BUILT)
 	touch $@

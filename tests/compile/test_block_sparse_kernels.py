@@ -29,13 +29,21 @@ ALL = "FLASHMARK_COMPILE_TARGETS" in os.environ
 TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 
 
+# passes for which Hopper has forms of its own, at half precision and D up to 128
+OF_HOPPER = ("forward", "two-pass", "two-pass-grouped", "one-pass")
+
+
 def is_rare(launch: Launch) -> bool:
-    """Whether `make compile-all` alone compiles a launch: no default reaches its blocks, or it is
-    a narrower sibling of another.
+    """Whether `make compile-all` alone compiles a launch: no default reaches its blocks, Hopper's
+    own forms stand before it, or it is a narrower sibling of another.
     """
-    narrow = launch.dim == 64 and launch.feature in ("dense", "softcap")
+    sibling = launch.block is None or launch.feature not in ("plain", "relative")
+    narrow = launch.dim == 64 and (sibling or launch.precision == "high")
     small = launch.block == 64 and launch.feature == "relative" or launch.block == 16
-    return narrow or small or launch.dim == 32
+    behind = launch.dtype == HALF and launch.dim <= 128 and launch.pass_ in OF_HOPPER
+    spare = launch.block == 64 or launch.feature in ("dense", "softcap")
+    grouped = launch.pass_ == "two-pass-grouped" and launch.block != 128
+    return narrow or small or launch.dim == 32 or behind and (spare or grouped)
 
 
 @pytest.mark.parametrize("launch", [x for x in all_launches() if ALL or not is_rare(x)], ids=str)
