@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from .copies import MAP, swizzle
 from .harness import integers, one, run
 from .machine import Options
 from .races import EmulationError
+from .registers import RegisterState
 from .test_warps import halves, words
 
 T = np.arange(128, dtype="u4")
@@ -164,6 +167,15 @@ def test_a_write_into_what_a_product_reads():
         match="race: write after read in flight.*st.shared.*the products of warp 0's group",
     ):
         product(a, b, 128, edit=edit)
+
+
+def test_warps_in_two_states_of_their_registers_each_move_once():
+    state = object.__new__(RegisterState)
+    state.machine, state.products, state.state = None, [None], np.array([0, 1, 0])
+    state.moves = SimpleNamespace(through=lambda number, block: (number + 1, []))
+    state.enter(None, None)
+    state.enter(None, np.array([1, 2]))
+    assert state.state.tolist() == [1, 3, 2]
 
 
 # tensor maps and mbarriers
