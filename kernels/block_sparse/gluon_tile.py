@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
@@ -49,43 +50,64 @@ def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
     return warpgroup_mma(p, v, acc, is_async=True)
 
 
+@constexpr_function
+def bits_layout(BLOCK_N):
+    """Layout of a tile [ROWS, words, 32 columns] as a product [ROWS, BLOCK_N] leaves it in threads,
+    with the registers in another order: those of a row come after each other, and of them those of
+    a byte of `thread_bits`.
+    """
+    words = [[0, 1 << n, 0] for n in range((BLOCK_N // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], *words, [0, 0, 8], [0, 0, 16], [8, 0, 0]],
+        lane_bases=[[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        warp_bases=[[16, 0, 0], [32, 0, 0]],
+        block_bases=[],
+        shape=[ROWS.value, BLOCK_N // 32, 32],
+    )
+
+
 @gluon.jit
 def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
     """The scores of a tile whose bits are set, else -inf; all of them where `bits` is -1.
 
-    A word of 32 keys becomes a dimension: a thread has as many words as S has registers to 8
-    columns, and the compiler knows the bit of each register but for a shift.
+    A thread holds two columns of each eight, a pair of bits in each byte of a word. The pairs of a
+    row's words are put into one register, of which one instruction makes several predicates.
     """
     WIDTH: gl.constexpr = 32
     WORDS: gl.constexpr = F.BLOCK_N // WIDTH
-    layout: gl.constexpr = s.type.layout
+    layout: gl.constexpr = bits_layout(F.BLOCK_N)
     # [ROWS, WORDS, WIDTH]
-    parts = gl.reshape(s, [ROWS, WORDS, WIDTH])
-    by_word: gl.constexpr = gl.SliceLayout(2, parts.type.layout)
-    # [ROWS], [WORDS], [WIDTH]
+    parts = gl.convert_layout(gl.reshape(s, [ROWS, WORDS, WIDTH]), layout)
+    by_word: gl.constexpr = gl.SliceLayout(2, layout)
+    by_column: gl.constexpr = gl.SliceLayout(0, layout)
+    # [ROWS], [WORDS]
     r = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, by_word))
     w = gl.arange(0, WORDS, gl.SliceLayout(0, by_word))
-    c = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, parts.type.layout)))
     per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32
     rows = bits_ptr + (bits.to(gl.int64) * F.BLOCK_Q + r % F.BLOCK_Q) * per_row
-    rows += (start_n % F.BLOCK_KV) // 32
+    if F.BLOCK_KV > F.BLOCK_N:
+        rows += start_n % F.BLOCK_KV // F.BLOCK_N * WORDS
     # [ROWS, WORDS]
     word = gl.load(rows[:, None] + w[None, :], mask=bits >= 0, other=-1)
     if F.CLIP:  # bits beyond a sample's keys need not be 0
         left = gl.minimum(gl.maximum(end_n - start_n - w * 32, 0), 32)
         word &= ((1 << left.to(gl.int64)) - 1).to(gl.int32)[None, :]
-    # [ROWS, WORDS, WIDTH], as `tile_bits`
-    seen = (word[:, :, None] >> (c % 8)[None, None, :], (1 << (c // 8 * 8))[None, None, :])
+    # [WORDS, 1], [1, WIDTH]
+    n = gl.arange(0, WORDS, gl.SliceLayout(1, by_column))[:, None]
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, by_column))[None, :]
+    # [ROWS, WORDS, WIDTH]
+    pairs = (word[:, :, None] >> (c % 8 // 2 * 2)[None, :, :]) & 0x03030303
+    # [ROWS, WIDTH]: the thread's pair in byte b of word n is at bits 2n and 2n + 1 of byte b
+    packed = gl.sum(pairs << (n * 2)[None, :, :], 1)
+    # [ROWS, WORDS, WIDTH]
+    seen = (packed[:, None, :], (1 << (c // 8 * 8 + n * 2 + c % 2))[None, :, :])
     kept = keep_seen(seen, parts, float("-inf"), True, F)
-    return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), layout)
+    return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), s.type.layout)
 
 
 @gluon.jit
-def softmax(
-    s, m_i, l_i, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """`online_softmax` of the scores of tile t."""
+def finish_scores(s, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
+    """The logits of tile t from its scores, -inf where a PARTIAL tile hides them."""
     sizes, modifiers, line = work.problem.sizes, work.problem.modifiers, work.queries
     n = get(rings.starts.index(t % (STAGES + 1)))
     # [1, BLOCK_N], [ROWS, 1]
@@ -106,9 +128,7 @@ def softmax(
     elif MASKED:
         seen = visible(None, 0, n, r2, n2, end_n, sizes, MASKED, F)
         s = keep_seen(seen, s, float("-inf"), MASKED, F)
-    safe: gl.constexpr = MASKED or F.BIAS != "none"
-    factor = log2_factor(modifiers, F)
-    return online_softmax(s, factor, m_i, l_i, safe, F.SLACK, F.NATURAL)
+    return s
 
 
 @gluon.jit
@@ -125,9 +145,11 @@ def add_tile(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Take the scores of tile t into the running sums; O + P V is in flight, and P must live."""
+    """Take the logits of tile t into the running sums; O + P V is in flight, and P must live."""
+    safe: gl.constexpr = MASKED or F.BIAS != "none"
+    factor = log2_factor(work.problem.modifiers, F)
     # weights [ROWS, BLOCK_N]; alpha, m_i, l_i [ROWS]
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, t, rings, work, MASKED, F, STAGES)
+    weights, alpha, m_i, l_i = online_softmax(s, factor, m_i, l_i, safe, F.SLACK, F.NATURAL)
     if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
         acc = acc * rows_of(alpha, acc)[:, None]
     p = operand(weights, acc, q.dtype)
@@ -148,7 +170,9 @@ def step(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Add tile t, not the last, while the scores of the next are computed, which it returns."""
+    """Add the logits of tile t, not the last, while the scores of the next are computed, which it
+    returns.
+    """
     layout: gl.constexpr = s.type.layout
     # [ROWS, BLOCK_N]
     following = issue_scores(q, rings, t + 1, layout, F, STAGES)
@@ -211,11 +235,15 @@ def attend_line(
         pairs_end = tile + gl.minimum(n_inside, n_tiles - 1) // 2 * 2
         for t in range(tile, pairs_end, 2):
             for more in gl.static_range(2):
+                s = finish_scores(s, t + more, rings, work, False, F, STAGES)
                 s, acc, l_i, m_i = step(
                     s, acc, l_i, m_i, t + more, q, rings, work, False, F, STAGES
                 )  # fmt: skip
+        # hiding copies the scores, so that the next can end where they were
+        s = finish_scores(s, pairs_end, rings, work, True, F, STAGES)
         for t in range(pairs_end, last):
             s, acc, l_i, m_i = step(s, acc, l_i, m_i, t, q, rings, work, True, F, STAGES)
+            s = finish_scores(s, t + 1, rings, work, True, F, STAGES)
         mbarrier.arrive(queries.empty.index(0), count=1)
         acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, last, q, rings, work, True, F, STAGES)
         acc, p = warpgroup_mma_wait(0, [acc, p])
