@@ -51,18 +51,17 @@ def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
 
 
 @constexpr_function
-def bits_layout(BLOCK_N):
-    """Layout of a tile [ROWS, words, 32 columns] as a product [ROWS, BLOCK_N] leaves it in threads,
-    with the registers in another order: those of a row come after each other, and of them those of
-    a byte of `thread_bits`.
+def bits_layout(WORDS):
+    """Layout of a tile [ROWS, WORDS, 32 columns] as a product leaves it in threads, its registers
+    in another order: those of a row follow each other, and of them those of a byte of `packed`.
     """
-    words = [[0, 1 << n, 0] for n in range((BLOCK_N // 32).bit_length() - 1)]
+    words = [[0, n, 0] for n in (1, 2) if n < WORDS]
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 1], *words, [0, 0, 8], [0, 0, 16], [8, 0, 0]],
         lane_bases=[[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
         warp_bases=[[16, 0, 0], [32, 0, 0]],
         block_bases=[],
-        shape=[ROWS.value, BLOCK_N // 32, 32],
+        shape=[64, WORDS, 32],
     )
 
 
@@ -75,20 +74,20 @@ def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
     """
     WIDTH: gl.constexpr = 32
     WORDS: gl.constexpr = F.BLOCK_N // WIDTH
-    layout: gl.constexpr = bits_layout(F.BLOCK_N)
+    layout: gl.constexpr = bits_layout(WORDS)
     # [ROWS, WORDS, WIDTH]
     parts = gl.convert_layout(gl.reshape(s, [ROWS, WORDS, WIDTH]), layout)
     by_word: gl.constexpr = gl.SliceLayout(2, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
     # [ROWS], [WORDS]
-    r = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, by_word))
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, by_word))
     w = gl.arange(0, WORDS, gl.SliceLayout(0, by_word))
     per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32
-    rows = bits_ptr + (bits.to(gl.int64) * F.BLOCK_Q + r % F.BLOCK_Q) * per_row
+    place = bits_ptr + (bits.to(gl.int64) * F.BLOCK_Q + first_row % F.BLOCK_Q) * per_row
     if F.BLOCK_KV > F.BLOCK_N:
-        rows += start_n % F.BLOCK_KV // F.BLOCK_N * WORDS
+        place += start_n % F.BLOCK_KV // F.BLOCK_N * WORDS
     # [ROWS, WORDS]
-    word = gl.load(rows[:, None] + w[None, :], mask=bits >= 0, other=-1)
+    word = gl.load(place + (r * per_row)[:, None] + w[None, :], mask=bits >= 0, other=-1)
     if F.CLIP:  # bits beyond a sample's keys need not be 0
         left = gl.minimum(gl.maximum(end_n - start_n - w * 32, 0), 32)
         word &= ((1 << left.to(gl.int64)) - 1).to(gl.int32)[None, :]
