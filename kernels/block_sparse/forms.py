@@ -26,7 +26,10 @@ def choose_forward(
         features = call.features
         block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
         return configs.hopper(
-            "gluon", max(features.PAD, features.PAD_V), block, features.BIAS != "none"
+            "gluon",
+            max(features.PAD, features.PAD_V),
+            block,
+            features.BIAS != "none" or features.DROPOUT,
         )
     config = passes.choose_config("forward", query, call)
     can_use_form(config.form, query, key, value, call, raise_error=True)
@@ -64,8 +67,6 @@ def _objection(
     if arch != 90:
         return NotImplementedError(f"form {form!r}: expected compute capability 9.0, got {arch}")
     features = call.features
-    if features.DROPOUT:
-        return NotImplementedError(f"form {form!r}: expected no dropout")
     block = features.BLOCK_Q, features.BLOCK_KV
     if features.KIND == "sparse" and (block[0] < MIN_BLOCK[0] or block[1] < MIN_BLOCK[1]):
         return ValueError(f"form {form!r}: expected blocks of at least {MIN_BLOCK}, got {block}")

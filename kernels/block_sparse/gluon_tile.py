@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from triton.experimental import gluon
-from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
@@ -15,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon_keep import keep_bits, keep_weights
 from .gluon_loads import ROWS, get
 from .primitives import bias_base, keep_seen, log2_factor, logits, online_softmax, visible
 
@@ -50,58 +50,14 @@ def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
     return warpgroup_mma(p, v, acc, is_async=True)
 
 
-@constexpr_function
-def bits_layout(WORDS):
-    """Layout of a tile [ROWS, WORDS, 32 columns] as a product leaves it in threads, its registers
-    in another order: those of a row follow each other, and of them those of a byte of `packed`.
-    """
-    words = [[0, n, 0] for n in (1, 2) if n < WORDS]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], *words, [0, 0, 8], [0, 0, 16], [8, 0, 0]],
-        lane_bases=[[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        warp_bases=[[16, 0, 0], [32, 0, 0]],
-        block_bases=[],
-        shape=[64, WORDS, 32],
-    )
-
-
 @gluon.jit
-def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
-    """The scores of a tile whose bits are set, else -inf; all of them where `bits` is -1.
-
-    A thread holds two columns of each eight, a pair of bits in each byte of a word. The pairs of a
-    row's words are put into one register, of which one instruction makes several predicates.
-    """
-    WIDTH: gl.constexpr = 32
-    WORDS: gl.constexpr = F.BLOCK_N // WIDTH
-    layout: gl.constexpr = bits_layout(WORDS)
-    # [ROWS, WORDS, WIDTH]
-    parts = gl.convert_layout(gl.reshape(s, [ROWS, WORDS, WIDTH]), layout)
-    by_word: gl.constexpr = gl.SliceLayout(2, layout)
-    by_column: gl.constexpr = gl.SliceLayout(0, layout)
-    # [ROWS], [WORDS]
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, by_word))
-    w = gl.arange(0, WORDS, gl.SliceLayout(0, by_word))
-    per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32
-    place = bits_ptr + (bits.to(gl.int64) * F.BLOCK_Q + first_row % F.BLOCK_Q) * per_row
-    if F.BLOCK_KV > F.BLOCK_N:
-        place += start_n % F.BLOCK_KV // F.BLOCK_N * WORDS
-    # [ROWS, WORDS]
-    word = gl.load(place + (r * per_row)[:, None] + w[None, :], mask=bits >= 0, other=-1)
-    if F.CLIP:  # bits beyond a sample's keys need not be 0
-        left = gl.minimum(gl.maximum(end_n - start_n - w * 32, 0), 32)
-        word &= ((1 << left.to(gl.int64)) - 1).to(gl.int32)[None, :]
-    # [WORDS, 1], [1, WIDTH]
-    n = gl.arange(0, WORDS, gl.SliceLayout(1, by_column))[:, None]
-    c = gl.arange(0, WIDTH, gl.SliceLayout(0, by_column))[None, :]
-    # [ROWS, WORDS, WIDTH]
-    pairs = (word[:, :, None] >> (c % 8 // 2 * 2)[None, :, :]) & 0x03030303
-    # [ROWS, WIDTH]: the thread's pair in byte b of word n is at bits 2n and 2n + 1 of byte b
-    packed = gl.sum(pairs << (n * 2)[None, :, :], 1)
-    # [ROWS, WORDS, WIDTH]
-    seen = (packed[:, None, :], (1 << (c // 8 * 8 + n * 2 + c % 2))[None, :, :])
-    kept = keep_seen(seen, parts, float("-inf"), True, F)
-    return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), s.type.layout)
+def query_offset(work, F: gl.constexpr):
+    """Mask row of the sample's first query."""
+    offset = 0
+    if F.OFFSET:
+        line = work.queries
+        offset = get(line.row0.index(work.slot)) - get(line.start_i.index(work.slot))
+    return offset
 
 
 @gluon.jit
@@ -112,9 +68,7 @@ def finish_scores(s, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr, STAG
     # [1, BLOCK_N], [ROWS, 1]
     n2 = (n + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
     r2 = (work.first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s.type.layout)))[:, None]
-    offset = 0
-    if F.OFFSET:
-        offset = get(line.row0.index(work.slot)) - get(line.start_i.index(work.slot))
+    offset = query_offset(work, F)
     pair = get(line.pair.index(work.slot))
     base = bias_base(modifiers, pair // sizes.heads, pair % sizes.heads, F)
     s, _ = logits(s, base, r2, n2, offset, sizes, modifiers, F)
@@ -149,6 +103,11 @@ def add_tile(
     factor = log2_factor(work.problem.modifiers, F)
     # weights [ROWS, BLOCK_N]; alpha, m_i, l_i [ROWS]
     weights, alpha, m_i, l_i = online_softmax(s, factor, m_i, l_i, safe, F.SLACK, F.NATURAL)
+    if F.DROPOUT:
+        n = get(rings.starts.index(t % (STAGES + 1)))
+        first_i = work.first_row - query_offset(work, F)
+        pair = get(work.queries.pair.index(work.slot))
+        weights = keep_weights(weights, first_i, n, pair, work.problem.modifiers, F)
     if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
         acc = acc * rows_of(alpha, acc)[:, None]
     p = operand(weights, acc, q.dtype)

@@ -32,6 +32,7 @@ FEATURES = {
     "dense": {"bias": torch.zeros(1, HEADS, LENGTH, LENGTH)},
     "offset": {"query_offset": ONE},
     "lengths": {"kv_lengths": ONE},
+    "dropout": {"dropout_p": 0.1, "dropout_seed": torch.zeros(1, dtype=torch.int64)},
 }
 
 
@@ -58,8 +59,8 @@ class Launch:
     @property
     def config(self) -> configs.Config:
         block = (self.block, self.block) if self.kind == "sparse" else None
-        biased = self.feature in ("relative", "dense")
-        config = configs.hopper(self.form, max(self.dim, self.v_dim), block, biased)
+        extras = self.feature in ("relative", "dense", "dropout")
+        config = configs.hopper(self.form, max(self.dim, self.v_dim), block, extras)
         return config if self.lazy is None else dataclasses.replace(config, lazy=self.lazy)
 
     def run(self) -> None:
@@ -83,7 +84,7 @@ LAUNCHES = [
     *(
         Launch("gluon", d, k, feature=x)
         for (d, k), x in itertools.product(
-            ((64, "causal"), (128, "sparse")), ("softcap", "relative", "dense", "offset", "lengths")
+            ((64, "causal"), (128, "sparse")), FEATURES
         )
     ),
     Launch("gluon", 64, "sparse", lazy=True),
