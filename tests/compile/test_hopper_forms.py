@@ -83,9 +83,7 @@ LAUNCHES = [
     *(Launch(f, 72, "sparse", 128, 40, torch.float16, "sinks") for f in FORMS),
     *(
         Launch("gluon", d, k, feature=x)
-        for (d, k), x in itertools.product(
-            ((64, "causal"), (128, "sparse")), FEATURES
-        )
+        for (d, k), x in itertools.product(((64, "causal"), (128, "sparse")), FEATURES)
     ),
     Launch("gluon", 64, "sparse", lazy=True),
     Launch("gluon", 128, "sparse", lazy=False),
