@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -130,17 +131,23 @@ def _inspect(name: str, compiled) -> Report:
     }
     if "cubin" not in compiled.asm:
         return Report(**facts)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(compiled.asm["cubin"])
-        binary.flush()
-        usage = _tool("cuobjdump", "-res-usage", binary.name)
-        code = _tool("nvdisasm", "-c", binary.name)
+    usage = _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    code = listing(compiled.asm["cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     threads = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", compiled.asm["ptx"])[1])
     counts = {op.lower(): len(re.findall(rf"\b{op}\b", code)) for op in ("HGMMA", "HMMA")}
     return Report(**facts, threads=threads, registers=registers, spilled=stack, **counts)
 
 
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
+@functools.lru_cache(maxsize=8)  # it takes as long as a quarter of the compilation
+def listing(cubin: bytes) -> str:
+    """Machine code of a compiled kernel, as `nvdisasm -c` prints it."""
+    return _tool("nvdisasm", "-c", cubin)
+
+
+def _tool(name: str, flag: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(cubin)
+        binary.flush()
+        command = [TOOLS / name, flag, binary.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -33,6 +33,14 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 
+# where the package and its kernels are imported from
+FILES = """
+import importlib, flashmark
+result = {{"flashmark": flashmark.__file__}}
+for name in {}:
+    result[name] = importlib.import_module("flashmark.kernels." + name).__file__
+"""
+
 
 def fresh_python(code: str, *, path: list[Path], cwd: Path, blocked: tuple[str, ...] = ()) -> dict:
     """Run `code` with `path` and torch's site-packages only; returns the dict it names `result`.
@@ -134,13 +142,10 @@ def test_import_loads_no_kernel_and_no_optional_package(installed, tmp_path):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_import_from_the_installed_wheel(installed, tmp_path, name):
-    module = f"flashmark.kernels.{name}"
-    result = fresh_python(
-        f"import {module}\nresult = {{'file': {module}.__file__}}", path=[installed], cwd=tmp_path
-    )
-    assert Path(result["file"]).is_relative_to(installed)
+def test_kernels_import_from_the_installed_wheel(installed, tmp_path):
+    files = fresh_python(FILES.format(KERNELS), path=[installed], cwd=tmp_path)
+    assert set(files) == {"flashmark", *KERNELS}
+    assert all(Path(file).is_relative_to(installed) for file in files.values())
 
 
 def test_no_package_called_kernels_is_installed(installed, tmp_path):
@@ -153,20 +158,15 @@ def test_no_package_called_kernels_is_installed(installed, tmp_path):
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize(
-    "name", [None, *(pytest.param(name, marks=needs_kernels) for name in KERNELS)]
-)
-def test_editable_install_imports_from_the_sources(editable, tmp_path, name):
+def test_editable_install_imports_from_the_sources(editable, tmp_path):
     checkout, target = editable
-    module = "flashmark" if name is None else f"flashmark.kernels.{name}"
-    result = fresh_python(
-        f"import site\nsite.addsitedir({str(target)!r})\n"
-        f"import {module}\nresult = {{'file': {module}.__file__}}",
-        path=[target],
-        cwd=tmp_path,
-    )
-    folder = checkout / ("python/flashmark" if name is None else f"kernels/{name}")
-    assert Path(result["file"]).is_relative_to(folder)
+    code = f"import site\nsite.addsitedir({str(target)!r})\n"
+    code += FILES.format(KERNELS if HAS_TRITON else [])
+    files = fresh_python(code, path=[target], cwd=tmp_path)
+    assert Path(files.pop("flashmark")).is_relative_to(checkout / "python/flashmark")
+    assert files.keys() == (set(KERNELS) if HAS_TRITON else set())
+    for name, file in files.items():
+        assert Path(file).is_relative_to(checkout / "kernels" / name)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,12 @@ matrix products that run asynchronously.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
-from functools import cached_property
 
-from bench.offline import TOOLS
+from bench.offline import listing
 
 LEAST = 10  # instructions of a loop that counts
 KEPT = 5  # groups of wgmma that are followed; older ones are taken to be done
@@ -33,24 +31,24 @@ class Instruction:
     address: int
     text: str
 
-    @cached_property
+    @functools.cached_property
     def predicated(self) -> bool:
         return self.text.startswith("@")
 
-    @cached_property
+    @functools.cached_property
     def operation(self) -> str:
         """With its suffixes, as "LDG.E.128"."""
         return self._bare.partition(" ")[0]
 
-    @cached_property
+    @functools.cached_property
     def name(self) -> str:
         return self.operation.partition(".")[0]
 
-    @cached_property
+    @functools.cached_property
     def operands(self) -> str:
         return self._bare.partition(" ")[2]
 
-    @cached_property
+    @functools.cached_property
     def _bare(self) -> str:
         return re.sub(r"^@!?U?P\w+\s+", "", self.text)
 
@@ -151,13 +149,10 @@ class Code:
         return after
 
 
+@functools.lru_cache(maxsize=8)
 def disassemble(cubin: bytes) -> Code:
     """The code of a kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [TOOLS / "nvdisasm", "-c", file.name]
-        return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return parse(listing(cubin))
 
 
 def parse(listing: str) -> Code:

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import GPUTarget, Language
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 
 SOURCE = Path(__file__).with_name("stub_cuda.c")
@@ -91,10 +94,36 @@ def _driver():
     return StubDriver()
 
 
+def _without_code(_backend=None, stages=None, _options=None, language=None, _capability=None):
+    """Triton's hook into the stages of a compilation: kernels of nothing but a name."""
+    if stages is None:  # asked for the key and the hash of what the hook does
+        return "without code", "without code"
+
+    def of_nothing(name: str, metadata: dict) -> str:
+        sizes = ("shared", "tmem_size", "global_scratch_size", "profile_scratch_size")
+        metadata.update(dict.fromkeys(sizes, 0), name=name)
+        metadata.update(global_scratch_align=1, profile_scratch_align=1)
+        return name
+
+    first = "ttir" if language is Language.TRITON else "ttgir"
+    stages.clear()
+    stages |= {first: of_nothing, "cubin": lambda name, metadata: name}
+
+
 @contextlib.contextmanager
-def launching() -> Iterator[ctypes.CDLL]:
+def _compiling_nothing() -> Iterator[None]:
+    with triton.knobs.runtime.scope(), pytest.MonkeyPatch.context() as patch:
+        triton.knobs.runtime.add_stages_inspection_hook = _without_code
+        for source in (ASTSource, GluonASTSource):
+            patch.setattr(source, "make_ir", lambda self, *_: self.fn.__name__)
+        yield
+
+
+@contextlib.contextmanager
+def launching(code: bool = True) -> Iterator[ctypes.CDLL]:
     """CPU tensors are taken for those of an H100: the backend "triton" can run, its kernels are
-    compiled for it and launched through the stub, which this yields.
+    compiled for it and launched through the stub, which this yields. Without code they are launched
+    as they would be, but not compiled: enough to count them, and fast.
     """
     from flashmark import dispatch
     from flashmark.kernels.block_sparse import configs
@@ -106,6 +135,7 @@ def launching() -> Iterator[ctypes.CDLL]:
             mock.patch.object(configs, "device_arch", lambda device: 90),
             mock.patch.object(configs, "processors", lambda device: 132),
             mock.patch.object(dispatch, "_why_not_triton", lambda *call: None),
+            contextlib.nullcontext() if code else _compiling_nothing(),
         ):
             yield library()
     finally:

@@ -91,7 +91,7 @@ def test_results_are_on_the_gpu(on_cuda):
 
 @pytest.fixture
 def driver():
-    with stub.launching() as library:
+    with stub.launching(code=False) as library:
         yield library
 
 

@@ -24,7 +24,7 @@ def driver(monkeypatch):
     """CPU tensors stand for those of a GPU, whose values no check reads."""
     for module in (attention, checks, hybrid):
         monkeypatch.setattr(module, "readable", lambda x: False)
-    with stub.launching() as library:
+    with stub.launching(code=False) as library:
         yield library
 
 
