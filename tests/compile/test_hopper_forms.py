@@ -47,21 +47,18 @@ class Launch:
     v_dim: int = 0  # 0: dim
     dtype: torch.dtype = torch.bfloat16
     feature: str = ""  # one of FEATURES
-    lazy: bool | None = None  # None: as the config that ships
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"D{self.dim}" + (f"-DV{self.v_dim}" if self.v_dim else "")
         extras = f"-{self.feature}" if self.feature else ""
-        extras += {None: "", True: "-lazy", False: "-eager"}[self.lazy]
         return f"{self.form}-{shape}-{self.kind}{self.block}-{dtype}{extras}"
 
     @property
     def config(self) -> configs.Config:
         block = (self.block, self.block) if self.kind == "sparse" else None
         extras = self.feature in ("relative", "dense", "dropout")
-        config = configs.hopper(self.form, max(self.dim, self.v_dim), block, extras)
-        return config if self.lazy is None else dataclasses.replace(config, lazy=self.lazy)
+        return configs.hopper(self.form, max(self.dim, self.v_dim), block, extras)
 
     def run(self) -> None:
         query = torch.zeros(1, HEADS, LENGTH, self.dim, dtype=self.dtype)
@@ -85,8 +82,6 @@ LAUNCHES = [
         Launch("gluon", d, k, feature=x)
         for (d, k), x in itertools.product(((64, "causal"), (128, "sparse")), FEATURES)
     ),
-    Launch("gluon", 64, "sparse", lazy=True),
-    Launch("gluon", 128, "sparse", lazy=False),
 ]
 
 
