@@ -33,7 +33,7 @@ The next product overlaps with the softmax: S of tile t + 1 is in flight during 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,13 +183,23 @@ def layout_of(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
 
 
+@functools.cache
+def frame(rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of a descriptor of such tiles, but for the tensor's."""
+    some = torch.empty(1, 1, rows, width, dtype=dtype)
+    shape = [1, 1, rows, width]
+    return vars(TensorDescriptor(some, shape, some.stride(), shape, layout_of(rows, width, dtype)))
+
+
 def describe(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
     """A (B, H, N, D) tensor, as tiles (1, 1, rows, width); read as 0 beyond N and D."""
     (batch, heads, *_), (b, h, n, _) = tensor.shape, tensor.stride()
     # a stride that is never taken can be anything, except in a descriptor
     strides = [b if batch > 1 else n, h if heads > 1 else n, n, 1]
-    layout = layout_of(rows, width, tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, width], layout)
+    made = object.__new__(TensorDescriptor)  # forms.py has checked what its constructor would
+    made.__dict__ |= frame(rows, width, tensor.dtype)
+    made.__dict__ |= {"base": tensor, "shape": list(tensor.shape), "strides": strides}
+    return made
 
 
 def launch(
