@@ -77,6 +77,7 @@ class Results(NamedTuple):
     lse: object
     residual: object  # of lse, where F.NATURAL
     staging: object
+    falls: object  # a float32 for each warp, where F.SLACK
 
 
 @gluon.jit
@@ -95,7 +96,12 @@ def compute(
     for turn in range(lines_of_program(sizes)):
         mbarrier.wait(queries.full.index(0), turn & 1)
         slot = turn & 1
-        acc, l_i, m_i, n_tiles = attend_line(w, queries, slot, rings, tile, problem, F, STAGES)
+        falls = None
+        if F.SLACK > 0:
+            falls = results.falls.index(w)
+        acc, l_i, m_i, n_tiles = attend_line(
+            w, queries, slot, rings, tile, problem, falls, F, STAGES
+        )  # fmt: skip
         tile += n_tiles
         # read anew, not to hold a register in the loops
         pair, start_i = get(queries.pair.index(slot)), get(queries.start_i.index(slot)) + w * ROWS
@@ -154,7 +160,11 @@ def forward_gluon_kernel(
     rings = make_rings(k_desc, v_desc, WARPGROUPS, STAGES)
     staging = buffers(out_desc, WARPGROUPS)
     fence_async_shared()
-    results = Results(out_desc, lse_ptr, residual_ptr, staging)
+    falls = None
+    if F.SLACK > 0:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        falls = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, 4], layout)
+    results = Results(out_desc, lse_ptr, residual_ptr, staging, falls)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [

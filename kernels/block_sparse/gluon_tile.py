@@ -26,6 +26,7 @@ class Work(NamedTuple):
     queries: object
     slot: object  # of the line's integers
     first_row: object  # mask row of the warpgroup's first query
+    falls: object  # shared memory for an entry of each warp, where F.SLACK
 
 
 @gluon.jit
@@ -85,6 +86,17 @@ def finish_scores(s, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr, STAG
 
 
 @gluon.jit
+def least(alpha, falls):
+    """The least of a warpgroup's factors, from those of its warps in shared memory. A reduction
+    over all rows would go through shared memory twice.
+    """
+    # [4]
+    falls.store(gl.min(gl.reshape(alpha, [4, ROWS // 4]), 1))
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    return gl.min(falls.load(layout), 0)
+
+
+@gluon.jit
 def add_tile(
     s,
     acc,
@@ -108,7 +120,7 @@ def add_tile(
         first_i = work.first_row - query_offset(work, F)
         pair = get(work.queries.pair.index(work.slot))
         weights = keep_weights(weights, first_i, n, pair, work.problem.modifiers, F)
-    if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
+    if F.SLACK == 0 or least(alpha, work.falls) < 1.0:
         acc = acc * rows_of(alpha, acc)[:, None]
     p = operand(weights, acc, q.dtype)
     return issue_output(p, acc, rings, t, F, STAGES), p, l_i, m_i
@@ -164,6 +176,7 @@ def attend_line(
     rings,
     tile,
     problem,
+    falls,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -174,7 +187,7 @@ def attend_line(
     q = queries.tiles.index(w).reshape([ROWS, F.PAD])
     n_inside, n_tiles = get(queries.n_inside.index(slot)), get(queries.n_tiles.index(slot))
     first_row = get(queries.row0.index(slot)) + w * ROWS
-    work = Work(problem, queries, slot, first_row)
+    work = Work(problem, queries, slot, first_row, falls)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
     # [ROWS, PAD_V]
