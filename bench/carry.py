@@ -9,6 +9,7 @@ Triton that made it. A kernel that takes ptxas longer than the limit is left out
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import shutil
@@ -33,7 +34,9 @@ def launches(forward: bool) -> Iterator:
 
     yield from test_hopper_forms.LAUNCHES
     if not forward:
-        yield from test_hopper_backward.LAUNCHES
+        for launch in test_hopper_backward.LAUNCHES:
+            yield launch
+            yield dataclasses.replace(launch, grouped=False)  # a kernel of its own
     for launch in block_sparse_launches.all_launches():
         if not forward or launch.pass_ == "forward":
             yield launch
