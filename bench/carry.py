@@ -24,7 +24,9 @@ TIMED_OUT = 124  # exit code of `timeout`
 
 
 def launches(forward: bool) -> Iterator:
-    """The launches of the compile suite, of the forward kernels alone if `forward`."""
+    """The launches of the compile suite, and those that the bench makes besides; of the forward
+    kernels alone if `forward`.
+    """
     from tests.compile import (
         block_sparse_launches,
         nystrom_launches,
@@ -33,6 +35,7 @@ def launches(forward: bool) -> Iterator:
     )
 
     yield from test_hopper_forms.LAUNCHES
+    yield test_hopper_forms.Launch("gluon", 128, "causal", feature="relative")
     if not forward:
         for launch in test_hopper_backward.LAUNCHES:
             yield launch
@@ -41,6 +44,8 @@ def launches(forward: bool) -> Iterator:
         if not forward or launch.pass_ == "forward":
             yield launch
     if not forward:
+        for dim in (64, 128):
+            yield block_sparse_launches.Launch("one-pass-ungrouped", dim, None, "relative")
         yield from nystrom_launches.all_launches()
 
 

@@ -18,7 +18,7 @@ Q_LEN, HEADS = 1024, 4
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One call. `pass_` is one of PASSES."""
+    """One call. `pass_` is one of PASSES, or "one-pass-ungrouped"."""
 
     pass_: str
     dim: int
@@ -52,7 +52,8 @@ class Launch:
         call = Call(
             query, key, key, mask, 0.125, bias=bias, query_offset=offset, dropout_seed=seed,
             softcap=30.0 if self.feature == "softcap" else 0.0,
-            dropout_p=0.0 if seed is None else 0.1, deterministic=self.pass_ != "one-pass",
+            dropout_p=0.0 if seed is None else 0.1,
+            deterministic=not self.pass_.startswith("one-pass"),
         )  # fmt: skip
         plain = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
