@@ -44,8 +44,11 @@ def launches(forward: bool) -> Iterator:
         if not forward or launch.pass_ == "forward":
             yield launch
     if not forward:
+        launch = block_sparse_launches.Launch
         for dim in (64, 128):
-            yield block_sparse_launches.Launch("one-pass-ungrouped", dim, None, "relative")
+            yield launch("one-pass-ungrouped", dim, None, "relative")
+        yield launch("one-pass-ungrouped", 128, 64)
+        yield launch("decode", 128, None, "lengths")
         yield from nystrom_launches.all_launches()
 
 
