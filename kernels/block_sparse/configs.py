@@ -131,7 +131,8 @@ _TF32 = {
     "decode": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 1)},
 }
 
-# Hopper's form of the forward kernel, by (form, width of the head, whether there is a bias); on
+# Hopper's form of the forward kernel, by (form, width of the head, whether a bias or dropout takes
+# registers); on
 # Hopper it is chosen for what it can compute (forms.py).
 HOPPER = {
     ("gluon", 64, False): Config(128, 128, 4, 3, "gluon"),
@@ -237,12 +238,12 @@ def _chosen(
 
 @functools.lru_cache(1024)
 def hopper(
-    form: str, head_dim: int, block: tuple[int, int] | None = None, bias: bool = False
+    form: str, head_dim: int, block: tuple[int, int] | None = None, extras: bool = False
 ) -> Config:
     """The config of a Hopper form, "gluon", for `head_dim`, the wider of keys and values, and a
     mask's block as in `choose`.
     """
-    config = HOPPER[form, 64 if head_dim <= 64 else 128, bias]
+    config = HOPPER[form, 64 if head_dim <= 64 else 128, extras]
     if block is None:
         return config
     block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])

@@ -26,7 +26,10 @@ def choose_forward(
         features = call.features
         block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
         return configs.hopper(
-            "gluon", max(features.PAD, features.PAD_V), block, features.BIAS != "none"
+            "gluon",
+            max(features.PAD, features.PAD_V),
+            block,
+            features.BIAS != "none" or features.DROPOUT,
         )
     config = passes.choose_config("forward", query, call)
     can_use_form(config.form, query, key, value, call, raise_error=True)
@@ -64,8 +67,6 @@ def _objection(
     if arch != 90:
         return NotImplementedError(f"form {form!r}: expected compute capability 9.0, got {arch}")
     features = call.features
-    if features.DROPOUT:
-        return NotImplementedError(f"form {form!r}: expected no dropout")
     block = features.BLOCK_Q, features.BLOCK_KV
     if features.KIND == "sparse" and (block[0] < MIN_BLOCK[0] or block[1] < MIN_BLOCK[1]):
         return ValueError(f"form {form!r}: expected blocks of at least {MIN_BLOCK}, got {block}")
@@ -87,13 +88,15 @@ def _misfit(tensor: Tensor) -> str | None:
         return f"expected float16 or bfloat16, got {tensor.dtype}"
     if tensor.shape[-1] > MAX_DIM:
         return f"expected a head dimension of at most {MAX_DIM}, got {tensor.shape[-1]}"
-    if tensor.numel() == 0:
+    (batch, heads, rows, _), (sample, head, row, _) = tensor.shape, tensor.stride()
+    if not batch * heads * rows:
         return f"expected elements, got the shape {tuple(tensor.shape)}"
-    strides = [step * tensor.element_size() for step in tensor.stride()]
-    batch, heads = tensor.shape[:2]
-    jumps = [strides[2], strides[0] if batch > 1 else 0, strides[1] if heads > 1 else 0]
-    if any(jump % ALIGNMENT for jump in jumps):
-        return f"expected strides of whole {ALIGNMENT} bytes, got {strides[:3]} bytes"
+    size = tensor.element_size()
+    # a stride that is never taken can be anything; a bit that any of the others has is set
+    taken = row | (sample if batch > 1 else 0) | (head if heads > 1 else 0)
+    if taken * size % ALIGNMENT:
+        got = [step * size for step in (sample, head, row)]
+        return f"expected strides of whole {ALIGNMENT} bytes, got {got} bytes"
     if tensor.data_ptr() % ALIGNMENT:
         return f"expected data that starts at a multiple of {ALIGNMENT} bytes"
     return None

@@ -33,7 +33,7 @@ The next product overlaps with the softmax: S of tile t + 1 is in flight during 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ class Results(NamedTuple):
     lse: object
     residual: object  # of lse, where F.NATURAL
     staging: object
+    falls: object  # a float32 for each warp, where F.SLACK
 
 
 @gluon.jit
@@ -95,7 +96,12 @@ def compute(
     for turn in range(lines_of_program(sizes)):
         mbarrier.wait(queries.full.index(0), turn & 1)
         slot = turn & 1
-        acc, l_i, m_i, n_tiles = attend_line(w, queries, slot, rings, tile, problem, F, STAGES)
+        falls = None
+        if F.SLACK > 0:
+            falls = results.falls.index(w)
+        acc, l_i, m_i, n_tiles = attend_line(
+            w, queries, slot, rings, tile, problem, falls, F, STAGES
+        )  # fmt: skip
         tile += n_tiles
         # read anew, not to hold a register in the loops
         pair, start_i = get(queries.pair.index(slot)), get(queries.start_i.index(slot)) + w * ROWS
@@ -154,7 +160,11 @@ def forward_gluon_kernel(
     rings = make_rings(k_desc, v_desc, WARPGROUPS, STAGES)
     staging = buffers(out_desc, WARPGROUPS)
     fence_async_shared()
-    results = Results(out_desc, lse_ptr, residual_ptr, staging)
+    falls = None
+    if F.SLACK > 0:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        falls = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, 4], layout)
+    results = Results(out_desc, lse_ptr, residual_ptr, staging, falls)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
@@ -183,13 +193,23 @@ def layout_of(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], kind)
 
 
+@functools.cache
+def frame(rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of a descriptor of such tiles, but for the tensor's."""
+    some = torch.empty(1, 1, rows, width, dtype=dtype)
+    shape = [1, 1, rows, width]
+    return vars(TensorDescriptor(some, shape, some.stride(), shape, layout_of(rows, width, dtype)))
+
+
 def describe(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
     """A (B, H, N, D) tensor, as tiles (1, 1, rows, width); read as 0 beyond N and D."""
     (batch, heads, *_), (b, h, n, _) = tensor.shape, tensor.stride()
     # a stride that is never taken can be anything, except in a descriptor
     strides = [b if batch > 1 else n, h if heads > 1 else n, n, 1]
-    layout = layout_of(rows, width, tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, width], layout)
+    made = object.__new__(TensorDescriptor)  # forms.py has checked what its constructor would
+    made.__dict__ |= frame(rows, width, tensor.dtype)
+    made.__dict__ |= {"base": tensor, "shape": list(tensor.shape), "strides": strides}
+    return made
 
 
 def launch(

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon_keep import keep_bits, keep_weights
 from .gluon_loads import ROWS, get
 from .primitives import bias_base, keep_seen, log2_factor, logits, online_softmax, visible
 
@@ -25,6 +26,7 @@ class Work(NamedTuple):
     queries: object
     slot: object  # of the line's integers
     first_row: object  # mask row of the warpgroup's first query
+    falls: object  # shared memory for an entry of each warp, where F.SLACK
 
 
 @gluon.jit
@@ -50,50 +52,24 @@ def issue_output(p, acc, rings, t, F: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
-    """The scores of a tile whose bits are set, else -inf; all of them where `bits` is -1.
-
-    A word of 32 keys becomes a dimension: a thread has as many words as S has registers to 8
-    columns, and the compiler knows the bit of each register but for a shift.
-    """
-    WIDTH: gl.constexpr = 32
-    WORDS: gl.constexpr = F.BLOCK_N // WIDTH
-    layout: gl.constexpr = s.type.layout
-    # [ROWS, WORDS, WIDTH]
-    parts = gl.reshape(s, [ROWS, WORDS, WIDTH])
-    by_word: gl.constexpr = gl.SliceLayout(2, parts.type.layout)
-    # [ROWS], [WORDS], [WIDTH]
-    r = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, by_word))
-    w = gl.arange(0, WORDS, gl.SliceLayout(0, by_word))
-    c = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, parts.type.layout)))
-    per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32
-    rows = bits_ptr + (bits.to(gl.int64) * F.BLOCK_Q + r % F.BLOCK_Q) * per_row
-    rows += (start_n % F.BLOCK_KV) // 32
-    # [ROWS, WORDS]
-    word = gl.load(rows[:, None] + w[None, :], mask=bits >= 0, other=-1)
-    if F.CLIP:  # bits beyond a sample's keys need not be 0
-        left = gl.minimum(gl.maximum(end_n - start_n - w * 32, 0), 32)
-        word &= ((1 << left.to(gl.int64)) - 1).to(gl.int32)[None, :]
-    # [ROWS, WORDS, WIDTH], as `tile_bits`
-    seen = (word[:, :, None] >> (c % 8)[None, None, :], (1 << (c // 8 * 8))[None, None, :])
-    kept = keep_seen(seen, parts, float("-inf"), True, F)
-    return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), layout)
+def query_offset(work, F: gl.constexpr):
+    """Mask row of the sample's first query."""
+    offset = 0
+    if F.OFFSET:
+        line = work.queries
+        offset = get(line.row0.index(work.slot)) - get(line.start_i.index(work.slot))
+    return offset
 
 
 @gluon.jit
-def softmax(
-    s, m_i, l_i, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """`online_softmax` of the scores of tile t."""
+def finish_scores(s, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
+    """The logits of tile t from its scores, -inf where a PARTIAL tile hides them."""
     sizes, modifiers, line = work.problem.sizes, work.problem.modifiers, work.queries
     n = get(rings.starts.index(t % (STAGES + 1)))
     # [1, BLOCK_N], [ROWS, 1]
     n2 = (n + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
     r2 = (work.first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s.type.layout)))[:, None]
-    offset = 0
-    if F.OFFSET:
-        offset = get(line.row0.index(work.slot)) - get(line.start_i.index(work.slot))
+    offset = query_offset(work, F)
     pair = get(line.pair.index(work.slot))
     base = bias_base(modifiers, pair // sizes.heads, pair % sizes.heads, F)
     s, _ = logits(s, base, r2, n2, offset, sizes, modifiers, F)
@@ -106,9 +82,18 @@ def softmax(
     elif MASKED:
         seen = visible(None, 0, n, r2, n2, end_n, sizes, MASKED, F)
         s = keep_seen(seen, s, float("-inf"), MASKED, F)
-    safe: gl.constexpr = MASKED or F.BIAS != "none"
-    factor = log2_factor(modifiers, F)
-    return online_softmax(s, factor, m_i, l_i, safe, F.SLACK, F.NATURAL)
+    return s
+
+
+@gluon.jit
+def least(alpha, falls):
+    """The least of a warpgroup's factors, from those of its warps in shared memory. A reduction
+    over all rows would go through shared memory twice.
+    """
+    # [4]
+    falls.store(gl.min(gl.reshape(alpha, [4, ROWS // 4]), 1))
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    return gl.min(falls.load(layout), 0)
 
 
 @gluon.jit
@@ -125,10 +110,17 @@ def add_tile(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Take the scores of tile t into the running sums; O + P V is in flight, and P must live."""
+    """Take the logits of tile t into the running sums; O + P V is in flight, and P must live."""
+    safe: gl.constexpr = MASKED or F.BIAS != "none"
+    factor = log2_factor(work.problem.modifiers, F)
     # weights [ROWS, BLOCK_N]; alpha, m_i, l_i [ROWS]
-    weights, alpha, m_i, l_i = softmax(s, m_i, l_i, t, rings, work, MASKED, F, STAGES)
-    if F.SLACK == 0 or gl.min(alpha, 0) < 1.0:
+    weights, alpha, m_i, l_i = online_softmax(s, factor, m_i, l_i, safe, F.SLACK, F.NATURAL)
+    if F.DROPOUT:
+        n = get(rings.starts.index(t % (STAGES + 1)))
+        first_i = work.first_row - query_offset(work, F)
+        pair = get(work.queries.pair.index(work.slot))
+        weights = keep_weights(weights, first_i, n, pair, work.problem.modifiers, F)
+    if F.SLACK == 0 or least(alpha, work.falls) < 1.0:
         acc = acc * rows_of(alpha, acc)[:, None]
     p = operand(weights, acc, q.dtype)
     return issue_output(p, acc, rings, t, F, STAGES), p, l_i, m_i
@@ -148,7 +140,9 @@ def step(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Add tile t, not the last, while the scores of the next are computed, which it returns."""
+    """Add the logits of tile t, not the last, while the scores of the next are computed, which it
+    returns.
+    """
     layout: gl.constexpr = s.type.layout
     # [ROWS, BLOCK_N]
     following = issue_scores(q, rings, t + 1, layout, F, STAGES)
@@ -182,6 +176,7 @@ def attend_line(
     rings,
     tile,
     problem,
+    falls,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -192,7 +187,7 @@ def attend_line(
     q = queries.tiles.index(w).reshape([ROWS, F.PAD])
     n_inside, n_tiles = get(queries.n_inside.index(slot)), get(queries.n_tiles.index(slot))
     first_row = get(queries.row0.index(slot)) + w * ROWS
-    work = Work(problem, queries, slot, first_row)
+    work = Work(problem, queries, slot, first_row, falls)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
     # [ROWS, PAD_V]
@@ -211,11 +206,15 @@ def attend_line(
         pairs_end = tile + gl.minimum(n_inside, n_tiles - 1) // 2 * 2
         for t in range(tile, pairs_end, 2):
             for more in gl.static_range(2):
+                s = finish_scores(s, t + more, rings, work, False, F, STAGES)
                 s, acc, l_i, m_i = step(
                     s, acc, l_i, m_i, t + more, q, rings, work, False, F, STAGES
                 )  # fmt: skip
+        # hiding copies the scores, so that the next can end where they were
+        s = finish_scores(s, pairs_end, rings, work, True, F, STAGES)
         for t in range(pairs_end, last):
             s, acc, l_i, m_i = step(s, acc, l_i, m_i, t, q, rings, work, True, F, STAGES)
+            s = finish_scores(s, t + 1, rings, work, True, F, STAGES)
         mbarrier.arrive(queries.empty.index(0), count=1)
         acc, p, l_i, m_i = add_tile(s, acc, l_i, m_i, last, q, rings, work, True, F, STAGES)
         acc, p = warpgroup_mma_wait(0, [acc, p])

@@ -18,10 +18,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SELECT = "{ .reg .pred seen; .reg .b32 set; TEST; selp.f32 $0, $3, OTHER, seen; }"
 HAS_BIT = SELECT.replace("TEST", "and.b32 set, $1, $2; setp.ne.b32 seen, set, 0")
 COMES_BEFORE = SELECT.replace("TEST", "setp.lt.s32 seen, $1, $2")
+NOT_BELOW = SELECT.replace("TEST", "setp.hs.u32 seen, $1, $2")
 HAS_BIT_OR_ZERO = tl.constexpr(HAS_BIT.replace("OTHER", "0f00000000"))
 HAS_BIT_OR_INF = tl.constexpr(HAS_BIT.replace("OTHER", "0fFF800000"))
 BEFORE_OR_ZERO = tl.constexpr(COMES_BEFORE.replace("OTHER", "0f00000000"))
 BEFORE_OR_INF = tl.constexpr(COMES_BEFORE.replace("OTHER", "0fFF800000"))
+NOT_BELOW_OR_ZERO = tl.constexpr(NOT_BELOW.replace("OTHER", "0f00000000"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS_OF_A_TILE = tl.constexpr(128)  # at most
@@ -266,6 +268,21 @@ def dropout_keep(i2, start_n, pair, modifiers, BLOCK_N: tl.constexpr):
     # [BLOCK_M, BLOCK_N]
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= tl.cast(modifiers.threshold, tl.uint32)
+
+
+@triton.jit
+def keep_drawn(words, threshold, x):
+    """The elements of a float32 tile whose words are at least the threshold, 0 in place of the
+    rest; in PTX as `keep_seen`.
+    """
+    if not INTERPRETED and is_cuda():
+        kept = tl.inline_asm_elementwise(
+            NOT_BELOW_OR_ZERO, "=f,r,r,f", [words, threshold, x], dtype=tl.float32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        kept = tl.where(words >= threshold, x, 0.0)
+    return kept
 
 
 @triton.jit

@@ -18,12 +18,12 @@ Q_LEN, HEADS = 1024, 4
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One call. `pass_` is one of PASSES."""
+    """One call. `pass_` is one of PASSES, or "one-pass-ungrouped"."""
 
     pass_: str
     dim: int
     block: int | None = None  # None: causal, by comparison
-    feature: str = "plain"  # or "relative", "dense", "dropout", "softcap"
+    feature: str = "plain"  # or "relative", "dense", "dropout", "softcap", "lengths"
     dtype: torch.dtype = HALF
     precision: str = "highest"  # of float32 products
 
@@ -40,19 +40,23 @@ class Launch:
         expression = masks.causal() if self.block is None else masks.sliding_window(300)
         size = self.block or 128
         mask = masks.compile_mask(expression, 1, 1, Q_LEN, Q_LEN, device="cpu", block_size=size)
-        bias = seed = offset = None
+        bias = seed = offset = lengths = None
         if self.feature == "relative":
             bias = torch.zeros(HEADS, 2 * Q_LEN - 1)
         elif self.feature == "dense":
             bias = torch.zeros(1, HEADS, 1 if self.pass_ == "decode" else Q_LEN, Q_LEN)
         elif self.feature == "dropout":
             seed = torch.zeros(1, dtype=torch.int64)
+        elif self.feature == "lengths":
+            lengths = torch.full((1,), Q_LEN, dtype=torch.int32)
         if self.pass_ == "decode":
             query, offset = query[:, :, :1], torch.zeros(1, dtype=torch.int32)
         call = Call(
-            query, key, key, mask, 0.125, bias=bias, query_offset=offset, dropout_seed=seed,
+            query, key, key, mask, 0.125, bias=bias, query_offset=offset, kv_lengths=lengths,
+            dropout_seed=seed,
             softcap=30.0 if self.feature == "softcap" else 0.0,
-            dropout_p=0.0 if seed is None else 0.1, deterministic=self.pass_ != "one-pass",
+            dropout_p=0.0 if seed is None else 0.1,
+            deterministic=not self.pass_.startswith("one-pass"),
         )  # fmt: skip
         plain = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)

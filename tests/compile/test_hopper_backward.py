@@ -24,7 +24,7 @@ LENGTH, HEADS, KV_HEADS = 1024, 4, 2
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Gradients of grouped heads."""
+    """Gradients, of grouped heads unless said otherwise."""
 
     dim: int
     kind: str
@@ -32,18 +32,21 @@ class Launch:
     v_dim: int = 0  # 0: dim
     dtype: torch.dtype = torch.bfloat16
     deterministic: bool = False
+    grouped: bool = True
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"D{self.dim}" + (f"-DV{self.v_dim}" if self.v_dim else "")
         again = "-deterministic" if self.deterministic else ""
+        again += "" if self.grouped else "-ungrouped"
         return f"gluon-backward-{shape}-{self.kind}{self.block}-{dtype}{again}"
 
     def run(self) -> None:
         """Call the launcher on CPU tensors."""
         query = torch.zeros(1, HEADS, LENGTH, self.dim, dtype=self.dtype)
-        key = torch.zeros(1, KV_HEADS, LENGTH, self.dim, dtype=self.dtype)
-        value = torch.zeros(1, KV_HEADS, LENGTH, self.v_dim or self.dim, dtype=self.dtype)
+        kv_heads = KV_HEADS if self.grouped else HEADS
+        key = torch.zeros(1, kv_heads, LENGTH, self.dim, dtype=self.dtype)
+        value = torch.zeros(1, kv_heads, LENGTH, self.v_dim or self.dim, dtype=self.dtype)
         shape = (1, 1, LENGTH, LENGTH)
         mask = masks.compile_mask(KINDS[self.kind], *shape, device="cpu", block_size=self.block)
         out = torch.zeros(1, HEADS, LENGTH, value.shape[-1], dtype=self.dtype)

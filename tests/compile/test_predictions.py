@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +50,19 @@ def test_a_committed_row_is_the_models(row):
     if known is None:
         pytest.skip("no prediction was committed for these versions")
     assert known == now
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/gpu.md"
+ON_PAGE = (  # launches in the order of the page's budgets, each as rate (lowest-highest)
+    "gluon-D128-causal128-bfloat16", "forward-bf16-D128-causal-plain",
+    "gluon-D64-causal128-bfloat16", "forward-bf16-D64-causal-plain",
+    "gluon-backward-D128-causal128-bfloat16", "one-pass-bf16-D128-causal-plain",
+    "gluon-backward-D64-causal128-bfloat16", "one-pass-bf16-D64-causal-plain",
+)  # fmt: skip
+
+
+def test_the_page_has_the_committed_predictions():
+    section = PAGE.read_text().partition("## Budgets")[2].partition("What is missed")[0]
+    found = [tuple(map(int, x)) for x in re.findall(r"(\d+) \((\d+)-(\d+)\)", section)]
+    rows = [predictions.table()["3.7.1", "12.8", CAUSAL.name, launch] for launch in ON_PAGE]
+    assert found == [(row.predicted, row.low, row.high) for row in rows]

@@ -239,6 +239,7 @@ class Gluon:
         return "integer"
 
     DotOperandLayout = NVMMADistributedLayout = BlockedLayout = lambda self, *_, **__: None
+    DistributedLinearLayout = DotOperandLayout
     num_warps = lambda self: 4  # noqa: E731
 
 
@@ -335,7 +336,7 @@ def program(
     run((q_ptr, k_ptr, v_ptr, out_ptr), lse_ptr, residual_ptr, lists, modifiers, sizes)
 
 
-MODULES = ("forward_gluon", "gluon_loads", "gluon_tile")
+MODULES = ("forward_gluon", "gluon_keep", "gluon_loads", "gluon_tile")
 
 
 @contextlib.contextmanager

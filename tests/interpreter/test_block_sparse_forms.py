@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flashmark import masks
-from flashmark.kernels.block_sparse import configs, forms
+from flashmark import masks, reference
+from flashmark.block_sparse.call import Call as SparseCall
+from flashmark.kernels.block_sparse import configs, forms, forward
 from flashmark.kernels.block_sparse.arguments import describe
 from tests.helpers import assert_close, relative_error
 from tests.interpreter import gluon_emulation
@@ -48,7 +49,8 @@ def run(form: str, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     case, mask = call.case, call.mask
     block = (mask.block_q, mask.block_kv) if mask.kind == "sparse" else None
     dim = max(case.dim, case.v_dim or 0)
-    with configs.using(forward=configs.hopper(form, dim, block, case.bias is not None)):
+    extras = case.bias is not None or case.dropout_p > 0
+    with configs.using(forward=configs.hopper(form, dim, block, extras)):
         return call.forward()
 
 
@@ -221,6 +223,11 @@ FEATURES = {
         mask=masks.sliding_window(100), batch=2, heads=1, q_len=70, rows=200, kv_len=200,
         query_offset=(10, 130), kv_lengths=(80, 200), bias=(1, 399),
     ),
+    "dropout": Case(mask=PAST, dropout_p=0.3, kv_heads=1, sinks=True),
+    "dropout-offset-causal": Case(
+        mask=masks.causal(), batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140,
+        dropout_p=0.2, bias=(2, 279),
+    ),
 }  # fmt: skip
 
 
@@ -240,6 +247,29 @@ def test_a_bias_of_minus_1e9_on_every_key_leaves_a_mean(form, device):
     assert_close(lse[:, :, 20:40], torch.full_like(lse[:, :, 20:40], -1e9), 1e-6)
 
 
+@pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345])
+def test_dropout_keeps_what_the_definition_says(form, seed, device):
+    """With equal scores and one-hot values, the output shows the mask of every key."""
+    shape, p = (2, 2, 104, 104), 0.4
+    query = torch.zeros(2, 2, 104, 16, dtype=HALF, device=device)
+    value = torch.eye(104, dtype=HALF, device=device).expand(shape).contiguous()
+    mask = masks.compile_mask(PAST, *shape, device=device, block_size=64)
+    seeds = torch.tensor([seed], device=device)
+    call = SparseCall(query, query, value, mask, 1.0, dropout_seed=seeds, dropout_p=p)
+    keep = reference.dropout_keep(seed, p, *shape, device)
+    with configs.using(forward=configs.hopper(form, 128, (64, 64), True)):
+        assert torch.equal(forward(call).out > 0, keep & mask.to_dense())
+
+
+def test_gradients_of_the_pointer_form_keep_what_the_forward_did(form, device):
+    call = Call(dataclasses.replace(FEATURES["dropout"], dtype=HALF, block=64, dim=16), device)
+    expected = call.reference()
+    budget = call.budget(expected)
+    got = call.backward(*run(form, call), True)
+    for name, tensor in got.items():
+        assert relative_error(tensor, expected[name]) <= budget[name], name
+
+
 PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
 
 
@@ -257,7 +287,6 @@ def test_the_form_is_the_default_on_hopper(form, name, device):
 
 
 REFUSED = {
-    "dropout": (Case(dropout_p=0.1), NotImplementedError, "expected no dropout"),
     "dtype": (Case(), ValueError, "query: expected float16 or bfloat16, got torch.float32"),
     "head dimension": (Case(dim=136), ValueError, "head dimension of at most 128, got 136"),
     "width of a row": (Case(dim=20), ValueError, r"whole 16 bytes, got \[.*\] bytes"),
