@@ -1,7 +1,7 @@
 """dK and dV for Hopper in Gluon: one warp loads tiles of queries through TMA, warpgroups of 64 keys
 each compute, and they meet over a ring of STAGES buffers, the stages.
 
-A stage holds all that a tile of queries brings: Q, dO, lse, Delta and a tag, its place in the mask.
+A stage holds all that a tile of queries brings: Q, dO, lse, Delta and its place in the mask.
 Its two barriers work as those of the forward, whose docstring says why it cannot deadlock; a
 warpgroup gives tile t back after it has waited for tile t + 1, so there are two stages at least.
 The tiles are those of all heads of a group, counted before the warps part, FULL ones first.
@@ -26,12 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
-from .backward_gluon_bits import keep_bits_down
+from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
-from .gluon_loads import ROWS, barriers, buffers, integers, put
+from .gluon_loads import ROWS, barriers, buffers, get, integers, put
 from .gluon_tile import operand
-from .primitives import keep_seen, log2_factor, logits, visible
+from .primitives import log2_factor, logits
 from .walk import locate
 
 
@@ -70,26 +70,13 @@ def issue_scores(k, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl
 
 
 @gluon.jit
-def probabilities(s, stages, stage, first_key, work, MASKED: gl.constexpr, F: gl.constexpr):
-    """P^T [ROWS, BLOCK_M] of the tile in a stage, from its scores."""
-    layout: gl.constexpr = s.type.layout
-    across: gl.constexpr = gl.SliceLayout(0, layout)
-    # [1, BLOCK_M]
-    lse2 = stages.lse.index(stage).load(layout)
-    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
-    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
-    if MASKED and F.KIND == "sparse":
-        first = first_key - work.start_n
-        if F.BLOCK_N < F.BLOCK_KV:
-            first = first_key % F.BLOCK_KV
-        p = keep_bits_down(p, work.lists.bits, stages.tag.index(stage), first, F)
-    elif MASKED and F.KIND == "causal":
-        # [ROWS, 1], [1, BLOCK_M]
-        n2 = (first_key + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
-        r2 = stages.tag.index(stage).load(across) + gl.arange(0, F.BLOCK_M, across)
-        seen = visible(None, 0, 0, r2[None, :], n2, work.end_n, work.sizes, MASKED, F)
-        p = keep_seen(seen, p, 0.0, MASKED, F)
-    return p
+def keep(x, word, F: gl.constexpr):
+    """The elements of P^T or dS^T [ROWS, BLOCK_M] whose keys are seen, else 0."""
+    if F.KIND == "sparse":
+        x = keep_down(x, word)
+    elif F.KIND == "causal":
+        x = keep_across(x, word)
+    return x
 
 
 @gluon.jit
@@ -103,6 +90,7 @@ def add_tile(
     first_key,
     work,
     MASKED: gl.constexpr,
+    LAST: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -113,21 +101,30 @@ def add_tile(
     layout: gl.constexpr = s.type.layout
     # [BLOCK_M, PAD] and [BLOCK_M, PAD_V], in shared memory
     q, dout = queries_of(stages, stage, F)
+    # [1, BLOCK_M]
+    delta = stages.delta.index(stage).load(layout)
+    # [ROWS, BLOCK_M], from -Delta on, which then takes no registers
+    dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout) - delta
+    dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
+    # [1, BLOCK_M]
+    lse2 = stages.lse.index(stage).load(layout)
     # [ROWS, BLOCK_M]
-    zero = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout)
-    dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-    p = probabilities(s, stages, stage, first_key, work, MASKED, F)
-    p_t = operand(p, dv, q.dtype)
+    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
+    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
+    p_t = p.to(q.dtype)
+    if MASKED:
+        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
+        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
+        p_t = keep(p_t, word, F)
+    p_t = operand(p_t, dv, q.dtype)
     # [ROWS, PAD_V]
     dv = warpgroup_mma(p_t, dout, dv, is_async=True)
     # [ROWS, BLOCK_M]
     dp = warpgroup_mma_wait(1, [dp])
-    # [1, BLOCK_M]
-    delta = stages.delta.index(stage).load(layout)
-    ds = p * (dp - delta)
-    if MASKED:  # whatever Q, dO and V are where nothing is seen
-        ds = gl.where(p == 0.0, 0.0, ds)
-    ds_t = operand(ds, dk, q.dtype)
+    ds_t = (p * dp).to(q.dtype)
+    ds_t = operand(ds_t, dk, q.dtype)
+    if MASKED:
+        ds_t = keep_where(ds_t, p_t)
     # [ROWS, PAD]
     dk = warpgroup_mma(ds_t, q, dk, is_async=True)
     return dk, dv, p_t, ds_t
@@ -150,7 +147,7 @@ def step(
 ):
     """Add tile t, not the last, and compute the scores of the next, which it returns."""
     layout: gl.constexpr = s.type.layout
-    dk, dv, p_t, ds_t = add_tile(s, dk, dv, t, v, stages, first_key, work, MASKED, F, STAGES)
+    dk, dv, p_t, ds_t = add_tile(s, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES)
     s = issue_scores(k, stages, t + 1, layout, F, STAGES)
     s, dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [s, dk, dv, p_t, ds_t])
     mbarrier.arrive(stages.empty.index(t % STAGES), count=1)
@@ -206,7 +203,7 @@ def compute(
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
             s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
-        dk, dv, p_t, ds_t = add_tile(s, dk, dv, last, v, stages, first_key, work, True, F, STAGES)
+        dk, dv, p_t, ds_t = add_tile(s, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES)
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
     kv_len = work.sizes.kv_len
     store(outputs.dk, dk * outputs.scale, held.place, w, kv_len, F.DIM, F.PAD)
@@ -278,6 +275,7 @@ def backward_kv_gluon_kernel(
         buffers(dout_desc, STAGES),
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
+        integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),

@@ -20,11 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
-from .backward_gluon_bits import keep_bits_across
+from .backward_gluon_bits import keep_across, words_of_queries
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
-from .gluon_loads import ROWS, barriers, buffers, integers, put
+from .gluon_loads import ROWS, barriers, buffers, get, integers, put
 from .gluon_tile import operand
-from .primitives import keep_seen, log2_factor, logits, padded_rows, visible
+from .primitives import log2_factor, logits, padded_rows
 from .walk import masked_tile, next_tile, place, walk_keys
 
 
@@ -33,7 +33,8 @@ class Stages(NamedTuple):
 
     k: object
     v: object
-    tag: object
+    start: object  # first key
+    bits: object  # row of tile_bits, -1 where all of a tile is seen
     full: object
     empty: object
 
@@ -82,12 +83,13 @@ class Work(NamedTuple):
 
 
 @gluon.jit
-def load_tile(k_desc, v_desc, stages, work, t, start, tag, STAGES: gl.constexpr):
+def load_tile(k_desc, v_desc, stages, work, t, start, bits, STAGES: gl.constexpr):
     """Load the t-th tile of keys and values, from key `start` on."""
     stage = t % STAGES
     full = stages.full.index(stage)
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
-    put(stages.tag.index(stage), tag)
+    put(stages.start.index(stage), start)
+    put(stages.bits.index(stage), bits)
     mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     b, hk = work.b, work.h // work.sizes.group
     tma.async_copy_global_to_shared(k_desc, [b, hk, start, 0], full, stages.k.index(stage))
@@ -100,10 +102,7 @@ def load_tiles(k_desc, v_desc, stages, work, F: gl.constexpr, STAGES: gl.constex
     lists, line = work.lists, work.line
     run, start, stop = line.run, line.start, line.stop
     for t in range(line.n_full):
-        tag = start
-        if F.KIND == "sparse":
-            tag = -1
-        load_tile(k_desc, v_desc, stages, work, t, start, tag, STAGES)
+        load_tile(k_desc, v_desc, stages, work, t, start, -1, STAGES)
         run, start, stop = next_tile(
             lists, run, line.run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
         )
@@ -111,10 +110,7 @@ def load_tiles(k_desc, v_desc, stages, work, F: gl.constexpr, STAGES: gl.constex
         start, bits = masked_tile(
             lists, line.first, rest, line.start, line.n_full, F.BLOCK_N, F.BLOCK_KV, F
         )
-        tag = start
-        if F.KIND == "sparse":
-            tag = bits * (F.BLOCK_KV // F.BLOCK_N) + start % F.BLOCK_KV // F.BLOCK_N
-        load_tile(k_desc, v_desc, stages, work, line.n_full + rest, start, tag, STAGES)
+        load_tile(k_desc, v_desc, stages, work, line.n_full + rest, start, bits, STAGES)
 
 
 @gluon.jit
@@ -143,39 +139,7 @@ def issue_weights(dout, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES
 
 
 @gluon.jit
-def probabilities(s, lse2, tag, first_row, work, MASKED: gl.constexpr, F: gl.constexpr):
-    """P [ROWS, BLOCK_N] of a tile, from its scores."""
-    layout: gl.constexpr = s.type.layout
-    across: gl.constexpr = gl.SliceLayout(0, layout)
-    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
-    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
-    if MASKED and F.KIND == "sparse":
-        p = keep_bits_across(p, work.lists.bits, tag, first_row, F)
-    elif MASKED:
-        # [1, BLOCK_N], [ROWS, 1]
-        n2 = (tag.load(across) + gl.arange(0, F.BLOCK_N, across))[None, :]
-        r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
-        seen = visible(None, 0, 0, r2, n2, work.end_n, work.sizes, MASKED, F)
-        p = keep_seen(seen, p, 0.0, MASKED, F)
-    return p
-
-
-@gluon.jit
 def add_keys(
-    p, dp, dq, delta, t, stages, MASKED: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr
-):
-    """Take tile t, of which P and dP are given, into dQ [ROWS, PAD], in flight; dS must live."""
-    k, _ = keys_of(stages, t % STAGES, F)
-    # [ROWS, BLOCK_N]
-    ds = p * (dp - delta)
-    if MASKED:  # whatever V is where nothing is seen
-        ds = gl.where(p == 0.0, 0.0, ds)
-    ds = operand(ds, dq, k.dtype)
-    return warpgroup_mma(ds, k, dq, is_async=True), ds
-
-
-@gluon.jit
-def step(
     s,
     dq,
     t,
@@ -186,22 +150,40 @@ def step(
     stages,
     first_row,
     work,
+    MORE: gl.constexpr,
     MASKED: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Add tile t, not the last, while the scores of the next are computed, which it returns."""
-    layout: gl.constexpr = s.type.layout
+    """Add tile t, whose scores are s, to dQ [ROWS, PAD]; (dQ, scores of the next tile if MORE)."""
     stage = t % STAGES
+    layout: gl.constexpr = s.type.layout
+    k, _ = keys_of(stages, stage, F)
     # [ROWS, BLOCK_N]
     dp = issue_weights(dout, stages, t, layout, F, STAGES)
-    following = issue_scores(q, stages, t + 1, layout, F, STAGES)
-    p = probabilities(s, lse2, stages.tag.index(stage), first_row, work, MASKED, F)
-    dp = warpgroup_mma_wait(1, [dp])
-    dq, ds = add_keys(p, dp, dq, delta, t, stages, MASKED, F, STAGES)
-    following, dq, ds = warpgroup_mma_wait(0, [following, dq, ds])
-    mbarrier.arrive(stages.empty.index(stage), count=1)
-    return following, dq
+    if MASKED:
+        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
+        word = words_of_queries(
+            s, work.lists, start, bits, first_row, work.end_n, work.sizes, not MORE, F
+        )  # fmt: skip
+    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
+    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
+    if MORE:
+        s = issue_scores(q, stages, t + 1, layout, F, STAGES)
+        dp = warpgroup_mma_wait(1, [dp])
+    else:
+        dp = warpgroup_mma_wait(0, [dp])
+    ds = (p * (dp - delta)).to(k.dtype)
+    if MASKED:
+        ds = keep_across(ds, word)
+    ds = operand(ds, dq, k.dtype)
+    dq = warpgroup_mma(ds, k, dq, is_async=True)
+    if MORE:
+        s, dq, ds = warpgroup_mma_wait(0, [s, dq, ds])
+        mbarrier.arrive(stages.empty.index(stage), count=1)
+    else:
+        dq, ds = warpgroup_mma_wait(0, [dq, ds])
+    return dq, s
 
 
 @gluon.jit
@@ -236,24 +218,19 @@ def compute(
         s = issue_scores(q, stages, 0, s_layout, F, STAGES)
         s = warpgroup_mma_wait(0, [s])
         last = n_tiles - 1
-        # two at a time, as in the forward
-        pairs = gl.minimum(line.n_full, last) // 2
-        for t in range(0, 2 * pairs, 2):
-            for more in gl.static_range(2):
-                s, dq = step(
-                    s, dq, t + more, q, dout, lse2, delta, stages, first_row, work, False, F, STAGES
-                )  # fmt: skip
-        for t in range(2 * pairs, last):
-            s, dq = step(
-                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, F, STAGES
+        n_full = gl.minimum(line.n_full, last)
+        for t in range(n_full):
+            dq, s = add_keys(
+                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, False, F, STAGES
             )  # fmt: skip
-        # [ROWS, BLOCK_N]
-        dp = issue_weights(dout, stages, last, s_layout, F, STAGES)
-        tag = stages.tag.index(last % STAGES)
-        p = probabilities(s, lse2, tag, first_row, work, True, F)
-        dp = warpgroup_mma_wait(0, [dp])
-        dq, ds = add_keys(p, dp, dq, delta, last, stages, True, F, STAGES)
-        dq, ds = warpgroup_mma_wait(0, [dq, ds])
+        # a FULL tile that is left has no bits and goes with the PARTIAL ones
+        for t in range(n_full, last):
+            dq, s = add_keys(
+                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, True, F, STAGES
+            )  # fmt: skip
+        dq, s = add_keys(
+            s, dq, last, q, dout, lse2, delta, stages, first_row, work, False, True, F, STAGES
+        )  # fmt: skip
 
     i = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
     d = gl.arange(0, F.PAD, gl.SliceLayout(0, q_layout))
@@ -310,6 +287,7 @@ def backward_q_gluon_kernel(
     stages = Stages(
         buffers(k_desc, STAGES),
         buffers(v_desc, STAGES),
+        integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),
