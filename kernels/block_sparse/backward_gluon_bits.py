@@ -22,6 +22,9 @@ KEEP_PAIR = tl.constexpr("{ .reg .b32 mask; prmt.b32 mask, $1, $2, $3; and.b32 $
 KEEP_WHERE = "{ .reg .b32 mask, zero; mov.b32 zero, 0; set.neu.u32.TYPE mask, $2, zero; and.b32 $0, $1, mask; }"
 KEEP_BF16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "bf16x2"))
 KEEP_FP16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "f16x2"))
+HALF = tl.constexpr(16)
+KEEP_PAIR_OF_HALVES = tl.constexpr("{ .reg .b32 bits, mask; shl.b32 bits, $1, $2; prmt.b32 mask, bits, bits, $4; and.b32 $0, $6, mask; }")
+FIRST_BYTES = tl.constexpr(0xAA88)
 FIRST_BYTE = tl.constexpr(0xCC88)  # selects it; the next is 0x1111 on
 
 
@@ -37,6 +40,20 @@ def keep_pairs(x, word, c):
         )  # fmt: skip
     else:
         kept = tl.where((word >> c) & 1 != 0, x, 0.0)
+    return kept
+
+
+@triton.jit
+def keep_halves(x, half, c):
+    """`keep_pairs` with words of 16 bits, those of a pair in one register."""
+    if not INTERPRETED and is_cuda():
+        kept = tl.inline_asm_elementwise(
+            KEEP_PAIR_OF_HALVES, "=r,r,r,r,r,r,r",
+            [half, 7 - c % 8, FIRST_BYTES + c // 8 * 0x1111, x],
+            dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        kept = tl.where((half >> c) & 1 != 0, x, 0.0)
     return kept
 
 
@@ -74,14 +91,16 @@ def keep_across(x, word):
 
 
 @gluon.jit
-def keep_down(x, word):
-    """The elements of a tile [M, N] of 16 bits whose bits in words [M / 32, N] are set, else 0."""
+def keep_down(x, half):
+    """The elements of a tile [M, N] of 16 bits whose bits in words [M / 16, N] of 16 bits are set,
+    else 0.
+    """
     M: gl.constexpr = x.shape[0]
     N: gl.constexpr = x.shape[1]
-    # [M / 32, 32, N]
-    parts = gl.reshape(x, [M // WIDTH, WIDTH, N])
-    c = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(2, parts.type.layout)))
-    kept = keep_pairs(parts, word[:, None, :], c[None, :, None])
+    # [M / 16, 16, N]
+    parts = gl.reshape(x, [M // HALF, HALF, N])
+    c = gl.arange(0, HALF, gl.SliceLayout(0, gl.SliceLayout(2, parts.type.layout)))
+    kept = keep_halves(parts, half[:, None, :], c[None, :, None])
     return gl.convert_layout(gl.reshape(kept, [M, N]), x.type.layout)
 
 
@@ -99,10 +118,10 @@ def places_across(s):
 
 @gluon.jit
 def places_down(s):
-    """Words [M / 32, 1] and columns [1, N] of a tile [M, N] of scores, for `keep_down`."""
-    WORDS: gl.constexpr = s.shape[0] // WIDTH
+    """Words [M / 16, 1] and columns [1, N] of a tile [M, N] of scores, for `keep_down`."""
+    WORDS: gl.constexpr = s.shape[0] // HALF
     N: gl.constexpr = s.shape[1]
-    parts = gl.reshape(s, [WORDS, WIDTH, N])
+    parts = gl.reshape(s, [WORDS, HALF, N])
     by_word: gl.constexpr = gl.SliceLayout(1, parts.type.layout)
     w = gl.arange(0, WORDS, gl.SliceLayout(1, by_word))
     n = gl.arange(0, N, gl.SliceLayout(0, by_word))
@@ -145,17 +164,18 @@ def words_of_queries(s, lists, start, bits, first_row, end_n, sizes, ANY: gl.con
 
 
 @gluon.jit
-def words_of_keys(s, lists, start, bits, first_key, sizes, ANY: gl.constexpr, F: gl.constexpr):
+def words_of_keys(s, lists, start, first_key, sizes, ANY: gl.constexpr, F: gl.constexpr):
     """Words of a tile of scores, keys down: the bits of the mask for `keep_down`, or what a
-    comparison says for `keep_across`. `start` is the mask row of the first query.
+    comparison says for `keep_across`. `start` is the first query's row of tile_bits, negative where
+    all are seen, or of the mask.
     """
     if F.KIND == "sparse":
-        # [ROWS / 32, 1], [1, BLOCK_M]
+        # [ROWS / 16, 1], [1, BLOCK_M]
         w, m = places_down(s)
-        per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32
-        row = bits.to(gl.int64) * F.BLOCK_Q + start % F.BLOCK_Q
-        rows = lists.bits + first_key % F.BLOCK_KV // 32 + row * per_row
-        word = load_words(rows + (m * per_row + w), bits, ANY)
+        per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32 * 2
+        halves = lists.bits.to(gl.pointer_type(gl.int16), bitcast=True)
+        halves += first_key % F.BLOCK_KV // HALF + start.to(gl.int64) * per_row
+        word = load_words(halves + (m * per_row + w), start, ANY)
     else:
         # [ROWS, 1], [1, BLOCK_M / 32]
         n, w = places_across(s)

@@ -113,8 +113,8 @@ def add_tile(
     p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
     p_t = p.to(q.dtype)
     if MASKED:
-        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
-        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
+        start = get(stages.start.index(stage))
+        word = words_of_keys(s, work.lists, start, first_key, work.sizes, LAST, F)
         p_t = keep(p_t, word, F)
     p_t = operand(p_t, dv, q.dtype)
     # [ROWS, PAD_V]
@@ -275,7 +275,6 @@ def backward_kv_gluon_kernel(
         buffers(dout_desc, STAGES),
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
-        integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),

@@ -30,8 +30,7 @@ class Stages(NamedTuple):
     dout: object
     lse: object
     delta: object
-    start: object  # mask row of the first query
-    bits: object  # row of tile_bits, -1 where all of a tile is seen
+    start: object  # as in `words_of_keys`
     full: object
     empty: object
 
@@ -57,13 +56,12 @@ def walk_head(lists, sizes, b, head, start_n, end_n, F: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(inputs, stages, work, t, head, start, bits, STAGES: gl.constexpr):
+def load_tile(inputs, stages, work, t, head, start, row, STAGES: gl.constexpr):
     """Load the t-th tile of queries, from query `start` on."""
     stage = t % STAGES
     full = stages.full.index(stage)
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
-    put(stages.start.index(stage), start)
-    put(stages.bits.index(stage), bits)
+    put(stages.start.index(stage), row)
     rows: gl.constexpr = inputs.lse.block_type.nbytes
     mbarrier.expect(full, inputs.q.block_type.nbytes + inputs.dout.block_type.nbytes + 2 * rows)
     b = work.pair // work.sizes.heads
@@ -89,7 +87,10 @@ def load_tiles(inputs, stages, work, F: gl.constexpr, STAGES: gl.constexpr):
             lists, sizes, b, head, start_n, end_n, F
         )
         for _ in range(n_full):
-            load_tile(inputs, stages, work, t, head, start, -1, STAGES)
+            row = start
+            if F.KIND == "sparse":
+                row = -1
+            load_tile(inputs, stages, work, t, head, start, row, STAGES)
             t += 1
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
     for g in range(sizes.group):
@@ -101,5 +102,8 @@ def load_tiles(inputs, stages, work, F: gl.constexpr, STAGES: gl.constexpr):
             start, bits = masked_tile(
                 lists, first, rest, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F
             )
-            load_tile(inputs, stages, work, t, head, start, bits, STAGES)
+            row = start
+            if F.KIND == "sparse":
+                row = bits * F.BLOCK_Q + start % F.BLOCK_Q
+            load_tile(inputs, stages, work, t, head, start, row, STAGES)
             t += 1
