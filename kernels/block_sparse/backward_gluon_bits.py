@@ -164,18 +164,18 @@ def words_of_queries(s, lists, start, bits, first_row, end_n, sizes, ANY: gl.con
 
 
 @gluon.jit
-def words_of_keys(s, lists, start, first_key, sizes, ANY: gl.constexpr, F: gl.constexpr):
+def words_of_keys(s, lists, start, bits, first_key, sizes, ANY: gl.constexpr, F: gl.constexpr):
     """Words of a tile of scores, keys down: the bits of the mask for `keep_down`, or what a
-    comparison says for `keep_across`. `start` is the first query's row of tile_bits, negative where
-    all are seen, or of the mask.
+    comparison says for `keep_across`. `start` and `bits` are the first query's row of the mask and
+    of tile_bits, negative where all are seen.
     """
     if F.KIND == "sparse":
         # [ROWS / 16, 1], [1, BLOCK_M]
         w, m = places_down(s)
         per_row: gl.constexpr = (F.BLOCK_KV + 31) // 32 * 2
         halves = lists.bits.to(gl.pointer_type(gl.int16), bitcast=True)
-        halves += first_key % F.BLOCK_KV // HALF + start.to(gl.int64) * per_row
-        word = load_words(halves + (m * per_row + w), start, ANY)
+        halves += first_key % F.BLOCK_KV // HALF + bits.to(gl.int64) * per_row
+        word = load_words(halves + (m * per_row + w), bits, ANY)
     else:
         # [ROWS, 1], [1, BLOCK_M / 32]
         n, w = places_across(s)

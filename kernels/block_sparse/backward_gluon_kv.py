@@ -28,11 +28,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arguments import LaunchSizes
 from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
+from .backward_gluon_tile import probabilities
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
 from .gluon_loads import ROWS, barriers, buffers, get, integers, put
 from .gluon_tile import operand
-from .primitives import log2_factor, logits
-from .walk import locate
+from .primitives import bias_base
+from .walk import locate, sample_bounds
 
 
 class Held(NamedTuple):
@@ -41,7 +42,7 @@ class Held(NamedTuple):
     k: object
     v: object
     full: object
-    place: object  # the pair and the first key, until they are stored: registers are short
+    place: object  # pair, first key, sample's keys, until they are stored: registers are short
 
 
 class Outputs(NamedTuple):
@@ -106,22 +107,35 @@ def add_tile(
     # [ROWS, BLOCK_M], from -Delta on, which then takes no registers
     dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout) - delta
     dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
+    start = get(stages.start.index(stage))
     # [1, BLOCK_M]
+    m = gl.arange(0, F.BLOCK_M, gl.SliceLayout(0, layout))[None, :]
     lse2 = stages.lse.index(stage).load(layout)
+    residual2 = lse2
+    if F.NATURAL:
+        residual2 = stages.residual.index(stage).load(layout)
+    if F.OFFSET:  # no query, so no P, before the first and after the last
+        i2 = start - work.offset + m
+        lse2 = gl.where((i2 >= 0) & (i2 < work.sizes.q_len), lse2, float("inf"))
+    # [ROWS, 1]
+    n2 = (first_key + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
+    base = bias_base(work.modifiers, 0, 0, F)
     # [ROWS, BLOCK_M]
-    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
-    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
+    p, slope = probabilities(s, lse2, residual2, base, start + m, n2, work, F)
     p_t = p.to(q.dtype)
     if MASKED:
-        start = get(stages.start.index(stage))
-        word = words_of_keys(s, work.lists, start, first_key, work.sizes, LAST, F)
+        bits = get(stages.bits.index(stage))
+        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
         p_t = keep(p_t, word, F)
     p_t = operand(p_t, dv, q.dtype)
     # [ROWS, PAD_V]
     dv = warpgroup_mma(p_t, dout, dv, is_async=True)
     # [ROWS, BLOCK_M]
     dp = warpgroup_mma_wait(1, [dp])
-    ds_t = (p * dp).to(q.dtype)
+    ds_t = p * dp
+    if F.SOFTCAP:
+        ds_t = ds_t * slope
+    ds_t = ds_t.to(q.dtype)
     ds_t = operand(ds_t, dk, q.dtype)
     if MASKED:
         ds_t = keep_where(ds_t, p_t)
@@ -155,18 +169,22 @@ def step(
 
 
 @gluon.jit
-def store(base, tile, place, w, kv_len, DIM: gl.constexpr, PAD: gl.constexpr):
-    """Store a tile of dK or dV, [ROWS, PAD], without what lies beyond the keys."""
+def store(base, tile, place, w, sizes, DIM: gl.constexpr, PAD: gl.constexpr, F: gl.constexpr):
+    """Store a tile of dK or dV, [ROWS, PAD], without what lies beyond the keys; 0 beyond those of a
+    sample, where the tile may hold anything.
+    """
     layout: gl.constexpr = tile.type.layout
     down: gl.constexpr = gl.SliceLayout(1, layout)
     # [ROWS], [PAD]
     n = place.index(1).load(down) + (w * ROWS + gl.arange(0, ROWS, down))
     d = gl.arange(0, PAD, gl.SliceLayout(0, layout))
-    row = place.index(0).load(down).to(gl.int64) * kv_len + n
+    row = place.index(0).load(down).to(gl.int64) * sizes.kv_len + n
+    if F.LENGTHS:
+        tile = gl.where((n < place.index(2).load(down))[:, None], tile, 0.0)
     gl.store(
         base + row[:, None] * DIM + d[None, :],
         tile.to(base.dtype.element_ty),
-        mask=(n < kv_len)[:, None] & (d < DIM)[None, :],
+        mask=(n < sizes.kv_len)[:, None] & (d < DIM)[None, :],
     )
 
 
@@ -205,9 +223,8 @@ def compute(
             s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
         dk, dv, p_t, ds_t = add_tile(s, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES)
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
-    kv_len = work.sizes.kv_len
-    store(outputs.dk, dk * outputs.scale, held.place, w, kv_len, F.DIM, F.PAD)
-    store(outputs.dv, dv, held.place, w, kv_len, F.DIM_V, F.PAD_V)
+    store(outputs.dk, dk * outputs.scale, held.place, w, work.sizes, F.DIM, F.PAD, F)
+    store(outputs.dv, dv, held.place, w, work.sizes, F.DIM_V, F.PAD_V, F)
 
 
 @gluon.jit(do_not_specialize=LaunchSizes._fields)
@@ -250,15 +267,15 @@ def backward_kv_gluon_kernel(
     start_n = tile * F.BLOCK_N
     if start_n >= sizes.kv_len:
         return
-    end_n = sizes.kv_len
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
     all_full, all_tiles = 0, 0
     for g in range(sizes.group):
         n_full, n_masked, _, _, _, _, _ = walk_head(
-            lists, sizes, b, hk * sizes.group + g, start_n, end_n, F
+            lists, sizes, b, hk * sizes.group + g, start_n, offset, end_n, F
         )
         all_full += n_full
         all_tiles += n_full + n_masked
-    work = Work(lists, sizes, modifiers, pair, start_n, end_n, all_full, all_tiles)
+    work = Work(lists, sizes, modifiers, pair, start_n, end_n, all_full, all_tiles, offset)
     outputs = Outputs(dk_ptr, dv_ptr, scale)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_N // ROWS
@@ -266,15 +283,18 @@ def backward_kv_gluon_kernel(
         buffers(k_desc, WARPGROUPS),
         buffers(v_desc, WARPGROUPS),
         barriers(WARPGROUPS, 1),
-        integers(2),
+        integers(3),
     )
     put(held.place.index(0), pair)
     put(held.place.index(1), start_n)
+    put(held.place.index(2), end_n)
     stages = Stages(
         buffers(q_desc, STAGES),
         buffers(dout_desc, STAGES),
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
+        buffers(lse_desc, STAGES if F.NATURAL else 1),
+        integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),

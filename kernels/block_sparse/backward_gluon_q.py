@@ -22,10 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arguments import LaunchSizes
 from .backward_gluon_bits import keep_across, words_of_queries
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
-from .gluon_loads import ROWS, barriers, buffers, get, integers, put
+from .backward_gluon_tile import probabilities
+from .gluon_loads import ROWS, barriers, buffers, get, integers, load_clipped, put
 from .gluon_tile import operand
-from .primitives import log2_factor, logits, padded_rows
-from .walk import masked_tile, next_tile, place, walk_keys
+from .line import any_tile, walk_line
+from .primitives import bias_base, padded_rows
+from .walk import locate, next_tile, sample_bounds
 
 
 class Stages(NamedTuple):
@@ -37,6 +39,7 @@ class Stages(NamedTuple):
     bits: object  # row of tile_bits, -1 where all of a tile is seen
     full: object
     empty: object
+    clipped: object  # barrier of a copy that reaches beyond a sample's keys
 
 
 class Held(NamedTuple):
@@ -57,9 +60,10 @@ class Rows(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The tiles of a line, as `walk_keys` gives them."""
+    """The tiles of a line, FULL ones first."""
 
     n_full: object
+    n_inside: object  # FULL tiles that end before the sample's keys do
     n_masked: object
     first: object
     run: object
@@ -78,22 +82,34 @@ class Work(NamedTuple):
     pair: object
     b: object
     h: object
-    row0: object
+    row0: object  # mask row of the first query
+    offset: object  # of the sample's first query
     end_n: object
 
 
 @gluon.jit
-def load_tile(k_desc, v_desc, stages, work, t, start, bits, STAGES: gl.constexpr):
+def load_tile(
+    k_desc, v_desc, stages, work, t, start, bits, clips, F: gl.constexpr, STAGES: gl.constexpr
+):
     """Load the t-th tile of keys and values, from key `start` on."""
     stage = t % STAGES
     full = stages.full.index(stage)
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
     put(stages.start.index(stage), start)
     put(stages.bits.index(stage), bits)
-    mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     b, hk = work.b, work.h // work.sizes.group
-    tma.async_copy_global_to_shared(k_desc, [b, hk, start, 0], full, stages.k.index(stage))
+    k = stages.k.index(stage)
+    if F.LENGTHS and start + F.BLOCK_N > work.end_n:  # their dS is 0
+        load_clipped(
+            k_desc, k, stages.clipped.index(0), b, hk, start, work.end_n, clips & 1, F
+        )  # fmt: skip
+        clips += 1
+        mbarrier.expect(full, v_desc.block_type.nbytes)
+    else:
+        mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [b, hk, start, 0], full, k)
     tma.async_copy_global_to_shared(v_desc, [b, hk, start, 0], full, stages.v.index(stage))
+    return clips
 
 
 @gluon.jit
@@ -101,16 +117,13 @@ def load_tiles(k_desc, v_desc, stages, work, F: gl.constexpr, STAGES: gl.constex
     """Load the tiles of keys and values: the work of the loading warp."""
     lists, line = work.lists, work.line
     run, start, stop = line.run, line.start, line.stop
-    for t in range(line.n_full):
-        load_tile(k_desc, v_desc, stages, work, t, start, -1, STAGES)
+    clips = 0
+    for t in range(line.n_full + line.n_masked):
+        n, bits = any_tile(lists, t, line.n_full, line.n_masked, line.first, start, F)
+        clips = load_tile(k_desc, v_desc, stages, work, t, n, bits, clips, F, STAGES)
         run, start, stop = next_tile(
             lists, run, line.run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
         )
-    for rest in range(line.n_masked):
-        start, bits = masked_tile(
-            lists, line.first, rest, line.start, line.n_full, F.BLOCK_N, F.BLOCK_KV, F
-        )
-        load_tile(k_desc, v_desc, stages, work, line.n_full + rest, start, bits, STAGES)
 
 
 @gluon.jit
@@ -146,6 +159,7 @@ def add_keys(
     q,
     dout,
     lse2,
+    residual2,
     delta,
     stages,
     first_row,
@@ -161,13 +175,20 @@ def add_keys(
     k, _ = keys_of(stages, stage, F)
     # [ROWS, BLOCK_N]
     dp = issue_weights(dout, stages, t, layout, F, STAGES)
+    start = get(stages.start.index(stage))
     if MASKED:
-        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
+        bits = get(stages.bits.index(stage))
         word = words_of_queries(
             s, work.lists, start, bits, first_row, work.end_n, work.sizes, not MORE, F
         )  # fmt: skip
-    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
-    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
+    # [ROWS, 1], [1, BLOCK_N]
+    r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
+    n2 = (start + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, layout)))[None, :]
+    base = bias_base(work.modifiers, work.b, work.h, F)
+    # [ROWS, BLOCK_N]
+    p, slope = probabilities(s, lse2, residual2, base, r2, n2, work, F)
+    if F.SOFTCAP:
+        p = p * slope
     if MORE:
         s = issue_scores(q, stages, t + 1, layout, F, STAGES)
         dp = warpgroup_mma_wait(1, [dp])
@@ -203,11 +224,18 @@ def compute(
     dq = gl.full([ROWS, F.PAD], 0.0, gl.float32, q_layout)
     line, sizes = work.line, work.sizes
     first_row = work.row0 + w * ROWS
-    # [ROWS, 1]
+    # [ROWS]
+    i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    here = (i >= 0) & (i < sizes.q_len)
     padded = gl.cast(work.pair, gl.int64) * padded_rows(sizes.q_len)
-    places = padded + first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    lse2 = gl.load(rows.lse + places)[:, None]
-    delta = gl.load(rows.delta + places)[:, None]
+    PARTS: gl.constexpr = 2 if F.NATURAL else 1
+    # [ROWS, 1]
+    delta = gl.load(rows.delta + (padded + i), mask=here, other=0.0)[:, None]
+    lse2 = gl.load(rows.lse + (PARTS * padded + i), mask=here, other=float("inf"))[:, None]
+    residual2 = delta
+    if F.NATURAL:
+        residuals = rows.lse + (2 * padded + padded_rows(sizes.q_len) + i)
+        residual2 = gl.load(residuals, mask=here, other=0.0)[:, None]
     # [ROWS, PAD], [ROWS, PAD_V], in shared memory
     q = held.q.index(w).reshape([ROWS, F.PAD])
     dout = held.dout.index(w).reshape([ROWS, F.PAD_V])
@@ -218,27 +246,27 @@ def compute(
         s = issue_scores(q, stages, 0, s_layout, F, STAGES)
         s = warpgroup_mma_wait(0, [s])
         last = n_tiles - 1
-        n_full = gl.minimum(line.n_full, last)
+        n_full = gl.minimum(line.n_inside, last)
         for t in range(n_full):
             dq, s = add_keys(
-                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, False, F, STAGES
+                s, dq, t, q, dout, lse2, residual2, delta, stages, first_row, work, True, False, F, STAGES
             )  # fmt: skip
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
             dq, s = add_keys(
-                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, True, F, STAGES
+                s, dq, t, q, dout, lse2, residual2, delta, stages, first_row, work, True, True, F, STAGES
             )  # fmt: skip
         dq, s = add_keys(
-            s, dq, last, q, dout, lse2, delta, stages, first_row, work, False, True, F, STAGES
+            s, dq, last, q, dout, lse2, residual2, delta, stages, first_row, work, False, True, F, STAGES
         )  # fmt: skip
 
-    i = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
     d = gl.arange(0, F.PAD, gl.SliceLayout(0, q_layout))
     row = gl.cast(work.pair, gl.int64) * sizes.q_len + i
     gl.store(
         rows.dq + row[:, None] * F.DIM + d[None, :],
         (dq * rows.scale).to(rows.dq.dtype.element_ty),
-        mask=(i < sizes.q_len)[:, None] & (d < F.DIM)[None, :],
+        mask=((i >= 0) & (i < sizes.q_len))[:, None] & (d < F.DIM)[None, :],
     )
 
 
@@ -270,14 +298,17 @@ def backward_q_gluon_kernel(
     sizes = LaunchSizes(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
-    pair, b, h, _, end_n, leading, row0 = place(sizes, lists, modifiers, F)
-    if row0 >= sizes.q_len:
-        return
-    n_full, n_masked, first, run, run_end, start, stop = walk_keys(
-        sizes, lists, leading + row0 // F.BLOCK_Q, row0, end_n, F
+    index, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
+    leading = b * sizes.line_batch + h * sizes.line_head
+    row0, n_full, n_inside, n_masked, first, run, run_end, start, stop = walk_line(
+        index, offset, end_n, leading, sizes, lists, F
     )
-    line = Line(n_full, n_masked, first, run, run_end, start, stop)
-    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, end_n)
+    if row0 >= offset + sizes.q_len:
+        return
+    line = Line(n_full, n_inside, n_masked, first, run, run_end, start, stop)
+    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, offset, end_n)
     per_row = Rows(lse_ptr, delta_ptr, dq_ptr, scale)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_M // ROWS
@@ -291,14 +322,15 @@ def backward_q_gluon_kernel(
         integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),
+        barriers(1, 1),
     )
     fence_async_shared()
     for w in gl.static_range(WARPGROUPS):
-        first_row = row0 + w * ROWS
+        first = row0 - offset + w * ROWS
         full = held.full.index(w)
         mbarrier.expect(full, q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, h, first_row, 0], full, held.q.index(w))
-        tma.async_copy_global_to_shared(dout_desc, [b, h, first_row, 0], full, held.dout.index(w))
+        tma.async_copy_global_to_shared(q_desc, [b, h, first, 0], full, held.q.index(w))
+        tma.async_copy_global_to_shared(dout_desc, [b, h, first, 0], full, held.dout.index(w))
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
