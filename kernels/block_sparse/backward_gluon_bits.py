@@ -33,7 +33,7 @@ def keep_pairs(x, word, c):
     """Elements of 16 bits where bit c of a word is set, else 0. A thread holds pairs of the last
     dimension.
     """
-    if not INTERPRETED and is_cuda():
+    if x.dtype != tl.float32 and not INTERPRETED and is_cuda():
         kept = tl.inline_asm_elementwise(
             KEEP_PAIR, "=r,r,r,r,r,r", [word << (7 - c % 8), FIRST_BYTE + c // 8 * 0x1111, x],
             dtype=x.dtype, is_pure=True, pack=2,
@@ -46,7 +46,7 @@ def keep_pairs(x, word, c):
 @triton.jit
 def keep_halves(x, half, c):
     """`keep_pairs` with words of 16 bits, those of a pair in one register."""
-    if not INTERPRETED and is_cuda():
+    if x.dtype != tl.float32 and not INTERPRETED and is_cuda():
         kept = tl.inline_asm_elementwise(
             KEEP_PAIR_OF_HALVES, "=r,r,r,r,r,r,r",
             [half, 7 - c % 8, FIRST_BYTES + c // 8 * 0x1111, x],

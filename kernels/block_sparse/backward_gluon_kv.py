@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
+from .backward_gluon_bias import add_bias_gradient
 from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
 from .backward_gluon_tile import probabilities
@@ -46,11 +47,14 @@ class Held(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Pointers to dK and dV, contiguous over (batch, key head, key), and the factor of dK."""
+    """Pointers to dK and dV, contiguous over (batch, key head, key), the factor of dK, and the
+    gradient of the bias.
+    """
 
     dk: object
     dv: object
     scale: object
+    bias: object
 
 
 @gluon.jit
@@ -90,6 +94,7 @@ def add_tile(
     stages,
     first_key,
     work,
+    bias_gradient,
     MASKED: gl.constexpr,
     LAST: gl.constexpr,
     F: gl.constexpr,
@@ -114,29 +119,44 @@ def add_tile(
     residual2 = lse2
     if F.NATURAL:
         residual2 = stages.residual.index(stage).load(layout)
-    if F.OFFSET:  # no query, so no P, before the first and after the last
+    # before the first query Q, dO, lse and Delta are 0, and so dS; a bias might outgrow float32
+    if F.OFFSET and F.NATURAL:
         i2 = start - work.offset + m
         lse2 = gl.where((i2 >= 0) & (i2 < work.sizes.q_len), lse2, float("inf"))
     # [ROWS, 1]
     n2 = (first_key + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
-    base = bias_base(work.modifiers, 0, 0, F)
+    b, head = work.pair // work.sizes.heads, 0
+    if F.NATURAL:
+        head = get(stages.head.index(stage))
+    base = bias_base(work.modifiers, b, head, F)
     # [ROWS, BLOCK_M]
     p, slope = probabilities(s, lse2, residual2, base, start + m, n2, work, F)
-    p_t = p.to(q.dtype)
     if MASKED:
         bits = get(stages.bits.index(stage))
         word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
+    if F.NATURAL:  # the bias has a gradient in float32
+        p = gl.where(n2 < work.end_n, p, 0.0)
+        if MASKED:
+            p = keep(p, word, F)
+    p_t = p.to(q.dtype)
+    if MASKED and not F.NATURAL:
         p_t = keep(p_t, word, F)
+    if F.SOFTCAP and not F.NATURAL:
+        p = p * slope
     p_t = operand(p_t, dv, q.dtype)
     # [ROWS, PAD_V]
     dv = warpgroup_mma(p_t, dout, dv, is_async=True)
     # [ROWS, BLOCK_M]
     dp = warpgroup_mma_wait(1, [dp])
-    ds_t = p * dp
-    if F.SOFTCAP:
-        ds_t = ds_t * slope
-    ds_t = ds_t.to(q.dtype)
-    ds_t = operand(ds_t, dk, q.dtype)
+    ds = p * dp
+    if F.NATURAL:
+        ds = gl.where(p == 0.0, 0.0, ds)
+        add_bias_gradient(
+            ds, b, head, first_key, n2, start, m, work.offset, bias_gradient, work.sizes, F
+        )
+        if F.SOFTCAP:
+            ds = ds * slope
+    ds_t = operand(ds.to(q.dtype), dk, q.dtype)
     if MASKED:
         ds_t = keep_where(ds_t, p_t)
     # [ROWS, PAD]
@@ -155,13 +175,16 @@ def step(
     stages,
     first_key,
     work,
+    bias_gradient,
     MASKED: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Add tile t, not the last, and compute the scores of the next, which it returns."""
     layout: gl.constexpr = s.type.layout
-    dk, dv, p_t, ds_t = add_tile(s, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES)
+    dk, dv, p_t, ds_t = add_tile(
+        s, dk, dv, t, v, stages, first_key, work, bias_gradient, MASKED, False, F, STAGES
+    )  # fmt: skip
     s = issue_scores(k, stages, t + 1, layout, F, STAGES)
     s, dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [s, dk, dv, p_t, ds_t])
     mbarrier.arrive(stages.empty.index(t % STAGES), count=1)
@@ -217,11 +240,17 @@ def compute(
         last = work.n_tiles - 1
         n_full = gl.minimum(work.n_full, last)
         for t in range(n_full):
-            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, False, F, STAGES)
+            s, dk, dv = step(
+                s, dk, dv, t, k, v, stages, first_key, work, outputs.bias, False, F, STAGES
+            )  # fmt: skip
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
-            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
-        dk, dv, p_t, ds_t = add_tile(s, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES)
+            s, dk, dv = step(
+                s, dk, dv, t, k, v, stages, first_key, work, outputs.bias, True, F, STAGES
+            )  # fmt: skip
+        dk, dv, p_t, ds_t = add_tile(
+            s, dk, dv, last, v, stages, first_key, work, outputs.bias, True, True, F, STAGES
+        )  # fmt: skip
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
     store(outputs.dk, dk * outputs.scale, held.place, w, work.sizes, F.DIM, F.PAD, F)
     store(outputs.dv, dv, held.place, w, work.sizes, F.DIM_V, F.PAD_V, F)
@@ -237,6 +266,7 @@ def backward_kv_gluon_kernel(
     v_desc,
     dk_ptr,
     dv_ptr,
+    bias_gradient,
     lists,
     modifiers,
     scale,
@@ -276,7 +306,7 @@ def backward_kv_gluon_kernel(
         all_full += n_full
         all_tiles += n_full + n_masked
     work = Work(lists, sizes, modifiers, pair, start_n, end_n, all_full, all_tiles, offset)
-    outputs = Outputs(dk_ptr, dv_ptr, scale)
+    outputs = Outputs(dk_ptr, dv_ptr, scale, bias_gradient)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_N // ROWS
     held = Held(
@@ -294,6 +324,7 @@ def backward_kv_gluon_kernel(
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
         buffers(lse_desc, STAGES if F.NATURAL else 1),
+        integers(STAGES),
         integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),

@@ -31,6 +31,7 @@ class Stages(NamedTuple):
     lse: object
     delta: object
     residual: object  # where F.NATURAL
+    head: object  # query head
     start: object  # mask row of the first query
     bits: object  # its row of tile_bits, negative where all of a tile is seen
     full: object
@@ -68,6 +69,7 @@ def load_tile(
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
     put(stages.start.index(stage), start)
     put(stages.bits.index(stage), bits)
+    put(stages.head.index(stage), head)
     PARTS: gl.constexpr = 2 if F.NATURAL else 1
     rows: gl.constexpr = inputs.lse.block_type.nbytes
     tiles: gl.constexpr = inputs.q.block_type.nbytes + inputs.dout.block_type.nbytes

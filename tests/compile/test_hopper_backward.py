@@ -16,6 +16,7 @@ from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels.block_sparse import backward, configs
 from tests.compile import budgets, machine_code
 from tests.compile.test_block_sparse_kernels import SPILL_ALLOWED
+from tests.compile.test_hopper_forms import FEATURES
 
 KINDS = {"sparse": masks.sliding_window(300), "causal": masks.causal(), "dense": None}
 KERNELS = ["delta_kernel", "backward_kv_gluon_kernel", "backward_q_gluon_kernel"]
@@ -32,12 +33,14 @@ class Launch:
     v_dim: int = 0  # 0: dim
     dtype: torch.dtype = torch.bfloat16
     deterministic: bool = False
+    feature: str = ""  # one of FEATURES
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"D{self.dim}" + (f"-DV{self.v_dim}" if self.v_dim else "")
         again = "-deterministic" if self.deterministic else ""
-        return f"gluon-backward-{shape}-{self.kind}{self.block}-{dtype}{again}"
+        extras = again + (f"-{self.feature}" if self.feature else "")
+        return f"gluon-backward-{shape}-{self.kind}{self.block}-{dtype}{extras}"
 
     def run(self) -> None:
         """Call the launcher on CPU tensors."""
@@ -48,8 +51,10 @@ class Launch:
         mask = masks.compile_mask(KINDS[self.kind], *shape, device="cpu", block_size=self.block)
         out = torch.zeros(1, HEADS, LENGTH, value.shape[-1], dtype=self.dtype)
         lse = torch.zeros(1, HEADS, LENGTH)
-        call = Call(query, key, value, mask, 0.125, deterministic=self.deterministic)
-        backward(call, Saved(out, lse, lse.new_zeros(0)), out, None)
+        given = FEATURES.get(self.feature, {})
+        call = Call(query, key, value, mask, 0.125, deterministic=self.deterministic, **given)
+        residual = lse.new_zeros(lse.shape if "bias" in given else 0)
+        backward(call, Saved(out, lse, residual), out, None)
 
 
 LAUNCHES = [
@@ -57,6 +62,12 @@ LAUNCHES = [
     Launch(128, "dense", deterministic=True),
     Launch(64, "sparse", 64),
     Launch(72, "sparse", 128, 40, torch.float16),
+    *(
+        Launch(d, k, feature=x)
+        for (d, k), x in itertools.product(
+            ((64, "causal"), (128, "sparse")), ("softcap", "offset", "lengths")
+        )
+    ),
 ]
 
 
