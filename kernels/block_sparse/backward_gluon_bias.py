@@ -22,7 +22,8 @@ def add_diagonals(ds_t, base, first_key, start, gradient, sizes, F: gl.constexpr
     n = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
     c = gl.arange(0, F.BLOCK_M, gl.SliceLayout(0, layout))[None, :]
     # [ROWS, BLOCK_M]
-    turned = gl.gather(ds_t, (n - c) & (F.BLOCK_M - 1), 1)
+    # `start`, a whole number of tiles, keeps 32 addresses from living through the loop
+    turned = gl.gather(ds_t, (n - c + start) & (F.BLOCK_M - 1), 1)
     # [2, 32, BLOCK_M]
     halves = gl.reshape(turned, [2, 32, F.BLOCK_M])
     above = gl.reshape(gl.where(n >= c, turned, 0.0), [2, 32, F.BLOCK_M])

@@ -24,6 +24,7 @@ KEEP_BF16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "bf16x2"))
 KEEP_FP16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "f16x2"))
 HALF = tl.constexpr(16)
 KEEP_PAIR_OF_HALVES = tl.constexpr("{ .reg .b32 bits, mask; shl.b32 bits, $1, $2; prmt.b32 mask, bits, bits, $4; and.b32 $0, $6, mask; }")
+KEEP_TWO_OF_HALVES = tl.constexpr("{ .reg .b32 bits, other, mask; shl.b32 bits, $2, $3; prmt.b32 mask, bits, bits, $5; and.b32 $0, $7, mask; add.u32 other, $5, 0x2222; prmt.b32 mask, bits, bits, other; and.b32 $1, $8, mask; }")
 FIRST_BYTES = tl.constexpr(0xAA88)
 FIRST_BYTE = tl.constexpr(0xCC88)  # selects it; the next is 0x1111 on
 
@@ -46,7 +47,13 @@ def keep_pairs(x, word, c):
 @triton.jit
 def keep_halves(x, half, c):
     """`keep_pairs` with words of 16 bits, those of a pair in one register."""
-    if x.dtype != tl.float32 and not INTERPRETED and is_cuda():
+    if x.dtype == tl.float32 and not INTERPRETED and is_cuda():
+        kept = tl.inline_asm_elementwise(
+            KEEP_TWO_OF_HALVES, "=r,=r,r,r,r,r,r,r,r",
+            [half, 7 - c % 8, 0x8888 + c // 8 * 0x1111, x],
+            dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif not INTERPRETED and is_cuda():
         kept = tl.inline_asm_elementwise(
             KEEP_PAIR_OF_HALVES, "=r,r,r,r,r,r,r",
             [half, 7 - c % 8, FIRST_BYTES + c // 8 * 0x1111, x],

@@ -65,7 +65,8 @@ LAUNCHES = [
     *(
         Launch(d, k, feature=x)
         for (d, k), x in itertools.product(
-            ((64, "causal"), (128, "sparse")), ("softcap", "offset", "lengths")
+            ((64, "causal"), (128, "sparse")),
+            ("softcap", "relative", "dense", "offset", "lengths"),
         )
     ),
 ]
