@@ -18,23 +18,21 @@ from . import passes
 from .backward_gluon_kv import backward_kv_gluon_kernel
 from .backward_gluon_q import backward_q_gluon_kernel
 from .backward_kv import Operands
-from .bias import BiasGradient
 from .forward_gluon import describe
 from .gluon_loads import ROWS
 
 
 def describe_rows(tensor: Tensor) -> TensorDescriptor:
-    """Vectors over the queries, read as tiles (1, ROWS)."""
-    rows = tensor.shape[-1]
-    vectors = tensor.numel() // rows
+    """A vector over the queries of each head, read as tiles (1, ROWS)."""
+    batch, heads, rows = tensor.shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(tensor, [vectors, rows], [rows, 1], [1, ROWS.value], layout)
+    return TensorDescriptor(tensor, [batch * heads, rows], [rows, 1], [1, ROWS.value], layout)
 
 
 def backward(
-    operands: Operands, total: BiasGradient, call: Call, described: args.KernelArguments
+    operands: Operands, call: Call, described: args.KernelArguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV), bitwise repeatable; the gradient of the bias is added to `total`."""
+    """(dQ, dK, dV), bitwise repeatable."""
     query, key, value = operands.query, operands.key, operands.value
     dquery, dkey, dvalue = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
@@ -54,7 +52,6 @@ def backward(
         v_desc,
         dkey,
         dvalue,
-        total,
         described.cols,
         described.modifiers,
         call.scale,

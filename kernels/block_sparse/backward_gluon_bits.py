@@ -17,16 +17,22 @@ from triton.language.target_info import is_cuda
 from .primitives import INTERPRETED
 
 WIDTH = tl.constexpr(32)  # bits of a word
+HALF = tl.constexpr(16)
 # the sign of a byte of $1 fills the lower half of the mask, that of $2 the upper one
 KEEP_PAIR = tl.constexpr("{ .reg .b32 mask; prmt.b32 mask, $1, $2, $3; and.b32 $0, $5, mask; }")
-KEEP_WHERE = "{ .reg .b32 mask, zero; mov.b32 zero, 0; set.neu.u32.TYPE mask, $2, zero; and.b32 $0, $1, mask; }"
-KEEP_BF16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "bf16x2"))
-KEEP_FP16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "f16x2"))
-HALF = tl.constexpr(16)
-KEEP_PAIR_OF_HALVES = tl.constexpr("{ .reg .b32 bits, mask; shl.b32 bits, $1, $2; prmt.b32 mask, bits, bits, $4; and.b32 $0, $6, mask; }")
-KEEP_TWO_OF_HALVES = tl.constexpr("{ .reg .b32 bits, other, mask; shl.b32 bits, $2, $3; prmt.b32 mask, bits, bits, $5; and.b32 $0, $7, mask; add.u32 other, $5, 0x2222; prmt.b32 mask, bits, bits, other; and.b32 $1, $8, mask; }")
-FIRST_BYTES = tl.constexpr(0xAA88)
 FIRST_BYTE = tl.constexpr(0xCC88)  # selects it; the next is 0x1111 on
+# the same with the words of a pair, of 16 bits, in one register
+KEEP_PAIR_OF_HALVES = tl.constexpr(
+    "{ .reg .b32 bits, mask; shl.b32 bits, $1, $2; prmt.b32 mask, bits, bits, $4;"
+    "  and.b32 $0, $6, mask; }"
+)
+FIRST_BYTES = tl.constexpr(0xAA88)
+KEEP_WHERE = (
+    "{ .reg .b32 mask, zero; mov.b32 zero, 0; set.neu.u32.TYPE mask, $2, zero;"
+    "  and.b32 $0, $1, mask; }"
+)
+KEEP_WHERE_BF16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "bf16x2"))
+KEEP_WHERE_FP16 = tl.constexpr(KEEP_WHERE.replace("TYPE", "f16x2"))
 
 
 @triton.jit
@@ -34,7 +40,7 @@ def keep_pairs(x, word, c):
     """Elements of 16 bits where bit c of a word is set, else 0. A thread holds pairs of the last
     dimension.
     """
-    if x.dtype != tl.float32 and not INTERPRETED and is_cuda():
+    if not INTERPRETED and is_cuda():
         kept = tl.inline_asm_elementwise(
             KEEP_PAIR, "=r,r,r,r,r,r", [word << (7 - c % 8), FIRST_BYTE + c // 8 * 0x1111, x],
             dtype=x.dtype, is_pure=True, pack=2,
@@ -47,13 +53,7 @@ def keep_pairs(x, word, c):
 @triton.jit
 def keep_halves(x, half, c):
     """`keep_pairs` with words of 16 bits, those of a pair in one register."""
-    if x.dtype == tl.float32 and not INTERPRETED and is_cuda():
-        kept = tl.inline_asm_elementwise(
-            KEEP_TWO_OF_HALVES, "=r,=r,r,r,r,r,r,r,r",
-            [half, 7 - c % 8, 0x8888 + c // 8 * 0x1111, x],
-            dtype=x.dtype, is_pure=True, pack=2,
-        )  # fmt: skip
-    elif not INTERPRETED and is_cuda():
+    if not INTERPRETED and is_cuda():
         kept = tl.inline_asm_elementwise(
             KEEP_PAIR_OF_HALVES, "=r,r,r,r,r,r,r",
             [half, 7 - c % 8, FIRST_BYTES + c // 8 * 0x1111, x],
@@ -70,7 +70,7 @@ def keep_where(x, other):
     if not INTERPRETED and is_cuda():
         BF16: tl.constexpr = x.dtype == tl.bfloat16
         kept = tl.inline_asm_elementwise(
-            KEEP_BF16 if BF16 else KEEP_FP16, "=r,r,r", [x, other],
+            KEEP_WHERE_BF16 if BF16 else KEEP_WHERE_FP16, "=r,r,r", [x, other],
             dtype=x.dtype, is_pure=True, pack=2,
         )  # fmt: skip
     else:
@@ -146,7 +146,9 @@ def load_words(ptrs, bits, ANY: gl.constexpr):
 
 
 @gluon.jit
-def words_of_queries(s, lists, start, bits, first_row, end_n, sizes, ANY: gl.constexpr, F: gl.constexpr):
+def words_of_queries(
+    s, lists, start, bits, first_row, end_n, sizes, ANY: gl.constexpr, F: gl.constexpr
+):
     """Words [ROWS, BLOCK_N / 32] of a tile of scores, queries down: the bits of the mask, or what a
     comparison says. `start` is the first key, `bits` the row of tile_bits, -1 where all are seen.
     """

@@ -18,43 +18,27 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .arguments import LaunchSizes
-from .backward_gluon_bias import add_bias_gradient
 from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
-from .backward_gluon_tile import probabilities
+from .backward_gluon_tile import hold, operands_of, probabilities
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
 from .gluon_loads import ROWS, barriers, buffers, get, integers, put
 from .gluon_tile import operand
-from .primitives import bias_base
 from .walk import locate, sample_bounds
 
 
-class Held(NamedTuple):
-    """Shared memory: the tile of keys, ROWS by ROWS, and its barriers."""
-
-    k: object
-    v: object
-    full: object
-    place: object  # pair, first key, sample's keys, until they are stored: registers are short
-
-
 class Outputs(NamedTuple):
-    """Pointers to dK and dV, contiguous over (batch, key head, key), the factor of dK, and the
-    gradient of the bias.
-    """
+    """Pointers to dK and dV, contiguous over (batch, key head, key), and the factor of dK."""
 
     dk: object
     dv: object
     scale: object
-    bias: object
 
 
 @gluon.jit
@@ -94,7 +78,6 @@ def add_tile(
     stages,
     first_key,
     work,
-    bias_gradient,
     MASKED: gl.constexpr,
     LAST: gl.constexpr,
     F: gl.constexpr,
@@ -112,53 +95,26 @@ def add_tile(
     # [ROWS, BLOCK_M], from -Delta on, which then takes no registers
     dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout) - delta
     dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
-    start = get(stages.start.index(stage))
     # [1, BLOCK_M]
-    m = gl.arange(0, F.BLOCK_M, gl.SliceLayout(0, layout))[None, :]
     lse2 = stages.lse.index(stage).load(layout)
-    residual2 = lse2
-    if F.NATURAL:
-        residual2 = stages.residual.index(stage).load(layout)
-    # before the first query Q, dO, lse and Delta are 0, and so dS; a bias might outgrow float32
-    if F.OFFSET and F.NATURAL:
-        i2 = start - work.offset + m
-        lse2 = gl.where((i2 >= 0) & (i2 < work.sizes.q_len), lse2, float("inf"))
-    # [ROWS, 1]
-    n2 = (first_key + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
-    b, head = work.pair // work.sizes.heads, 0
-    if F.NATURAL:
-        head = get(stages.head.index(stage))
-    base = bias_base(work.modifiers, b, head, F)
     # [ROWS, BLOCK_M]
-    p, slope = probabilities(s, lse2, residual2, base, start + m, n2, work, F)
-    if MASKED:
-        bits = get(stages.bits.index(stage))
-        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
-    if F.NATURAL:  # the bias has a gradient in float32
-        p = gl.where(n2 < work.end_n, p, 0.0)
-        if MASKED:
-            p = keep(p, word, F)
-    p_t = p.to(q.dtype)
-    if MASKED and not F.NATURAL:
-        p_t = keep(p_t, word, F)
-    if F.SOFTCAP and not F.NATURAL:
+    p, slope = probabilities(s, lse2, work, F)
+    weights = p.to(q.dtype)
+    if F.SOFTCAP:
         p = p * slope
-    p_t = operand(p_t, dv, q.dtype)
+    if MASKED:
+        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
+        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
+        weights = keep(weights, word, F)
+    p_t = operand(weights, dv, q.dtype)
     # [ROWS, PAD_V]
     dv = warpgroup_mma(p_t, dout, dv, is_async=True)
     # [ROWS, BLOCK_M]
     dp = warpgroup_mma_wait(1, [dp])
-    ds = p * dp
-    if F.NATURAL:
-        ds = gl.where(p == 0.0, 0.0, ds)
-        add_bias_gradient(
-            ds, b, head, first_key, n2, start, m, work.offset, bias_gradient, work.sizes, F
-        )
-        if F.SOFTCAP:
-            ds = ds * slope
-    ds_t = operand(ds.to(q.dtype), dk, q.dtype)
-    if MASKED:
-        ds_t = keep_where(ds_t, p_t)
+    ds = (p * dp).to(q.dtype)
+    if MASKED:  # whatever Q, dO and V are where nothing is seen
+        ds = keep_where(ds, weights)
+    ds_t = operand(ds, dk, q.dtype)
     # [ROWS, PAD]
     dk = warpgroup_mma(ds_t, q, dk, is_async=True)
     return dk, dv, p_t, ds_t
@@ -175,7 +131,6 @@ def step(
     stages,
     first_key,
     work,
-    bias_gradient,
     MASKED: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
@@ -183,7 +138,7 @@ def step(
     """Add tile t, not the last, and compute the scores of the next, which it returns."""
     layout: gl.constexpr = s.type.layout
     dk, dv, p_t, ds_t = add_tile(
-        s, dk, dv, t, v, stages, first_key, work, bias_gradient, MASKED, False, F, STAGES
+        s, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES
     )  # fmt: skip
     s = issue_scores(k, stages, t + 1, layout, F, STAGES)
     s, dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [s, dk, dv, p_t, ds_t])
@@ -215,13 +170,16 @@ def store(base, tile, place, w, sizes, DIM: gl.constexpr, PAD: gl.constexpr, F: 
 def compute(
     w: gl.constexpr,
     held,
+    place,
     stages,
     work,
     outputs,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Compute keys ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup."""
+    """Compute keys ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup. `place`
+    has its pair, first key and sample's keys until they are stored: registers are short.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_M, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD, 16])
     v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
@@ -230,9 +188,7 @@ def compute(
     dv = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, v_layout)
     first_key = work.start_n + w * ROWS
     # [ROWS, PAD], [ROWS, PAD_V], in shared memory
-    k = held.k.index(w).reshape([ROWS, F.PAD])
-    v = held.v.index(w).reshape([ROWS, F.PAD_V])
-    mbarrier.wait(held.full.index(w), 0)
+    k, v = operands_of(held, w, F)
     if work.n_tiles > 0:
         # [ROWS, BLOCK_M]
         s = issue_scores(k, stages, 0, s_layout, F, STAGES)
@@ -240,20 +196,16 @@ def compute(
         last = work.n_tiles - 1
         n_full = gl.minimum(work.n_full, last)
         for t in range(n_full):
-            s, dk, dv = step(
-                s, dk, dv, t, k, v, stages, first_key, work, outputs.bias, False, F, STAGES
-            )  # fmt: skip
+            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, False, F, STAGES)
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
-            s, dk, dv = step(
-                s, dk, dv, t, k, v, stages, first_key, work, outputs.bias, True, F, STAGES
-            )  # fmt: skip
+            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
         dk, dv, p_t, ds_t = add_tile(
-            s, dk, dv, last, v, stages, first_key, work, outputs.bias, True, True, F, STAGES
+            s, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES
         )  # fmt: skip
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
-    store(outputs.dk, dk * outputs.scale, held.place, w, work.sizes, F.DIM, F.PAD, F)
-    store(outputs.dv, dv, held.place, w, work.sizes, F.DIM_V, F.PAD_V, F)
+    store(outputs.dk, dk * outputs.scale, place, w, work.sizes, F.DIM, F.PAD, F)
+    store(outputs.dv, dv, place, w, work.sizes, F.DIM_V, F.PAD_V, F)
 
 
 @gluon.jit(do_not_specialize=LaunchSizes._fields)
@@ -266,7 +218,6 @@ def backward_kv_gluon_kernel(
     v_desc,
     dk_ptr,
     dv_ptr,
-    bias_gradient,
     lists,
     modifiers,
     scale,
@@ -306,42 +257,29 @@ def backward_kv_gluon_kernel(
         all_full += n_full
         all_tiles += n_full + n_masked
     work = Work(lists, sizes, modifiers, pair, start_n, end_n, all_full, all_tiles, offset)
-    outputs = Outputs(dk_ptr, dv_ptr, scale, bias_gradient)
+    outputs = Outputs(dk_ptr, dv_ptr, scale)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_N // ROWS
-    held = Held(
-        buffers(k_desc, WARPGROUPS),
-        buffers(v_desc, WARPGROUPS),
-        barriers(WARPGROUPS, 1),
-        integers(3),
-    )
-    put(held.place.index(0), pair)
-    put(held.place.index(1), start_n)
-    put(held.place.index(2), end_n)
+    place = integers(3)
+    put(place.index(0), pair)
+    put(place.index(1), start_n)
+    put(place.index(2), end_n)
     stages = Stages(
         buffers(q_desc, STAGES),
         buffers(dout_desc, STAGES),
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
-        buffers(lse_desc, STAGES if F.NATURAL else 1),
-        integers(STAGES),
         integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),
     )
-    fence_async_shared()
-    for w in gl.static_range(WARPGROUPS):
-        first = start_n + w * ROWS
-        full = held.full.index(w)
-        mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [b, hk, first, 0], full, held.k.index(w))
-        tma.async_copy_global_to_shared(v_desc, [b, hk, first, 0], full, held.v.index(w))
+    held = hold(k_desc, v_desc, b, hk, start_n, WARPGROUPS)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (compute, (0, held, stages, work, outputs, F, STAGES)),
-                (compute, (1, held, stages, work, outputs, F, STAGES)),
+                (compute, (0, held, place, stages, work, outputs, F, STAGES)),
+                (compute, (1, held, place, stages, work, outputs, F, STAGES)),
                 (load_tiles, (inputs, stages, work, F, STAGES)),
             ],
             [4, 1],
@@ -350,7 +288,7 @@ def backward_kv_gluon_kernel(
     else:
         gl.warp_specialize(
             [
-                (compute, (0, held, stages, work, outputs, F, STAGES)),
+                (compute, (0, held, place, stages, work, outputs, F, STAGES)),
                 (load_tiles, (inputs, stages, work, F, STAGES)),
             ],
             [1],

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -21,12 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .arguments import LaunchSizes
 from .backward_gluon_bits import keep_across, words_of_queries
+from .backward_gluon_tile import hold, operands_of, probabilities
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
-from .backward_gluon_tile import probabilities
 from .gluon_loads import ROWS, barriers, buffers, get, integers, load_clipped, put
 from .gluon_tile import operand
 from .line import any_tile, walk_line
-from .primitives import bias_base, padded_rows
+from .primitives import padded_rows
 from .walk import locate, next_tile, sample_bounds
 
 
@@ -40,14 +39,6 @@ class Stages(NamedTuple):
     full: object
     empty: object
     clipped: object  # barrier of a copy that reaches beyond a sample's keys
-
-
-class Held(NamedTuple):
-    """Shared memory: the tile of queries, ROWS by ROWS, and its barriers."""
-
-    q: object
-    dout: object
-    full: object
 
 
 class Rows(NamedTuple):
@@ -159,7 +150,6 @@ def add_keys(
     q,
     dout,
     lse2,
-    residual2,
     delta,
     stages,
     first_row,
@@ -175,18 +165,12 @@ def add_keys(
     k, _ = keys_of(stages, stage, F)
     # [ROWS, BLOCK_N]
     dp = issue_weights(dout, stages, t, layout, F, STAGES)
-    start = get(stages.start.index(stage))
     if MASKED:
-        bits = get(stages.bits.index(stage))
+        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
         word = words_of_queries(
             s, work.lists, start, bits, first_row, work.end_n, work.sizes, not MORE, F
         )  # fmt: skip
-    # [ROWS, 1], [1, BLOCK_N]
-    r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
-    n2 = (start + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, layout)))[None, :]
-    base = bias_base(work.modifiers, work.b, work.h, F)
-    # [ROWS, BLOCK_N]
-    p, slope = probabilities(s, lse2, residual2, base, r2, n2, work, F)
+    p, slope = probabilities(s, lse2, work, F)
     if F.SOFTCAP:
         p = p * slope
     if MORE:
@@ -228,18 +212,11 @@ def compute(
     i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     here = (i >= 0) & (i < sizes.q_len)
     padded = gl.cast(work.pair, gl.int64) * padded_rows(sizes.q_len)
-    PARTS: gl.constexpr = 2 if F.NATURAL else 1
     # [ROWS, 1]
+    lse2 = gl.load(rows.lse + (padded + i), mask=here, other=float("inf"))[:, None]
     delta = gl.load(rows.delta + (padded + i), mask=here, other=0.0)[:, None]
-    lse2 = gl.load(rows.lse + (PARTS * padded + i), mask=here, other=float("inf"))[:, None]
-    residual2 = delta
-    if F.NATURAL:
-        residuals = rows.lse + (2 * padded + padded_rows(sizes.q_len) + i)
-        residual2 = gl.load(residuals, mask=here, other=0.0)[:, None]
     # [ROWS, PAD], [ROWS, PAD_V], in shared memory
-    q = held.q.index(w).reshape([ROWS, F.PAD])
-    dout = held.dout.index(w).reshape([ROWS, F.PAD_V])
-    mbarrier.wait(held.full.index(w), 0)
+    q, dout = operands_of(held, w, F)
     n_tiles = line.n_full + line.n_masked
     if n_tiles > 0:
         # [ROWS, BLOCK_N]
@@ -249,15 +226,15 @@ def compute(
         n_full = gl.minimum(line.n_inside, last)
         for t in range(n_full):
             dq, s = add_keys(
-                s, dq, t, q, dout, lse2, residual2, delta, stages, first_row, work, True, False, F, STAGES
+                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, False, F, STAGES
             )  # fmt: skip
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
             dq, s = add_keys(
-                s, dq, t, q, dout, lse2, residual2, delta, stages, first_row, work, True, True, F, STAGES
+                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, True, F, STAGES
             )  # fmt: skip
         dq, s = add_keys(
-            s, dq, last, q, dout, lse2, residual2, delta, stages, first_row, work, False, True, F, STAGES
+            s, dq, last, q, dout, lse2, delta, stages, first_row, work, False, True, F, STAGES
         )  # fmt: skip
 
     i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
@@ -312,9 +289,6 @@ def backward_q_gluon_kernel(
     per_row = Rows(lse_ptr, delta_ptr, dq_ptr, scale)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_M // ROWS
-    held = Held(
-        buffers(q_desc, WARPGROUPS), buffers(dout_desc, WARPGROUPS), barriers(WARPGROUPS, 1)
-    )
     stages = Stages(
         buffers(k_desc, STAGES),
         buffers(v_desc, STAGES),
@@ -324,13 +298,7 @@ def backward_q_gluon_kernel(
         barriers(STAGES, WARPGROUPS),
         barriers(1, 1),
     )
-    fence_async_shared()
-    for w in gl.static_range(WARPGROUPS):
-        first = row0 - offset + w * ROWS
-        full = held.full.index(w)
-        mbarrier.expect(full, q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, h, first, 0], full, held.q.index(w))
-        tma.async_copy_global_to_shared(dout_desc, [b, h, first, 0], full, held.dout.index(w))
+    held = hold(q_desc, dout_desc, b, h, row0 - offset, WARPGROUPS)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [

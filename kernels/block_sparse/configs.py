@@ -141,13 +141,10 @@ HOPPER = {
     ("gluon", 128, True): Config(128, 64, 4, 3, "gluon", lazy=True),
 }
 
-# Gluon kernels of the backward pass, by whether there is a bias: tiles that walk have 64 rows, and a
-# warpgroup holds 64
+# Gluon kernels of the backward pass: tiles that walk have 64 rows, and a warpgroup holds 64
 HOPPER_BACKWARD = {
-    ("backward_kv", False): Config(64, 128, 4, 4, "gluon"),
-    ("backward_kv", True): Config(64, 128, 4, 3, "gluon"),  # the rest is for turning tiles
-    ("backward_q", False): Config(128, 64, 4, 4, "gluon"),
-    ("backward_q", True): Config(128, 64, 4, 4, "gluon"),
+    "backward_kv": Config(64, 128, 4, 4, "gluon"),
+    "backward_q": Config(128, 64, 4, 4, "gluon"),
 }
 
 _IN_USE: dict[str, Config] = {}
@@ -252,13 +249,11 @@ def hopper(
     return dataclasses.replace(config, block_m=block_m, block_n=block_n)
 
 
-def hopper_backward(
-    pass_: str, block: tuple[int, int] | None = None, bias: bool = False
-) -> Config:
+def hopper_backward(pass_: str, block: tuple[int, int] | None = None) -> Config:
     """The Gluon config of "backward_kv", for one query head or a group, or of "backward_q", and a
     mask's block as in `choose`.
     """
-    config = _IN_USE.get(pass_, HOPPER_BACKWARD[pass_, bias])
+    config = _IN_USE.get(pass_, HOPPER_BACKWARD[pass_])
     if block is None:
         return config
     block_m, block_n = min(config.block_m, block[0]), min(config.block_n, block[1])

@@ -32,7 +32,7 @@ def choose_gluon(pass_: str, call: KernelArguments) -> configs.Config:
     """The config of a Gluon kernel of the backward pass."""
     features = call.features
     block = (features.BLOCK_Q, features.BLOCK_KV) if features.KIND == "sparse" else None
-    return configs.hopper_backward(pass_, block, features.BIAS != "none")
+    return configs.hopper_backward(pass_, block)
 
 
 def over_queries(

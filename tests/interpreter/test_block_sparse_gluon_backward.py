@@ -160,18 +160,6 @@ WINDOW = masks.causal() & masks.sliding_window(190)
 FEATURES = {
     "softcap": Case(mask=PAST, softcap=2.0, sinks=True),
     "softcap-causal": Case(mask=masks.causal(), softcap=2.0, kv_heads=1, dtype=torch.bfloat16),
-    "relative-bias": Case(mask=PAST, bias=(2, 139), sinks=True),
-    "relative-bias-causal": Case(mask=masks.causal(), q_len=150, bias=(2, 299), kv_heads=1),
-    "relative-bias-more-keys": Case(heads=1, kv_len=200, bias=(1, 269)),
-    "dense-bias": Case(mask=PAST, bias=(1, 2, 70, 70)),
-    "dense-bias-of-each-score": Case(mask=WINDOW, heads=1, q_len=150, bias=(1, 1, 150, 150)),
-    "bias-of-keys": Case(bias=(1, 1, 1, 70)),
-    "bias-of-queries": Case(mask=PAST, bias=(1, 2, 70, 1)),
-    "bias-of-heads-softcap": Case(mask=PAST, bias=(1, 2, 1, 1), softcap=2.0),
-    "bias-offset-and-lengths": Case(
-        mask=masks.sliding_window(100), batch=2, heads=1, q_len=70, rows=200, kv_len=200,
-        query_offset=(10, 130), kv_lengths=(80, 200), bias=(1, 399),
-    ),
     "query-offset": Case(mask=PAST, query_offset=(65,), q_len=60, rows=140, kv_len=140),
     "query-offset-causal": Case(
         mask=masks.causal(), batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140
@@ -197,6 +185,8 @@ def test_feature(gluon, name, device):
 
 PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
 WITH_POINTERS = {
+    "relative bias": {"bias": (2, 139)},
+    "dense bias": {"bias": (1, 1, 70, 70)},
     "dropout": {"dropout_p": 0.1},
     "dtype": {"dtype": torch.float32},
     "head dimension": {"dim": 136},
