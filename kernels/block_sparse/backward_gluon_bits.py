@@ -66,7 +66,7 @@ def keep_halves(x, half, c):
 
 @triton.jit
 def keep_where(x, other):
-    """Elements of 16 bits where those of another tile are not 0, else 0."""
+    """Elements of 16 bits where those of another tile are not 0, else 0: words need not live."""
     if not INTERPRETED and is_cuda():
         BF16: tl.constexpr = x.dtype == tl.bfloat16
         kept = tl.inline_asm_elementwise(

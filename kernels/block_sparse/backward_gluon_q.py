@@ -1,8 +1,8 @@
 """dQ for Hopper in Gluon: one warp loads tiles of keys and values through TMA, and warpgroups of 64
 queries each compute.
 
-The ring is that of dK and dV, with K, V and a tag in a stage. While a warpgroup computes P, its dP
-and S of the next tile are in flight; during dS, S of the next.
+The ring is that of dK and dV, with K, V and their place in the mask in a stage. While a warpgroup
+computes P, its dP is in flight; during dS, S of the next tile, which ends where this one's was.
 """
 
 from __future__ import annotations

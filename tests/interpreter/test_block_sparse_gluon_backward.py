@@ -155,6 +155,18 @@ def test_what_a_query_does_not_see_changes_nothing(gluon, name, device):
     assert all(torch.equal(before[n][..., :101, :], after[n][..., :101, :]) for n in before)
 
 
+@pytest.mark.parametrize("name", ["causal", "random-bits"])
+def test_scores_far_apart(gluon, name, device):
+    """A hidden score may be so far above a row's lse that its probability is infinite."""
+    case = Case(mask=MASKS[name], kv_heads=1, q_len=150, block=64, dtype=HALF, sinks=True)
+    call = Call(case, device, magnitude=60.0)
+    expected = call.reference()
+    budget = call.budget(expected)
+    for name, tensor in gradients(gluon, call, *call.forward()).items():
+        assert tensor.isfinite().all(), name
+        assert relative_error(tensor, expected[name]) <= budget[name], name
+
+
 PAST = masks.causal() & ~masks.prefix(20)
 WINDOW = masks.causal() & masks.sliding_window(190)
 FEATURES = {
