@@ -1,7 +1,7 @@
 """dK and dV for Hopper in Gluon: one warp loads tiles of queries through TMA, warpgroups of 64 keys
 each compute, and they meet over a ring of STAGES buffers, the stages.
 
-A stage holds all that a tile of queries brings: Q, dO, lse, Delta and a tag, its place in the mask.
+A stage holds all that a tile of queries brings: Q, dO, lse, Delta and its place in the mask.
 Its two barriers work as those of the forward, whose docstring says why it cannot deadlock; a
 warpgroup gives tile t back after it has waited for tile t + 1, so there are two stages at least.
 The tiles are those of all heads of a group, counted before the warps part, FULL ones first.
@@ -18,30 +18,19 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .arguments import LaunchSizes
-from .backward_gluon_bits import keep_bits_down
+from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
+from .backward_gluon_tile import hold, operands_of, probabilities
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
-from .gluon_loads import ROWS, barriers, buffers, integers, put
+from .gluon_loads import ROWS, barriers, buffers, get, integers, put
 from .gluon_tile import operand
-from .primitives import keep_seen, log2_factor, logits, visible
-from .walk import locate
-
-
-class Held(NamedTuple):
-    """Shared memory: the tile of keys, ROWS by ROWS, and its barriers."""
-
-    k: object
-    v: object
-    full: object
-    place: object  # the pair and the first key, until they are stored: registers are short
+from .walk import locate, sample_bounds
 
 
 class Outputs(NamedTuple):
@@ -70,26 +59,13 @@ def issue_scores(k, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl
 
 
 @gluon.jit
-def probabilities(s, stages, stage, first_key, work, MASKED: gl.constexpr, F: gl.constexpr):
-    """P^T [ROWS, BLOCK_M] of the tile in a stage, from its scores."""
-    layout: gl.constexpr = s.type.layout
-    across: gl.constexpr = gl.SliceLayout(0, layout)
-    # [1, BLOCK_M]
-    lse2 = stages.lse.index(stage).load(layout)
-    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
-    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
-    if MASKED and F.KIND == "sparse":
-        first = first_key - work.start_n
-        if F.BLOCK_N < F.BLOCK_KV:
-            first = first_key % F.BLOCK_KV
-        p = keep_bits_down(p, work.lists.bits, stages.tag.index(stage), first, F)
-    elif MASKED and F.KIND == "causal":
-        # [ROWS, 1], [1, BLOCK_M]
-        n2 = (first_key + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
-        r2 = stages.tag.index(stage).load(across) + gl.arange(0, F.BLOCK_M, across)
-        seen = visible(None, 0, 0, r2[None, :], n2, work.end_n, work.sizes, MASKED, F)
-        p = keep_seen(seen, p, 0.0, MASKED, F)
-    return p
+def keep(x, word, F: gl.constexpr):
+    """The elements of P^T or dS^T [ROWS, BLOCK_M] whose keys are seen, else 0."""
+    if F.KIND == "sparse":
+        x = keep_down(x, word)
+    elif F.KIND == "causal":
+        x = keep_across(x, word)
+    return x
 
 
 @gluon.jit
@@ -103,6 +79,7 @@ def add_tile(
     first_key,
     work,
     MASKED: gl.constexpr,
+    LAST: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -113,20 +90,30 @@ def add_tile(
     layout: gl.constexpr = s.type.layout
     # [BLOCK_M, PAD] and [BLOCK_M, PAD_V], in shared memory
     q, dout = queries_of(stages, stage, F)
+    # [1, BLOCK_M]
+    delta = stages.delta.index(stage).load(layout)
+    # [ROWS, BLOCK_M], from -Delta on, which then takes no registers
+    dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout) - delta
+    dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
+    # [1, BLOCK_M]
+    lse2 = stages.lse.index(stage).load(layout)
     # [ROWS, BLOCK_M]
-    zero = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout)
-    dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-    p = probabilities(s, stages, stage, first_key, work, MASKED, F)
-    p_t = operand(p, dv, q.dtype)
+    p, slope = probabilities(s, lse2, work, F)
+    weights = p.to(q.dtype)
+    if F.SOFTCAP:
+        p = p * slope
+    if MASKED:
+        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
+        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
+        weights = keep(weights, word, F)
+    p_t = operand(weights, dv, q.dtype)
     # [ROWS, PAD_V]
     dv = warpgroup_mma(p_t, dout, dv, is_async=True)
     # [ROWS, BLOCK_M]
     dp = warpgroup_mma_wait(1, [dp])
-    # [1, BLOCK_M]
-    delta = stages.delta.index(stage).load(layout)
-    ds = p * (dp - delta)
+    ds = (p * dp).to(q.dtype)
     if MASKED:  # whatever Q, dO and V are where nothing is seen
-        ds = gl.where(p == 0.0, 0.0, ds)
+        ds = keep_where(ds, weights)
     ds_t = operand(ds, dk, q.dtype)
     # [ROWS, PAD]
     dk = warpgroup_mma(ds_t, q, dk, is_async=True)
@@ -150,7 +137,9 @@ def step(
 ):
     """Add tile t, not the last, and compute the scores of the next, which it returns."""
     layout: gl.constexpr = s.type.layout
-    dk, dv, p_t, ds_t = add_tile(s, dk, dv, t, v, stages, first_key, work, MASKED, F, STAGES)
+    dk, dv, p_t, ds_t = add_tile(
+        s, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES
+    )  # fmt: skip
     s = issue_scores(k, stages, t + 1, layout, F, STAGES)
     s, dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [s, dk, dv, p_t, ds_t])
     mbarrier.arrive(stages.empty.index(t % STAGES), count=1)
@@ -158,18 +147,22 @@ def step(
 
 
 @gluon.jit
-def store(base, tile, place, w, kv_len, DIM: gl.constexpr, PAD: gl.constexpr):
-    """Store a tile of dK or dV, [ROWS, PAD], without what lies beyond the keys."""
+def store(base, tile, place, w, sizes, DIM: gl.constexpr, PAD: gl.constexpr, F: gl.constexpr):
+    """Store a tile of dK or dV, [ROWS, PAD], without what lies beyond the keys; 0 beyond those of a
+    sample, where the tile may hold anything.
+    """
     layout: gl.constexpr = tile.type.layout
     down: gl.constexpr = gl.SliceLayout(1, layout)
     # [ROWS], [PAD]
     n = place.index(1).load(down) + (w * ROWS + gl.arange(0, ROWS, down))
     d = gl.arange(0, PAD, gl.SliceLayout(0, layout))
-    row = place.index(0).load(down).to(gl.int64) * kv_len + n
+    row = place.index(0).load(down).to(gl.int64) * sizes.kv_len + n
+    if F.LENGTHS:
+        tile = gl.where((n < place.index(2).load(down))[:, None], tile, 0.0)
     gl.store(
         base + row[:, None] * DIM + d[None, :],
         tile.to(base.dtype.element_ty),
-        mask=(n < kv_len)[:, None] & (d < DIM)[None, :],
+        mask=(n < sizes.kv_len)[:, None] & (d < DIM)[None, :],
     )
 
 
@@ -177,13 +170,16 @@ def store(base, tile, place, w, kv_len, DIM: gl.constexpr, PAD: gl.constexpr):
 def compute(
     w: gl.constexpr,
     held,
+    place,
     stages,
     work,
     outputs,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Compute keys ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup."""
+    """Compute keys ROWS * w .. ROWS * (w + 1) - 1 of the tile: the work of one warpgroup. `place`
+    has its pair, first key and sample's keys until they are stored: registers are short.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_M, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD, 16])
     v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.PAD_V, 16])
@@ -192,9 +188,7 @@ def compute(
     dv = gl.full([ROWS, F.PAD_V], 0.0, gl.float32, v_layout)
     first_key = work.start_n + w * ROWS
     # [ROWS, PAD], [ROWS, PAD_V], in shared memory
-    k = held.k.index(w).reshape([ROWS, F.PAD])
-    v = held.v.index(w).reshape([ROWS, F.PAD_V])
-    mbarrier.wait(held.full.index(w), 0)
+    k, v = operands_of(held, w, F)
     if work.n_tiles > 0:
         # [ROWS, BLOCK_M]
         s = issue_scores(k, stages, 0, s_layout, F, STAGES)
@@ -206,11 +200,12 @@ def compute(
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
             s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
-        dk, dv, p_t, ds_t = add_tile(s, dk, dv, last, v, stages, first_key, work, True, F, STAGES)
+        dk, dv, p_t, ds_t = add_tile(
+            s, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES
+        )  # fmt: skip
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
-    kv_len = work.sizes.kv_len
-    store(outputs.dk, dk * outputs.scale, held.place, w, kv_len, F.DIM, F.PAD)
-    store(outputs.dv, dv, held.place, w, kv_len, F.DIM_V, F.PAD_V)
+    store(outputs.dk, dk * outputs.scale, place, w, work.sizes, F.DIM, F.PAD, F)
+    store(outputs.dv, dv, place, w, work.sizes, F.DIM_V, F.PAD_V, F)
 
 
 @gluon.jit(do_not_specialize=LaunchSizes._fields)
@@ -253,47 +248,38 @@ def backward_kv_gluon_kernel(
     start_n = tile * F.BLOCK_N
     if start_n >= sizes.kv_len:
         return
-    end_n = sizes.kv_len
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
     all_full, all_tiles = 0, 0
     for g in range(sizes.group):
         n_full, n_masked, _, _, _, _, _ = walk_head(
-            lists, sizes, b, hk * sizes.group + g, start_n, end_n, F
+            lists, sizes, b, hk * sizes.group + g, start_n, offset, end_n, F
         )
         all_full += n_full
         all_tiles += n_full + n_masked
-    work = Work(lists, sizes, modifiers, pair, start_n, end_n, all_full, all_tiles)
+    work = Work(lists, sizes, modifiers, pair, start_n, end_n, all_full, all_tiles, offset)
     outputs = Outputs(dk_ptr, dv_ptr, scale)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_N // ROWS
-    held = Held(
-        buffers(k_desc, WARPGROUPS),
-        buffers(v_desc, WARPGROUPS),
-        barriers(WARPGROUPS, 1),
-        integers(2),
-    )
-    put(held.place.index(0), pair)
-    put(held.place.index(1), start_n)
+    place = integers(3)
+    put(place.index(0), pair)
+    put(place.index(1), start_n)
+    put(place.index(2), end_n)
     stages = Stages(
         buffers(q_desc, STAGES),
         buffers(dout_desc, STAGES),
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
         integers(STAGES),
+        integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),
     )
-    fence_async_shared()
-    for w in gl.static_range(WARPGROUPS):
-        first = start_n + w * ROWS
-        full = held.full.index(w)
-        mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [b, hk, first, 0], full, held.k.index(w))
-        tma.async_copy_global_to_shared(v_desc, [b, hk, first, 0], full, held.v.index(w))
+    held = hold(k_desc, v_desc, b, hk, start_n, WARPGROUPS)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (compute, (0, held, stages, work, outputs, F, STAGES)),
-                (compute, (1, held, stages, work, outputs, F, STAGES)),
+                (compute, (0, held, place, stages, work, outputs, F, STAGES)),
+                (compute, (1, held, place, stages, work, outputs, F, STAGES)),
                 (load_tiles, (inputs, stages, work, F, STAGES)),
             ],
             [4, 1],
@@ -302,7 +288,7 @@ def backward_kv_gluon_kernel(
     else:
         gl.warp_specialize(
             [
-                (compute, (0, held, stages, work, outputs, F, STAGES)),
+                (compute, (0, held, place, stages, work, outputs, F, STAGES)),
                 (load_tiles, (inputs, stages, work, F, STAGES)),
             ],
             [1],

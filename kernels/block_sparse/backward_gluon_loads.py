@@ -30,7 +30,8 @@ class Stages(NamedTuple):
     dout: object
     lse: object
     delta: object
-    tag: object
+    start: object  # mask row of the first query
+    bits: object  # its row of tile_bits, negative where all of a tile is seen
     full: object
     empty: object
 
@@ -46,32 +47,36 @@ class Work(NamedTuple):
     end_n: object
     n_full: object
     n_tiles: object
+    offset: object  # mask row of the sample's first query
 
 
 @gluon.jit
-def walk_head(lists, sizes, b, head, start_n, end_n, F: gl.constexpr):
+def walk_head(lists, sizes, b, head, start_n, offset, end_n, F: gl.constexpr):
     """`walk_queries` of one query head."""
     line = b * sizes.line_batch + head * sizes.line_head + start_n // F.BLOCK_KV
-    return walk_queries(sizes, lists, line, start_n, 0, end_n, F)
+    return walk_queries(sizes, lists, line, start_n, offset, end_n, F)
 
 
 @gluon.jit
-def load_tile(inputs, stages, work, t, head, start, tag, STAGES: gl.constexpr):
-    """Load the t-th tile of queries, from query `start` on."""
+def load_tile(inputs, stages, work, t, head, start, bits, STAGES: gl.constexpr):
+    """Load the t-th tile of queries, from mask row `start` on. Before a sample's first query all is
+    0, and so are dP, Delta and dS.
+    """
     stage = t % STAGES
     full = stages.full.index(stage)
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
-    put(stages.tag.index(stage), tag)
+    put(stages.start.index(stage), start)
+    put(stages.bits.index(stage), bits)
     rows: gl.constexpr = inputs.lse.block_type.nbytes
-    mbarrier.expect(full, inputs.q.block_type.nbytes + inputs.dout.block_type.nbytes + 2 * rows)
+    tiles: gl.constexpr = inputs.q.block_type.nbytes + inputs.dout.block_type.nbytes
+    mbarrier.expect(full, tiles + 2 * rows)
     b = work.pair // work.sizes.heads
     pair = b * (work.sizes.heads * work.sizes.group) + head
-    tma.async_copy_global_to_shared(inputs.q, [b, head, start, 0], full, stages.q.index(stage))
-    tma.async_copy_global_to_shared(
-        inputs.dout, [b, head, start, 0], full, stages.dout.index(stage)
-    )
-    tma.async_copy_global_to_shared(inputs.lse, [pair, start], full, stages.lse.index(stage))
-    tma.async_copy_global_to_shared(inputs.delta, [pair, start], full, stages.delta.index(stage))
+    i = start - work.offset
+    tma.async_copy_global_to_shared(inputs.q, [b, head, i, 0], full, stages.q.index(stage))
+    tma.async_copy_global_to_shared(inputs.dout, [b, head, i, 0], full, stages.dout.index(stage))
+    tma.async_copy_global_to_shared(inputs.lse, [pair, i], full, stages.lse.index(stage))
+    tma.async_copy_global_to_shared(inputs.delta, [pair, i], full, stages.delta.index(stage))
 
 
 @gluon.jit
@@ -84,26 +89,21 @@ def load_tiles(inputs, stages, work, F: gl.constexpr, STAGES: gl.constexpr):
     for g in range(sizes.group):
         head = hk * sizes.group + g
         n_full, _, _, run, run_end, start, stop = walk_head(
-            lists, sizes, b, head, start_n, end_n, F
+            lists, sizes, b, head, start_n, work.offset, end_n, F
         )
         for _ in range(n_full):
-            tag = start
-            if F.KIND == "sparse":
-                tag = -1
-            load_tile(inputs, stages, work, t, head, start, tag, STAGES)
+            load_tile(inputs, stages, work, t, head, start, -1, STAGES)
             t += 1
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
     for g in range(sizes.group):
         head = hk * sizes.group + g
         n_full, n_masked, first, _, _, full_start, _ = walk_head(
-            lists, sizes, b, head, start_n, end_n, F
+            lists, sizes, b, head, start_n, work.offset, end_n, F
         )
         for rest in range(n_masked):
             start, bits = masked_tile(
                 lists, first, rest, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F
             )
-            tag = start
-            if F.KIND == "sparse":
-                tag = bits * F.BLOCK_Q + start % F.BLOCK_Q
-            load_tile(inputs, stages, work, t, head, start, tag, STAGES)
+            bits = bits * F.BLOCK_Q + start % F.BLOCK_Q
+            load_tile(inputs, stages, work, t, head, start, bits, STAGES)
             t += 1

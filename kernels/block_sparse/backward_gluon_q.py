@@ -1,8 +1,8 @@
 """dQ for Hopper in Gluon: one warp loads tiles of keys and values through TMA, and warpgroups of 64
 queries each compute.
 
-The ring is that of dK and dV, with K, V and a tag in a stage. While a warpgroup computes P, its dP
-and S of the next tile are in flight; during dS, S of the next.
+The ring is that of dK and dV, with K, V and their place in the mask in a stage. While a warpgroup
+computes P, its dP is in flight; during dS, S of the next tile, which ends where this one's was.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -20,12 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
-from .backward_gluon_bits import keep_bits_across
+from .backward_gluon_bits import keep_across, words_of_queries
+from .backward_gluon_tile import hold, operands_of, probabilities
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
-from .gluon_loads import ROWS, barriers, buffers, integers, put
+from .gluon_loads import ROWS, barriers, buffers, get, integers, load_clipped, put
 from .gluon_tile import operand
-from .primitives import keep_seen, log2_factor, logits, padded_rows, visible
-from .walk import masked_tile, next_tile, place, walk_keys
+from .line import any_tile, walk_line
+from .primitives import padded_rows
+from .walk import locate, next_tile, sample_bounds
 
 
 class Stages(NamedTuple):
@@ -33,17 +34,11 @@ class Stages(NamedTuple):
 
     k: object
     v: object
-    tag: object
+    start: object  # first key
+    bits: object  # row of tile_bits, -1 where all of a tile is seen
     full: object
     empty: object
-
-
-class Held(NamedTuple):
-    """Shared memory: the tile of queries, ROWS by ROWS, and its barriers."""
-
-    q: object
-    dout: object
-    full: object
+    clipped: object  # barrier of a copy that reaches beyond a sample's keys
 
 
 class Rows(NamedTuple):
@@ -56,9 +51,10 @@ class Rows(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The tiles of a line, as `walk_keys` gives them."""
+    """The tiles of a line, FULL ones first."""
 
     n_full: object
+    n_inside: object  # FULL tiles that end before the sample's keys do
     n_masked: object
     first: object
     run: object
@@ -77,21 +73,34 @@ class Work(NamedTuple):
     pair: object
     b: object
     h: object
-    row0: object
+    row0: object  # mask row of the first query
+    offset: object  # of the sample's first query
     end_n: object
 
 
 @gluon.jit
-def load_tile(k_desc, v_desc, stages, work, t, start, tag, STAGES: gl.constexpr):
+def load_tile(
+    k_desc, v_desc, stages, work, t, start, bits, clips, F: gl.constexpr, STAGES: gl.constexpr
+):
     """Load the t-th tile of keys and values, from key `start` on."""
     stage = t % STAGES
     full = stages.full.index(stage)
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
-    put(stages.tag.index(stage), tag)
-    mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    put(stages.start.index(stage), start)
+    put(stages.bits.index(stage), bits)
     b, hk = work.b, work.h // work.sizes.group
-    tma.async_copy_global_to_shared(k_desc, [b, hk, start, 0], full, stages.k.index(stage))
+    k = stages.k.index(stage)
+    if F.LENGTHS and start + F.BLOCK_N > work.end_n:  # their dS is 0
+        load_clipped(
+            k_desc, k, stages.clipped.index(0), b, hk, start, work.end_n, clips & 1, F
+        )  # fmt: skip
+        clips += 1
+        mbarrier.expect(full, v_desc.block_type.nbytes)
+    else:
+        mbarrier.expect(full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [b, hk, start, 0], full, k)
     tma.async_copy_global_to_shared(v_desc, [b, hk, start, 0], full, stages.v.index(stage))
+    return clips
 
 
 @gluon.jit
@@ -99,22 +108,13 @@ def load_tiles(k_desc, v_desc, stages, work, F: gl.constexpr, STAGES: gl.constex
     """Load the tiles of keys and values: the work of the loading warp."""
     lists, line = work.lists, work.line
     run, start, stop = line.run, line.start, line.stop
-    for t in range(line.n_full):
-        tag = start
-        if F.KIND == "sparse":
-            tag = -1
-        load_tile(k_desc, v_desc, stages, work, t, start, tag, STAGES)
+    clips = 0
+    for t in range(line.n_full + line.n_masked):
+        n, bits = any_tile(lists, t, line.n_full, line.n_masked, line.first, start, F)
+        clips = load_tile(k_desc, v_desc, stages, work, t, n, bits, clips, F, STAGES)
         run, start, stop = next_tile(
             lists, run, line.run_end, start, stop, F.BLOCK_N, F.BLOCK_KV, F
         )
-    for rest in range(line.n_masked):
-        start, bits = masked_tile(
-            lists, line.first, rest, line.start, line.n_full, F.BLOCK_N, F.BLOCK_KV, F
-        )
-        tag = start
-        if F.KIND == "sparse":
-            tag = bits * (F.BLOCK_KV // F.BLOCK_N) + start % F.BLOCK_KV // F.BLOCK_N
-        load_tile(k_desc, v_desc, stages, work, line.n_full + rest, start, tag, STAGES)
 
 
 @gluon.jit
@@ -143,39 +143,7 @@ def issue_weights(dout, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES
 
 
 @gluon.jit
-def probabilities(s, lse2, tag, first_row, work, MASKED: gl.constexpr, F: gl.constexpr):
-    """P [ROWS, BLOCK_N] of a tile, from its scores."""
-    layout: gl.constexpr = s.type.layout
-    across: gl.constexpr = gl.SliceLayout(0, layout)
-    s, _ = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
-    p = gl.exp2(s * log2_factor(work.modifiers, F) - lse2)
-    if MASKED and F.KIND == "sparse":
-        p = keep_bits_across(p, work.lists.bits, tag, first_row, F)
-    elif MASKED:
-        # [1, BLOCK_N], [ROWS, 1]
-        n2 = (tag.load(across) + gl.arange(0, F.BLOCK_N, across))[None, :]
-        r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
-        seen = visible(None, 0, 0, r2, n2, work.end_n, work.sizes, MASKED, F)
-        p = keep_seen(seen, p, 0.0, MASKED, F)
-    return p
-
-
-@gluon.jit
 def add_keys(
-    p, dp, dq, delta, t, stages, MASKED: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr
-):
-    """Take tile t, of which P and dP are given, into dQ [ROWS, PAD], in flight; dS must live."""
-    k, _ = keys_of(stages, t % STAGES, F)
-    # [ROWS, BLOCK_N]
-    ds = p * (dp - delta)
-    if MASKED:  # whatever V is where nothing is seen
-        ds = gl.where(p == 0.0, 0.0, ds)
-    ds = operand(ds, dq, k.dtype)
-    return warpgroup_mma(ds, k, dq, is_async=True), ds
-
-
-@gluon.jit
-def step(
     s,
     dq,
     t,
@@ -186,22 +154,41 @@ def step(
     stages,
     first_row,
     work,
+    MORE: gl.constexpr,
     MASKED: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Add tile t, not the last, while the scores of the next are computed, which it returns."""
-    layout: gl.constexpr = s.type.layout
+    """Add tile t, whose scores are s, to dQ [ROWS, PAD]; (dQ, scores of the next tile if MORE)."""
     stage = t % STAGES
+    layout: gl.constexpr = s.type.layout
+    k, _ = keys_of(stages, stage, F)
     # [ROWS, BLOCK_N]
     dp = issue_weights(dout, stages, t, layout, F, STAGES)
-    following = issue_scores(q, stages, t + 1, layout, F, STAGES)
-    p = probabilities(s, lse2, stages.tag.index(stage), first_row, work, MASKED, F)
-    dp = warpgroup_mma_wait(1, [dp])
-    dq, ds = add_keys(p, dp, dq, delta, t, stages, MASKED, F, STAGES)
-    following, dq, ds = warpgroup_mma_wait(0, [following, dq, ds])
-    mbarrier.arrive(stages.empty.index(stage), count=1)
-    return following, dq
+    if MASKED:
+        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
+        word = words_of_queries(
+            s, work.lists, start, bits, first_row, work.end_n, work.sizes, not MORE, F
+        )  # fmt: skip
+    p, slope = probabilities(s, lse2, work, F)
+    if F.SOFTCAP:
+        p = p * slope
+    if MORE:
+        s = issue_scores(q, stages, t + 1, layout, F, STAGES)
+        dp = warpgroup_mma_wait(1, [dp])
+    else:
+        dp = warpgroup_mma_wait(0, [dp])
+    ds = (p * (dp - delta)).to(k.dtype)
+    if MASKED:
+        ds = keep_across(ds, word)
+    ds = operand(ds, dq, k.dtype)
+    dq = warpgroup_mma(ds, k, dq, is_async=True)
+    if MORE:
+        s, dq, ds = warpgroup_mma_wait(0, [s, dq, ds])
+        mbarrier.arrive(stages.empty.index(stage), count=1)
+    else:
+        dq, ds = warpgroup_mma_wait(0, [dq, ds])
+    return dq, s
 
 
 @gluon.jit
@@ -221,47 +208,42 @@ def compute(
     dq = gl.full([ROWS, F.PAD], 0.0, gl.float32, q_layout)
     line, sizes = work.line, work.sizes
     first_row = work.row0 + w * ROWS
-    # [ROWS, 1]
+    # [ROWS]
+    i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    here = (i >= 0) & (i < sizes.q_len)
     padded = gl.cast(work.pair, gl.int64) * padded_rows(sizes.q_len)
-    places = padded + first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    lse2 = gl.load(rows.lse + places)[:, None]
-    delta = gl.load(rows.delta + places)[:, None]
+    # [ROWS, 1]
+    lse2 = gl.load(rows.lse + (padded + i), mask=here, other=float("inf"))[:, None]
+    delta = gl.load(rows.delta + (padded + i), mask=here, other=0.0)[:, None]
     # [ROWS, PAD], [ROWS, PAD_V], in shared memory
-    q = held.q.index(w).reshape([ROWS, F.PAD])
-    dout = held.dout.index(w).reshape([ROWS, F.PAD_V])
-    mbarrier.wait(held.full.index(w), 0)
+    q, dout = operands_of(held, w, F)
     n_tiles = line.n_full + line.n_masked
     if n_tiles > 0:
         # [ROWS, BLOCK_N]
         s = issue_scores(q, stages, 0, s_layout, F, STAGES)
         s = warpgroup_mma_wait(0, [s])
         last = n_tiles - 1
-        # two at a time, as in the forward
-        pairs = gl.minimum(line.n_full, last) // 2
-        for t in range(0, 2 * pairs, 2):
-            for more in gl.static_range(2):
-                s, dq = step(
-                    s, dq, t + more, q, dout, lse2, delta, stages, first_row, work, False, F, STAGES
-                )  # fmt: skip
-        for t in range(2 * pairs, last):
-            s, dq = step(
-                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, F, STAGES
+        n_full = gl.minimum(line.n_inside, last)
+        for t in range(n_full):
+            dq, s = add_keys(
+                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, False, F, STAGES
             )  # fmt: skip
-        # [ROWS, BLOCK_N]
-        dp = issue_weights(dout, stages, last, s_layout, F, STAGES)
-        tag = stages.tag.index(last % STAGES)
-        p = probabilities(s, lse2, tag, first_row, work, True, F)
-        dp = warpgroup_mma_wait(0, [dp])
-        dq, ds = add_keys(p, dp, dq, delta, last, stages, True, F, STAGES)
-        dq, ds = warpgroup_mma_wait(0, [dq, ds])
+        # a FULL tile that is left has no bits and goes with the PARTIAL ones
+        for t in range(n_full, last):
+            dq, s = add_keys(
+                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, True, F, STAGES
+            )  # fmt: skip
+        dq, s = add_keys(
+            s, dq, last, q, dout, lse2, delta, stages, first_row, work, False, True, F, STAGES
+        )  # fmt: skip
 
-    i = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
     d = gl.arange(0, F.PAD, gl.SliceLayout(0, q_layout))
     row = gl.cast(work.pair, gl.int64) * sizes.q_len + i
     gl.store(
         rows.dq + row[:, None] * F.DIM + d[None, :],
         (dq * rows.scale).to(rows.dq.dtype.element_ty),
-        mask=(i < sizes.q_len)[:, None] & (d < F.DIM)[None, :],
+        mask=((i >= 0) & (i < sizes.q_len))[:, None] & (d < F.DIM)[None, :],
     )
 
 
@@ -293,34 +275,30 @@ def backward_q_gluon_kernel(
     sizes = LaunchSizes(
         pairs, heads, group, q_len, kv_len, rows, line_batch, line_head, tiles, section
     )
-    pair, b, h, _, end_n, leading, row0 = place(sizes, lists, modifiers, F)
-    if row0 >= sizes.q_len:
-        return
-    n_full, n_masked, first, run, run_end, start, stop = walk_keys(
-        sizes, lists, leading + row0 // F.BLOCK_Q, row0, end_n, F
+    index, pair = locate(sizes)
+    b, h = pair // sizes.heads, pair % sizes.heads
+    offset, end_n = sample_bounds(sizes, modifiers, b, F)
+    leading = b * sizes.line_batch + h * sizes.line_head
+    row0, n_full, n_inside, n_masked, first, run, run_end, start, stop = walk_line(
+        index, offset, end_n, leading, sizes, lists, F
     )
-    line = Line(n_full, n_masked, first, run, run_end, start, stop)
-    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, end_n)
+    if row0 >= offset + sizes.q_len:
+        return
+    line = Line(n_full, n_inside, n_masked, first, run, run_end, start, stop)
+    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, offset, end_n)
     per_row = Rows(lse_ptr, delta_ptr, dq_ptr, scale)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_M // ROWS
-    held = Held(
-        buffers(q_desc, WARPGROUPS), buffers(dout_desc, WARPGROUPS), barriers(WARPGROUPS, 1)
-    )
     stages = Stages(
         buffers(k_desc, STAGES),
         buffers(v_desc, STAGES),
         integers(STAGES),
+        integers(STAGES),
         barriers(STAGES, 1),
         barriers(STAGES, WARPGROUPS),
+        barriers(1, 1),
     )
-    fence_async_shared()
-    for w in gl.static_range(WARPGROUPS):
-        first_row = row0 + w * ROWS
-        full = held.full.index(w)
-        mbarrier.expect(full, q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, h, first_row, 0], full, held.q.index(w))
-        tma.async_copy_global_to_shared(dout_desc, [b, h, first_row, 0], full, held.dout.index(w))
+    held = hold(q_desc, dout_desc, b, h, row0 - offset, WARPGROUPS)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [

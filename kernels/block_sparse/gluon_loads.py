@@ -140,7 +140,10 @@ def load_tile(
     )
     mbarrier.wait(rings.v_empty.index(stage), parity)
     if F.LENGTHS and n + F.BLOCK_N > end_n:
-        load_clipped(v_desc, rings, stage, b, hk, n, end_n, clips & 1, F)
+        load_clipped(
+            v_desc, rings.v.index(stage), rings.clipped.index(0), b, hk, n, end_n, clips & 1, F
+        )
+        mbarrier.arrive(rings.v_full.index(stage), count=1)
         clips += 1
     else:
         mbarrier.expect(rings.v_full.index(stage), v_desc.block_type.nbytes)
@@ -151,26 +154,25 @@ def load_tile(
 
 
 @gluon.jit
-def load_clipped(v_desc, rings, stage, b, hk, n, end_n, parity, F: gl.constexpr):
-    """Load a tile of values and make those beyond a sample's keys 0: they may be anything, and a
-    weight of 0 leaves a NaN.
+def load_clipped(desc, buffer, barrier, b, hk, n, end_n, parity, F: gl.constexpr):
+    """Load a tile of keys or values, and make those beyond a sample's keys 0: they may be anything,
+    and a weight of 0 leaves a NaN.
     """
-    full = rings.clipped.index(0)
-    mbarrier.expect(full, v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [b, hk, n, 0], full, rings.v.index(stage))
-    mbarrier.wait(full, parity)
-    # [BLOCK_N, PAD_V], in shared memory
-    v = rings.v.index(stage).reshape([F.BLOCK_N, F.PAD_V])
+    mbarrier.expect(barrier, desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [b, hk, n, 0], barrier, buffer)
+    mbarrier.wait(barrier, parity)
+    WIDTH: gl.constexpr = desc.block_shape[3]
+    BLOCK_N: gl.constexpr = F.BLOCK_N
+    # [BLOCK_N, WIDTH], in shared memory
+    tile = buffer.reshape([BLOCK_N, WIDTH])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0])
     rows = gl.arange(0, 8, gl.SliceLayout(1, layout))
-    BLOCK_N: gl.constexpr = F.BLOCK_N
     for first in gl.static_range(0, BLOCK_N, 8):
         if n + first + 8 > end_n:
-            part = v.slice(first, 8)
+            part = tile.slice(first, 8)
             inside = n + first + rows < end_n
             part.store(gl.where(inside[:, None], part.load(layout), 0.0))
     fence_async_shared()
-    mbarrier.arrive(rings.v_full.index(stage), count=1)
 
 
 @gluon.jit

@@ -16,6 +16,7 @@ from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels.block_sparse import backward, configs
 from tests.compile import budgets, machine_code
 from tests.compile.test_block_sparse_kernels import SPILL_ALLOWED
+from tests.compile.test_hopper_forms import FEATURES
 
 KINDS = {"sparse": masks.sliding_window(300), "causal": masks.causal(), "dense": None}
 KERNELS = ["delta_kernel", "backward_kv_gluon_kernel", "backward_q_gluon_kernel"]
@@ -33,13 +34,15 @@ class Launch:
     dtype: torch.dtype = torch.bfloat16
     deterministic: bool = False
     grouped: bool = True
+    feature: str = ""  # one of FEATURES
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"D{self.dim}" + (f"-DV{self.v_dim}" if self.v_dim else "")
         again = "-deterministic" if self.deterministic else ""
         again += "" if self.grouped else "-ungrouped"
-        return f"gluon-backward-{shape}-{self.kind}{self.block}-{dtype}{again}"
+        extras = again + (f"-{self.feature}" if self.feature else "")
+        return f"gluon-backward-{shape}-{self.kind}{self.block}-{dtype}{extras}"
 
     def run(self) -> None:
         """Call the launcher on CPU tensors."""
@@ -51,7 +54,8 @@ class Launch:
         mask = masks.compile_mask(KINDS[self.kind], *shape, device="cpu", block_size=self.block)
         out = torch.zeros(1, HEADS, LENGTH, value.shape[-1], dtype=self.dtype)
         lse = torch.zeros(1, HEADS, LENGTH)
-        call = Call(query, key, value, mask, 0.125, deterministic=self.deterministic)
+        given = FEATURES.get(self.feature, {})
+        call = Call(query, key, value, mask, 0.125, deterministic=self.deterministic, **given)
         backward(call, Saved(out, lse, lse.new_zeros(0)), out, None)
 
 
@@ -60,7 +64,22 @@ LAUNCHES = [
     Launch(128, "dense", deterministic=True),
     Launch(64, "sparse", 64),
     Launch(72, "sparse", 128, 40, torch.float16),
+    *(
+        Launch(d, k, feature=x)
+        for (d, k), x in itertools.product(
+            ((64, "causal"), (128, "sparse")),
+            ("softcap", "offset", "lengths"),
+        )
+    ),
 ]
+
+
+def spill_allowed(launch: Launch) -> int:
+    """Bytes that may be spilled: at D = 128 two warpgroups hold all registers of a multiprocessor,
+    and what the tiles of a mask, or a softcap, keep through a loop is a few more.
+    """
+    wide = launch.dim == 128 and launch.kind == "sparse"
+    return max(SPILL_ALLOWED, (40 if launch.feature == "softcap" else 8) if wide else 0)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
@@ -71,7 +90,7 @@ def test_form(launch):
     for name, kernel in launches[1:]:
         assert budgets.complaints(str(launch), name, kernel) == []
         report, code = inspect(name, kernel), machine_code.disassemble(kernel.asm["cubin"])
-        assert report.spilled <= SPILL_ALLOWED, report
+        assert report.spilled <= spill_allowed(launch), report
         assert report.shared <= SHARED_MEMORY[90], report
         assert report.hgmma > 0 and report.hmma == 0, report
         assert not machine_code.serialised(code)

@@ -8,18 +8,15 @@ import dataclasses
 import itertools
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect
 from flashmark import masks
 from flashmark.block_sparse.call import Call
 from flashmark.kernels.block_sparse import configs, forward
-from tests.compile import budgets
+from tests.compile import budgets, machine_code
 
 FORMS = ("gluon",)
 KINDS = {"sparse": masks.sliding_window(300), "causal": masks.causal(), "dense": None}
@@ -85,15 +82,6 @@ LAUNCHES = [
 ]
 
 
-def machine_code(kernel) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(kernel.asm["cubin"])
-        binary.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        command = [tool, "-c", binary.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 def test_form(launch):
     with compiling_for(90) as launches:
@@ -105,9 +93,8 @@ def test_form(launch):
     assert report.spilled == 0, report
     assert report.shared <= SHARED_MEMORY[90], report
     assert report.hgmma > 0 and report.hmma == 0, report
-    code = machine_code(kernel)
-    assert "UTMALDG" in code and "UTMASTG" in code
-    assert "USETMAXREG" in code
+    code = machine_code.disassemble(kernel.asm["cubin"])
+    assert all(code.count(name) > 0 for name in ("UTMALDG", "UTMASTG", "USETMAXREG"))
     assert report.threads > 32 * launch.config.num_warps
 
 

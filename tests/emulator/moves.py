@@ -56,6 +56,24 @@ def emit_setp(c, i):
         c.write(i.operands[0], "pred", first, i.guard)
 
 
+@opcode("set")
+def emit_set(c, i):
+    """Each half of a register compared with that of another: all ones where they are unequal."""
+    if tuple(i.parts[1:3]) != ("neu", "u32") or i.type not in ("f16x2", "bf16x2"):
+        raise unknown(i)
+    a, b = (c.read(o, i.type) for o in i.operands[1:3])
+    c.write(i.operands[0], "u32", c.call(unequal_halves, i.type == "bf16x2", a, b), i.guard)
+
+
+def unequal_halves(bf16: bool, a, b) -> np.ndarray:
+    def value(word, half: int) -> np.ndarray:
+        bits = (word >> np.uint32(16 * half) & np.uint32(0xFFFF)).astype("u4")
+        return (bits << np.uint32(16)).view("f4") if bf16 else bits.astype("u2").view("f2")
+
+    low, high = (value(a, half) != value(b, half) for half in range(2))
+    return np.where(low, np.uint32(0xFFFF), 0) | np.where(high, np.uint32(0xFFFF0000), 0)
+
+
 @opcode("mov")
 def emit_mov(c, i):
     to, source = i.operands

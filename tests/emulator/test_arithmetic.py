@@ -266,6 +266,15 @@ def test_byte_permutation():
     same(one("prmt.b32 %y0, %x0, %x1, %x2;", a, b, selector, output="u4"), wanted)
 
 
+@pytest.mark.parametrize("kind", ["bf16x2", "f16x2"])
+def test_halves_that_are_unequal(kind):
+    """-0 equals 0, and NaN nothing."""
+    a = np.array([0x00010000, 0x80000001, 0x7FFF0000, 0x00008000], "u4")
+    wanted = np.array([0xFFFF0000, 0x0000FFFF, 0xFFFF0000, 0], "u4")
+    a, wanted = (np.resize(x, 32) for x in (a, wanted))
+    same(one(f"set.neu.u32.{kind} %y0, %x0, %x1;", a, 0 * a, output="u4"), wanted)
+
+
 def test_an_unknown_instruction_is_named():
     a = integers("u4")
     with pytest.raises(UnknownInstruction, match=r"dp4a.u32.u32.*line \d+"):

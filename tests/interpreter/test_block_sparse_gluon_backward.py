@@ -155,13 +155,51 @@ def test_what_a_query_does_not_see_changes_nothing(gluon, name, device):
     assert all(torch.equal(before[n][..., :101, :], after[n][..., :101, :]) for n in before)
 
 
+@pytest.mark.parametrize("name", ["causal", "random-bits"])
+def test_scores_far_apart(gluon, name, device):
+    """A hidden score may be so far above a row's lse that its probability is infinite."""
+    case = Case(mask=MASKS[name], kv_heads=1, q_len=150, block=64, dtype=HALF, sinks=True)
+    call = Call(case, device, magnitude=60.0)
+    expected = call.reference()
+    budget = call.budget(expected)
+    for name, tensor in gradients(gluon, call, *call.forward()).items():
+        assert tensor.isfinite().all(), name
+        assert relative_error(tensor, expected[name]) <= budget[name], name
+
+
+PAST = masks.causal() & ~masks.prefix(20)
+WINDOW = masks.causal() & masks.sliding_window(190)
+FEATURES = {
+    "softcap": Case(mask=PAST, softcap=2.0, sinks=True),
+    "softcap-causal": Case(mask=masks.causal(), softcap=2.0, kv_heads=1, dtype=torch.bfloat16),
+    "query-offset": Case(mask=PAST, query_offset=(65,), q_len=60, rows=140, kv_len=140),
+    "query-offset-causal": Case(
+        mask=masks.causal(), batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140
+    ),
+    "one-query-with-offset": Case(
+        mask=masks.causal(), batch=2, kv_heads=1, query_offset=(99, 139), q_len=1, rows=140,
+        kv_len=140,
+    ),
+    "kv-lengths": Case(batch=3, heads=1, kv_lengths=(0, 45, 70)),
+    "kv-lengths-causal": Case(mask=masks.causal(), batch=2, q_len=150, kv_lengths=(133, 150)),
+    "kv-lengths-sparse": Case(mask=WINDOW, batch=3, heads=1, q_len=250, kv_lengths=(0, 130, 221)),
+    "offset-and-lengths": Case(
+        mask=masks.sliding_window(100), batch=2, kv_heads=1, q_len=70, rows=200, kv_len=200,
+        query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature(gluon, name, device):
+    check(gluon, dataclasses.replace(FEATURES[name], block=64, v_dim=24), device)
+
+
 PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
 WITH_POINTERS = {
-    "bias": {"bias": (2, 139)},
+    "relative bias": {"bias": (2, 139)},
+    "dense bias": {"bias": (1, 1, 70, 70)},
     "dropout": {"dropout_p": 0.1},
-    "softcap": {"softcap": 2.0},
-    "query_offset": {"query_offset": (3,), "q_len": 60, "rows": 70, "kv_len": 70},
-    "kv_lengths": {"batch": 2, "kv_lengths": (45, 70)},
     "dtype": {"dtype": torch.float32},
     "head dimension": {"dim": 136},
     "width of a row": {"dim": 20},

@@ -1,0 +1,50 @@
+"""What the two Gluon kernels of the backward pass do alike: the tiles that a program holds, and the
+probabilities of a tile that it walks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from .gluon_loads import ROWS, barriers, buffers
+from .primitives import log2_factor, logits
+
+
+class Held(NamedTuple):
+    """Shared memory: what a program holds, K and V or Q and dO, ROWS by ROWS, and its barriers."""
+
+    one: object
+    other: object
+    full: object
+
+
+@gluon.jit
+def hold(desc, other_desc, b, h, start, WARPGROUPS: gl.constexpr):
+    """Load ROWS rows for each warpgroup, from row `start` on. All barriers are made before."""
+    held = Held(buffers(desc, WARPGROUPS), buffers(other_desc, WARPGROUPS), barriers(WARPGROUPS, 1))
+    fence_async_shared()
+    for w in gl.static_range(WARPGROUPS):
+        first, full = start + w * ROWS, held.full.index(w)
+        mbarrier.expect(full, desc.block_type.nbytes + other_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc, [b, h, first, 0], full, held.one.index(w))
+        tma.async_copy_global_to_shared(other_desc, [b, h, first, 0], full, held.other.index(w))
+    return held
+
+
+@gluon.jit
+def operands_of(held, w: gl.constexpr, F: gl.constexpr):
+    """What a warpgroup holds, [ROWS, PAD] and [ROWS, PAD_V] in shared memory, when it is there."""
+    mbarrier.wait(held.full.index(w), 0)
+    one = held.one.index(w).reshape([ROWS, F.PAD])
+    return one, held.other.index(w).reshape([ROWS, F.PAD_V])
+
+
+@gluon.jit
+def probabilities(s, lse2, work, F: gl.constexpr):
+    """(P of a tile, also where nothing is seen, d capped / d scaled score), from its scores."""
+    s, slope = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
+    return gl.exp2(s * log2_factor(work.modifiers, F) - lse2), slope
