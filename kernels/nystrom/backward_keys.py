@@ -11,9 +11,16 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .backward_rows import columns_ptrs, inverse_totals, put_share, risen, row_gradients
-from .chunks import end_of_chunk, norms, open_chunk, running_sums
+from .backward_rows import columns_ptrs, put_share, risen, row_gradients, weigh
+from .chunks import (
+    end_of_chunk,
+    exponent,
+    may_have_risen,
+    open_calm_chunk,
+    open_chunk,
+)
 from .primitives import (
+    cut_operand,
     full,
     head_of,
     kept_tokens,
@@ -44,13 +51,13 @@ from .states import slot_line
 
 
 @triton.jit
-def later_sums(x, F: tl.constexpr):
-    """sum over i >= j of x_i, [PAD_M, CHUNK]."""
+def less_later_sums(ds, x, F: tl.constexpr):
+    """ds - sum over i >= j of x_i, [PAD_M, CHUNK]."""
     if F.SCAN:
-        sums = tl.cumsum(x, 1, reverse=True)
+        ds -= tl.cumsum(x, 1, reverse=True)
     else:
-        sums = mm(x, lower(0, F).to(tl.float32), F)
-    return sums
+        ds = mm_acc(-x, lower(0, F).to(tl.float32), ds, F)
+    return ds
 
 
 @triton.jit
@@ -61,7 +68,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
 
     A whole slot in which a score rises too far is noted and left out: then `until` is t0.
     `state` is that before them, and no score rises far above it; the slot ends at `stop`. Where
-    they are the whole slot, `state` has the factors for `load_held`, and `reverse` is not read.
+    they are the whole slot, `reverse` is not read, but loaded late.
 
     ds_lj = e^{s_lj - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il D_lj(i) (dO_i . v_j - centre_il)
     dv_j  = sum_l e^{s_lj - rho} G_l + sum_{i >= j} sum_l W_il D_lj(i) dO_i
@@ -69,35 +76,29 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     ref, tot = state[0], state[1]
     NARROW: tl.constexpr = F.DIM_V % F.BLOCK_V != 0
     keep = kept_tokens(keep_ptr, t0, until, F)
+    # [PAD_M, BLOCK_V]
+    R0 = operand(state[2], F)
     # [PAD_M, CHUNK]
-    k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
-    offs = tl.arange(0, F.CHUNK)
-    there = t0 + offs < until
+    if F.STEEP:
+        k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+        P = cut_operand(P, F)
+    else:
+        k, P, ref, tot, moved = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
+                                                F)  # fmt: skip
+    if F.STEEP or F.DECAY:
+        R0 = operand(state[2] * moved[:, None], F)
+    total = tot + tl.sum(P, 1)
     P = operand(P, F)
+    calm = True
     if not (F.STEEP or F.CHUNK < F.SLOT):  # the query side may have had shorter chunks
-        calm = first == F.CHUNK
-        P = tl.where(calm, P, 0.0)
+        calm = not may_have_risen(exponent(total))
         if not calm:
             tl.store(place[2] + place[4], t0)
             until = t0
-        there = t0 + offs < until
-    # [PAD_M, CHUNK]
-    cum = running_sums(P, tot, F)
-    norm = norms(ref, cum, decay2, F)
-    inverse = inverse_totals(cum, there, F)
+    offs = tl.arange(0, F.CHUNK)
+    there = t0 + offs < until
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW)
-    R0 = 0.0
-    if F.TAKES_KEYS:
-        if F.STEEP or F.CHUNK < F.SLOT:
-            acc = state[2]
-        else:
-            acc = load_held(place, state[2][0], state[2][1], F)
-        if F.STEEP or F.DECAY:
-            acc *= moved[:, None]
-        # [PAD_M, BLOCK_V]
-        R0 = operand(acc, F)
-    # what later slots add comes last, and its tiles are loaded late: fewer are held at once
     own_G, own_pull, ds, dv = 0.0, full(F.PAD_M, 0.0), 0.0, 0.0
     if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
         own_G = zeros(F.PAD_M, F.BLOCK_V)
@@ -106,17 +107,24 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     if F.TAKES_VALUES:
         # [CHUNK, BLOCK_V]
         dv = zeros(F.CHUNK, F.BLOCK_V)
+    norm = 0.0
+    if F.MASS:
+        norm, inverse = weigh(P, ref, tot, decay2, F)
     for g in range(F.GROUP):
-        features, W, factor, q = turned_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+        head, dhead = head_of(queries, g), head_of(douts, g)
+        features, W, factor, q = turned_weights(head, t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
-        dhead = head_of(douts, g)
+        # [PAD_M, CHUNK]
+        norm, inverse = weigh(P, ref, tot, decay2, F)
+        # [CHUNK, BLOCK_V]
         dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW)
         if F.TAKES_KEYS:
             wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
             pulls = rounded_product(wt, centre, F)
             own_pull += tl.sum(pulls, 1)
-            ds += P * (mm(wt, tl.trans(pairs), F) - later_sums(pulls, F))
+            ds = mm_acc(wt, tl.trans(pairs), ds, F)
+            ds = less_later_sums(ds, pulls, F)
         else:
             wt = W * inverse
         wt = operand(wt, F)
@@ -125,17 +133,18 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         if F.TAKES_VALUES:
             # [CHUNK, CHUNK]
             between = mm(tl.trans(P), wt, F)
+            # times from `stop`: the mask of `pairs`, if it were the same, would sit in registers
             dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
     if F.STEEP or F.CHUNK < F.SLOT:
         G, pull = reverse
     else:
         G, pull = end_of_slot(place, F)
-    left = reciprocal(tot + tl.sum(P.to(tl.float32), 1))
-    E = P * left[:, None]  # e^{s - rho}
+    left = tl.where(calm, reciprocal(total), 0.0)  # e^{s - rho} = P left
+    late = operand(G * left[:, None], F)
     if F.TAKES_KEYS:
-        ds += E * (mm(G, tl.trans(v), F) - pull[:, None])
+        ds = P * (mm_acc(late, tl.trans(v), ds, F) - (pull * left)[:, None])
     if F.TAKES_VALUES:
-        dv = mm_acc(tl.trans(operand(E, F)), G, dv, F)
+        dv = mm_acc(tl.trans(P), late, dv, F)
     share = tot * left  # e^{L at t0 - rho}
     if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
         own_G *= tot[:, None]
@@ -216,6 +225,18 @@ def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, unt
     return reverse, sums, until
 
 
+@triton.jit
+def any_risen(rises, first, count, b, pair, problem, table, F: tl.constexpr):
+    """Does any score of a program's stretches rise too far?"""
+    found = False
+    for stretch in range(first, first + count):
+        start, stop, row = span_of(stretch, b, problem, table, F)
+        line = slot_line(tl.cast(pair, tl.int64) * problem.stretches + stretch, 0, problem, F)
+        slots = tl.cdiv(stop - start, F.SLOT)
+        found = found | risen(rises, start, stop, line, slots, F)
+    return found
+
+
 @triton.jit(do_not_specialize=Problem._fields)
 def keys_kernel(
     q_ptr,
@@ -266,25 +287,29 @@ def keys_kernel(
     sums = (0.0, 0.0)
     if F.TAKES_KEYS:
         sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
-    taken = False
-    for stretch in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+    slots = tl.cdiv(problem.span, F.SLOT)  # of a stretch
+    first = group * problem.units
+    count = tl.minimum(problem.units, problem.stretches - first)
+    turns, taken = count * slots, True
+    if not F.PACKED:  # no slot behind the end
+        turns = tl.minimum(turns, tl.cdiv(problem.tokens - first * problem.span, F.SLOT))
+    if F.STEEP:
+        taken = any_risen(rises, first, count, b, pair, problem, table, F)
+        turns = tl.where(taken, turns, 0)
+    # a loop over all slots of all stretches, and nothing computed in front of it: registers
+    for n in tl.range(turns, disable_licm=True):
+        stretch = first + n // slots
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        slots = tl.cdiv(stop - start, F.SLOT)
-        first_line = slot_line(line, 0, problem, F)
-        if F.STEEP:
-            if risen(rises, start, stop, first_line, slots, F):
-                taken = True
-            else:
-                slots = 0
-        for n in range(slots):
-            slot = first_line + n
-            t0 = start + n * F.SLOT
-            end = tl.minimum(t0 + F.SLOT, stop)
+        t0 = start + n % slots * F.SLOT
+        slot = slot_line(line, t0 - start, problem, F)
+        end = tl.minimum(t0 + F.SLOT, stop)
+        due = True
+        if F.PACKED:
+            due = t0 < stop
+        if due:
             rise = tl.load(rises + slot) < end
             until = tl.where(rise == F.STEEP, end, t0)
-            due = True
             if F.STEEP:
                 due = rise
             if due:
@@ -307,12 +332,11 @@ def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, 
     v0 = piece * F.BLOCK_V
     place = stored, reverse, rises, line, slot, v0, piece
     ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
-    held, back = (past, new), (0.0, 0.0)
+    held, back = zeros(F.PAD_M, F.BLOCK_V), (0.0, 0.0)
     if F.STEEP or F.CHUNK < F.SLOT:
         back = end_of_slot(place, F)
-        held = 0.0
-        if F.TAKES_KEYS:
-            held = load_held(place, past, new, F)
+    if F.TAKES_KEYS:
+        held = load_held(place, past, new, F)
     back, sums, until = slot_keys(
         queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot, held),
         back, place, sums, lq, lk, decay2, part, F.DIM_V - v0, marks, F,

@@ -18,8 +18,10 @@ import triton.language as tl
 from .arguments import Problem
 from .chunks import end_of_chunk, norms, open_chunk, running_sums
 from .primitives import (
+    TINY,
     full,
     head_of,
+    inverse,
     kept_tokens,
     load_rows,
     locate,
@@ -27,6 +29,7 @@ from .primitives import (
     mm,
     mm_acc,
     operand,
+    reciprocal,
     rounded_product,
     span_of,
     state_ptrs,
@@ -72,11 +75,17 @@ def row_gradients(W, inverse, P, R0, dout, v, t0, F: tl.constexpr):
 
 
 @triton.jit
-def inverse_totals(cum, rows, F: tl.constexpr):
-    """1 / e^{L - ref}, 0 where nothing is held and for the queries that are not `rows`: these then
-    have no weight and no gradient, [PAD_M, CHUNK].
+def weigh(P, ref, tot, decay2, F: tl.constexpr):
+    """(log2 of Z, 1 / e^{L - ref}) for the rows of a chunk, [PAD_M, CHUNK]. Of nothing held the
+    latter is 0 with `mass`, else finite: what it multiplies is 0 then.
     """
-    return tl.where((cum == 0.0) | ~rows[None, :], 0.0, 1.0 / cum)
+    if F.MASS:
+        cum = running_sums(P, tot, F)
+        share = reciprocal(cum)
+    else:
+        cum = running_sums(P, tl.maximum(tot, TINY), F)
+        share = inverse(cum)
+    return norms(ref, cum, decay2, F), share
 
 
 @triton.jit
@@ -85,7 +94,7 @@ def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
     dG = dW
     if F.MASS:
         dG = factor * (dW - centre)
-    dscores = features * core_mm(core, dG, False, F)
+    dscores = rounded_product(features, core_mm(core, dG, False, F), F)
     if not F.MASS:  # sum over l of F dF = sum over l of W dW
         dscores -= features * tl.sum(W * dW, 0)[None, :]
     return dG, dscores
@@ -135,15 +144,13 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
     k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
     P = operand(P, F)
     # [PAD_M, CHUNK]
-    cum = running_sums(P, tot, F)
-    norm = norms(ref, cum, decay2, F)
+    norm, inverse = weigh(P, ref, tot, decay2, F)
     offs = tl.arange(0, F.CHUNK)
     length = tl.minimum(stop - t0, first)
     there = offs < stop - t0
     rows = offs < length
     if F.STEEP:
         rows = rows & (t0 + offs >= since)
-    inverse = inverse_totals(cum, rows, F)
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
@@ -161,8 +168,8 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         head = head_of(queries, g)
         reading = turned_weights(head, t0, there, lk, norm, marks, F)
         dhead = head_of(douts, g)
-        # [CHUNK, BLOCK_V]
-        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V,
+        # [CHUNK, BLOCK_V], 0 where no row is: so are the gradients of its weights
+        dout = load_rows(dhead[0], t0, dhead[1], rows, width, F.CHUNK, F.BLOCK_V,
                          F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
         W = reading[1]
         if F.MASS:
@@ -199,7 +206,7 @@ def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop
             )  # fmt: skip
     else:
         CHUNKS: tl.constexpr = F.SLOT // F.CHUNK
-        for c in range(CHUNKS):
+        for c in tl.range(CHUNKS, disable_licm=True):
             t0 = start + c * F.CHUNK
             # no row of a slot after a rise
             state, handed, sums, end = chunk_rows(
@@ -280,8 +287,9 @@ def rows_kernel(
 
     sums = new_sums(F)
     taken = False
-    for stretch in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+    for stretch in tl.range(group * problem.units,
+                            tl.minimum((group + 1) * problem.units, problem.stretches),
+                            disable_licm=True):  # fmt: skip
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         slots = tl.cdiv(stop - start, F.SLOT)
@@ -296,7 +304,7 @@ def rows_kernel(
             G, pull = 0.0, 0.0
             if F.TAKES_STATES:
                 G, pull = zeros(F.PAD_M, F.BLOCK_V), full(F.PAD_M, 0.0)
-            for n in range(slots):
+            for n in tl.range(slots, disable_licm=True):
                 slot = first_line + slots - 1 - n
                 t0 = start + (slots - 1 - n) * F.SLOT
                 end = tl.minimum(t0 + F.SLOT, stop)

@@ -9,6 +9,7 @@ from .primitives import cut_operand, kept_tokens, load_rows, lower, mm, mm_acc, 
 from .reading import landmark_dots
 
 RISE = tl.constexpr(90.0)  # largest exponent above the reference; the products add up to 2^97
+MOST = tl.constexpr(2.0**90)
 LIMIT = tl.constexpr(0x70000000)  # bits of 2^97
 MOST_SHIFT = tl.constexpr(45.0)  # of the reference, so that totals, near 2^-45 then, stay exact
 
@@ -65,10 +66,12 @@ def middle(decay2, F: tl.constexpr):
 @triton.jit
 def first_reference(s, keep, ref, tot, shift, F: tl.constexpr):
     """`ref`, or where nothing is held the first kept key's score plus `shift`, [PAD_M]."""
-    head = 0
-    if F.KEEP:
-        head = tl.min(tl.where(keep, tl.arange(0, F.CHUNK), F.CHUNK), 0)
-    return tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5) + shift, ref)
+    if tl.min(tot, 0) == 0.0:  # seldom, and a column is dear to pick
+        head = 0
+        if F.KEEP:
+            head = tl.min(tl.where(keep, tl.arange(0, F.CHUNK), F.CHUNK), 0)
+        ref = tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5) + shift, ref)
+    return ref
 
 
 @triton.jit
@@ -179,19 +182,52 @@ def at_middle(ref, tot, decay2, F: tl.constexpr):
 
 
 @triton.jit
+def bounded(P, F: tl.constexpr):
+    """P as an operand, at most 2^97, which a NaN gives as well."""
+    bits = tl.minimum(P.to(tl.uint32, bitcast=True), LIMIT)  # a NaN's are the greatest
+    return cut_operand(bits.to(tl.float32, bitcast=True), F)
+
+
+@triton.jit
+def may_have_risen(highest):
+    """False where no score rose too far, from the highest exponents of totals, [PAD_M]."""
+    return tl.max(highest, 0) >= RISE - 1.0
+
+
+@triton.jit
+def open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, HIDES: tl.constexpr,
+                    F: tl.constexpr):  # fmt: skip
+    """(keys, P, ref, tot, factor that totals moved by), scores not being looked at one by one.
+
+    P = e^{s-ref}, [PAD_M, CHUNK], is at most 2^97, which a NaN gives as well: so rows before a
+    steep rise are right, and totals tell of it. Hidden tokens have 0 if HIDES.
+    """
+    s, k = all_scores(keys, t0, keep, lq, decay2, marks, F)
+    if HIDES:
+        s = tl.where(keep[None, :], s, float("-inf"))
+    ref, tot, shift, share = at_middle(ref, tot, decay2, F)
+    ref = first_reference(s, keep, ref, tot, shift, F)
+    return k, bounded(tl.exp2(s - ref[:, None]), F), ref, tot, share
+
+
+@triton.jit
 def open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F: tl.constexpr):
-    """(keys, P, first token that rises too far, ref, tot, factor that totals moved by).
+    """(keys, P, first token that rises too far, CHUNK if none, ref, tot, factor that totals moved
+    by).
 
     P = e^{s-ref}, [PAD_M, CHUNK].
     """
-    s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
-    shift = 0.0
     if F.STEEP:
+        s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
         ref, share = raised(s, ref, tot, F)
         tot *= share
+        ref, P, first = exponentials(s, keep, ref, tot, 0.0, F)
     else:
-        ref, tot, shift, share = at_middle(ref, tot, decay2, F)
-    ref, P, first = exponentials(s, keep, ref, tot, shift, F)
+        k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
+                                                F)  # fmt: skip
+        first = F.CHUNK
+        if may_have_risen(exponent(tot + tl.sum(P, 1))):
+            first = tl.min(tl.min(tl.where(P > MOST, tl.arange(0, F.CHUNK)[None, :], F.CHUNK), 1), 0)
     return k, P, first, ref, tot, share
 
 
@@ -212,38 +248,21 @@ def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, 
 
 
 @triton.jit
-def bounded(P, F: tl.constexpr):
-    """P as an operand, at most 2^97, which a NaN gives as well."""
-    bits = tl.minimum(P.to(tl.uint32, bitcast=True), LIMIT)  # a NaN's are the greatest
-    return cut_operand(bits.to(tl.float32, bitcast=True), F)
-
-
-@triton.jit
 def enter_calm_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks,
                      F: tl.constexpr):  # fmt: skip
     """(v, P as an operand, state) of a chunk whose scores are not looked at one by one.
 
-    P is at most 2^97, which a NaN gives as well: so rows before a steep rise are right, and
-    totals tell of it. Tokens behind the end change nothing but the last state, of use in one pass.
+    Tokens behind the end change nothing but the last state, of use in one pass.
     """
     ref, tot, acc = state
     keep = kept_tokens(keep_ptr, t0, stop, F)
-    s, k = all_scores(keys, t0, keep, lq, decay2, marks, F)
-    if F.KEEP or F.ONE_PASS:
-        s = tl.where(keep[None, :], s, float("-inf"))
+    k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
+                                            F.KEEP or F.ONE_PASS, F)  # fmt: skip
     v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-    ref, tot, shift, share = at_middle(ref, tot, decay2, F)
     if F.DECAY:
         acc *= share[:, None]
-    ref = first_reference(s, keep, ref, tot, shift, F)
-    return v, bounded(tl.exp2(s - ref[:, None]), F), ref, tot, acc
-
-
-@triton.jit
-def may_have_risen(highest):
-    """False where no score rose too far, from the highest exponents of totals, [PAD_M]."""
-    return tl.max(highest, 0) >= RISE - 1.0
+    return v, P, ref, tot, acc
 
 
 @triton.jit

@@ -141,12 +141,20 @@ def mm_acc(a, b, acc, F: tl.constexpr):
 
 
 @triton.jit
+def row_ptrs(base, start, stride, SIZE: tl.constexpr):
+    """Pointers to the first elements of SIZE rows, [SIZE].
+
+    Times of the stream: offsets within a chunk, the same for all, would sit in registers.
+    """
+    return base + (start + tl.arange(0, SIZE)).to(tl.int64) * stride
+
+
+@triton.jit
 def load_rows(base, start, stride, keep, width, SIZE: tl.constexpr, PAD: tl.constexpr,
               NARROW: tl.constexpr):  # fmt: skip
     """Rows of a matrix, [SIZE, PAD]; 0 where `keep` is false and, if NARROW, beyond `width`."""
-    offs = tl.arange(0, SIZE)
     cols = tl.arange(0, PAD)
-    ptrs = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + cols[None, :])
+    ptrs = row_ptrs(base, start, stride, SIZE)[:, None] + cols[None, :]
     mask = keep[:, None]
     if NARROW:
         mask = mask & (cols < width)[None, :]
@@ -156,9 +164,8 @@ def load_rows(base, start, stride, keep, width, SIZE: tl.constexpr, PAD: tl.cons
 @triton.jit
 def store_rows(base, start, stride, keep, width, x, SIZE: tl.constexpr, PAD: tl.constexpr,
                NARROW: tl.constexpr):  # fmt: skip
-    offs = tl.arange(0, SIZE)
     cols = tl.arange(0, PAD)
-    ptrs = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + cols[None, :])
+    ptrs = row_ptrs(base, start, stride, SIZE)[:, None] + cols[None, :]
     mask = keep[:, None]
     if NARROW:
         mask = mask & (cols < width)[None, :]
@@ -337,8 +344,8 @@ def vector_ptrs(base, line, F: tl.constexpr):
 @triton.jit
 def state_ptrs(base, line, v0, F: tl.constexpr):
     """Pointers to line `line` of (lines, PAD_M, PAD_V), BLOCK_V columns from v0 on."""
-    rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
-    return base + rows[:, None] * F.PAD_V + (v0 + tl.arange(0, F.BLOCK_V))[None, :]
+    offs_m, offs_v = tl.arange(0, F.PAD_M), tl.arange(0, F.BLOCK_V)
+    return base + (line * (F.PAD_M * F.PAD_V) + v0) + (offs_m[:, None] * F.PAD_V + offs_v[None, :])
 
 
 @triton.jit
