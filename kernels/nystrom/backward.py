@@ -82,9 +82,13 @@ def causal_backward(
             own = problem._replace(parts=F.SLICES * (F.BLOCKS_D if columns else 1))
             for config in (whole, pieces):
                 features = args.features(call, config, SLOT=slot, STEEP=config is pieces, **takes)
+                fixed = (features,)
+                if pass_ == "rows":
+                    some = config.chunk if F.SCAN else min(config.chunk, configs.BACKWARD_QUERIES)
+                    fixed = dataclasses.replace(features, CHUNK=some), features
                 kernel[(pairs * own.groups * own.parts,)](
                     *inputs[:4], *outputs, *inputs[4:], call.marks, call.keep, stored, reverse,
-                    rises, partials, stretches.table, *own, features, **config.options,
+                    rises, partials, stretches.table, *own, *fixed, **config.options,
                 )  # fmt: skip
 
     with on_device(query):

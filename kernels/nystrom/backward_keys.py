@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .backward_rows import columns_ptrs, put_share, risen, row_gradients, weigh
+from .backward_rows import any_risen, columns_ptrs, leads, put_share, row_gradients, weigh
 from .chunks import (
     end_of_chunk,
     exponent,
@@ -109,18 +109,18 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         dv = zeros(F.CHUNK, F.BLOCK_V)
     norm = 0.0
     if F.MASS:
-        norm, inverse = weigh(P, ref, tot, decay2, F)
+        norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
     for g in range(F.GROUP):
         head, dhead = head_of(queries, g), head_of(douts, g)
         features, W, factor, q = turned_weights(head, t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
         # [PAD_M, CHUNK]
-        norm, inverse = weigh(P, ref, tot, decay2, F)
+        norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
         # [CHUNK, BLOCK_V]
         dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW)
         if F.TAKES_KEYS:
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
+            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, t0, F, F)
             pulls = rounded_product(wt, centre, F)
             own_pull += tl.sum(pulls, 1)
             ds = mm_acc(wt, tl.trans(pairs), ds, F)
@@ -151,7 +151,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     G = G * share[:, None] + own_G
     pull = pull * share + own_pull * tot
     if F.TAKES_VALUES:
-        if part == 0:
+        if leads(part, F):
             store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW)
     if F.TAKES_KEYS:
         dlq, ddecay = sums
@@ -223,18 +223,6 @@ def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, unt
             reverse, place, sums, lq, lk, decay2, part, width, marks, F,
         )  # fmt: skip
     return reverse, sums, until
-
-
-@triton.jit
-def any_risen(rises, first, count, b, pair, problem, table, F: tl.constexpr):
-    """Does any score of a program's stretches rise too far?"""
-    found = False
-    for stretch in range(first, first + count):
-        start, stop, row = span_of(stretch, b, problem, table, F)
-        line = slot_line(tl.cast(pair, tl.int64) * problem.stretches + stretch, 0, problem, F)
-        slots = tl.cdiv(stop - start, F.SLOT)
-        found = found | risen(rises, start, stop, line, slots, F)
-    return found
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -355,5 +343,5 @@ def store_key_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
     if F.TAKES_KEYS:
         line = tl.cast(share, tl.int64) * problem.groups + group
         put_share(columns_ptrs(partial.dlq, line, part, F), sums[0], F)
-        if part == 0:
+        if leads(part, F):
             put_share(vector_ptrs(partial.ddecay, line, F), sums[1], F)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import cut_operand, kept_tokens, load_rows, lower, mm, mm_acc, operand
+from .primitives import cut_operand, kept_tokens, load_rows, lower, mm, mm_acc, operand, upper
 from .reading import landmark_dots
 
 RISE = tl.constexpr(90.0)  # largest exponent above the reference; the products add up to 2^97
@@ -15,9 +15,9 @@ MOST_SHIFT = tl.constexpr(45.0)  # of the reference, so that totals, near 2^-45 
 
 
 @triton.jit
-def times_steps(x, F: tl.constexpr):
-    """x_lj times j = 1, 2, .., the chunk's own time; x is [PAD_M, CHUNK] or [PAD_M, 1]."""
-    return x * (tl.arange(0, F.CHUNK) + 1).to(tl.float32)[None, :]
+def times_steps(x, first, F: tl.constexpr):
+    """x_lj times j = first + 1, .., the chunk's own time; x is [PAD_M, CHUNK] or [PAD_M, 1]."""
+    return x * (tl.arange(0, F.CHUNK) + (first + 1)).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def all_scores(keys, t0, keep, lq, decay2, marks, F: tl.constexpr):
     dots, k = landmark_dots(keys, t0, keep, lq, F)
     s = dots * marks.scale2
     if F.DECAY:
-        s += times_steps(decay2[:, None], F)
+        s += times_steps(decay2[:, None], 0, F)
     return s, k
 
 
@@ -93,15 +93,16 @@ def exponentials(s, keep, ref, tot, shift, F: tl.constexpr):
 
 
 @triton.jit
-def running_sums(P, tot, F: tl.constexpr):
-    """tot + sum over j <= i of P_j, [PAD_M, CHUNK].
+def running_sums(P, tot, first, H: tl.constexpr, F: tl.constexpr):
+    """tot + sum over j <= i of P_j for the H.CHUNK tokens i of a chunk from number `first` on,
+    [PAD_M, H.CHUNK].
 
     A product rounds P as the products of the numerator do: weights then still sum to 1.
     """
     if F.SCAN:
         sums = tl.cumsum(P, 1)
     else:
-        sums = mm(P, tl.trans(lower(0, F).to(tl.float32)), F)
+        sums = mm(P, upper(0, first, F.CHUNK, H.CHUNK).to(tl.float32), F)
     return sums + tot[:, None]
 
 
@@ -133,13 +134,15 @@ def turned_norms(ref, cum, decay2, F: tl.constexpr):
 
 
 @triton.jit
-def norms(ref, cum, decay2, F: tl.constexpr):
-    """log2 of Z for the rows of a chunk, [PAD_M, CHUNK]; of no use but to the mass."""
+def norms(ref, cum, decay2, first, F: tl.constexpr):
+    """log2 of Z for the tokens of a chunk from number `first` on, [PAD_M, CHUNK]; of no use but to
+    the mass.
+    """
     norm = 0.0
     if F.MASS:
         norm = ref[:, None] + tl.log2(cum)
         if F.DECAY:
-            norm -= times_steps(decay2[:, None], F)
+            norm -= times_steps(decay2[:, None], first, F)
     return norm
 
 

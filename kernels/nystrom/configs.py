@@ -52,9 +52,7 @@ def choose(
 
     `arch` as from `device_arch`; `width`, `head_dim` and `v_dim` are padded to powers of two >= 16.
     A tile has a landmark a row, 64 of them to four warps, and registers to a thread in proportion
-    to its columns: so the short chunks, and the launches that a wide backward is cut into. A
-    backward spills all the same, up to 850 bytes a thread: in one launch a side it has half the
-    instructions of two that spill little. Exact float32
+    to its columns: so the short chunks, and the launches that a wide backward is cut into. Exact float32
     products keep their operands in registers: small tiles, and twice the warps. Small ones too
     where there is little shared memory.
     """
@@ -75,7 +73,7 @@ def choose(
         block_d = 64
     block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
     if backward and bfloat16 and not wide:
-        chunk = 32 if pass_ == "rows" else 64
+        chunk = 64
     elif backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
     elif pass_ == "pieces":
@@ -99,6 +97,7 @@ FORWARD_SPAN = 512  # tokens between states that are stored
 LEAST_SPAN = 128  # likewise where sequences are short
 BACKWARD_SPAN = 1024  # likewise of the backward, at most
 BACKWARD_SLOT = 64  # tokens of a slot: what stretches hold so far is stored at the start of each
+BACKWARD_QUERIES = 16  # of a chunk, that the query side takes at a time: its tiles are many
 BACKWARD_PIECE = 16  # tokens of a piece of the backward, at most
 READ_SPAN = 256  # queries of a program, where all read one state
 SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway

@@ -126,16 +126,6 @@ def mm(a, b, F: tl.constexpr):
 
 
 @triton.jit
-def mm_core(a, core, F: tl.constexpr):
-    """A product with the core, whose large entries cancel: tf32 even in bfloat16, while it fits."""
-    if F.PAD_M <= 64:
-        product = tl.dot(a, core, input_precision=F.PRECISION)
-    else:
-        product = mm(a, core, F)
-    return product
-
-
-@triton.jit
 def mm_acc(a, b, acc, F: tl.constexpr):
     return tl.dot(operand(a, F), operand(b, F), acc, input_precision=F.PRECISION)
 
@@ -292,6 +282,12 @@ def lower(t0, F: tl.constexpr):
     """
     offs = t0 + tl.arange(0, F.CHUNK)
     return offs[:, None] >= offs[None, :]
+
+
+@triton.jit
+def upper(t0, q0, KEYS: tl.constexpr, QUERIES: tl.constexpr):
+    """[key, query] of KEYS tokens from t0 on and QUERIES from q0 on: key not after query."""
+    return (t0 + tl.arange(0, KEYS))[:, None] <= (q0 + tl.arange(0, QUERIES))[None, :]
 
 
 @triton.jit

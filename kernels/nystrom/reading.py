@@ -13,7 +13,6 @@ from .primitives import (
     load_rows,
     load_vector,
     mm,
-    mm_core,
     operand,
     split,
     turned_features,
@@ -156,14 +155,14 @@ def turned_divided(W, norm, half2, F: tl.constexpr):
 
 @triton.jit
 def times_core(features, core, F: tl.constexpr):
-    """features core, in bfloat16 three products where tf32 does not fit."""
+    """features core, whose large entries cancel: in bfloat16 three products, tf32 while it fits."""
     if F.SPLIT and F.PAD_M > 64:
         high, low = split(features)
         core_high, core_low = split(core)
         product = tl.dot(high, core_low, tl.dot(low, core_high))
         product = tl.dot(high, core_high, product)
     else:
-        product = mm_core(features, core, F)
+        product = tl.dot(features, core, input_precision=F.PRECISION)
     return product
 
 
