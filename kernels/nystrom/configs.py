@@ -52,9 +52,9 @@ def choose(
 
     `arch` as from `device_arch`; `width`, `head_dim` and `v_dim` are padded to powers of two >= 16.
     A tile has a landmark a row, 64 of them to four warps, and registers to a thread in proportion
-    to its columns: so the short chunks, and the launches that a wide backward is cut into. Exact float32
-    products keep their operands in registers: small tiles, and twice the warps. Small ones too
-    where there is little shared memory.
+    to its columns: so the short chunks, and the launches that a wide backward is cut into. Exact
+    float32 products keep their operands in registers: small tiles, and twice the warps. Small ones
+    too where there is little shared memory.
     """
     if pass_ in _IN_USE:
         return _IN_USE[pass_]
@@ -93,11 +93,11 @@ def choose(
 
 
 SCAN_ROWS = 8  # landmarks of a program that walks all stretches of a sequence
-FORWARD_SPAN = 512  # tokens between states that are stored
+FORWARD_SPAN = 2048  # tokens between states that are stored, at most
 LEAST_SPAN = 128  # likewise where sequences are short
 BACKWARD_SPAN = 1024  # likewise of the backward, at most
 BACKWARD_SLOT = 64  # tokens of a slot: what stretches hold so far is stored at the start of each
-BACKWARD_QUERIES = 16  # of a chunk, that the query side takes at a time: its tiles are many
+BACKWARD_QUERIES = 32  # of a chunk, that the query side takes at a time: its tiles are many
 BACKWARD_PIECE = 16  # tokens of a piece of the backward, at most
 READ_SPAN = 256  # queries of a program, where all read one state
 SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway
@@ -109,8 +109,10 @@ def fills_device(where: torch.device, pairs: int, tokens: int) -> bool:
 
 
 def forward_span(where: torch.device, pairs: int, tokens: int) -> int:
-    """Tokens between states of the forward: fewer where the device would not be busy otherwise."""
-    span, wanted = FORWARD_SPAN, 2 * shared.processors(where)
+    """Tokens between states of the forward: as many as leave about two programs, and at least 15 to
+    8, to a multiprocessor: the scan over stretches is a chain.
+    """
+    span, wanted = FORWARD_SPAN, 15 * shared.processors(where) // 8
     while span > LEAST_SPAN and pairs * -(-tokens // span) < wanted:
         span //= 2
     return span

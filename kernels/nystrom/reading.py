@@ -89,17 +89,18 @@ def core_mm(core, b, TURNED: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def landmark_dots(x, t0, keep, y, F: tl.constexpr):
     """(landmark . x with a landmark a row, [PAD_M, CHUNK]; the tokens if they fit one block)."""
+    rows = 0.0
     if F.BLOCKS_D == 1:
         rows = load_rows(x[0], t0, x[1], keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D)
         dots = tl.dot(y[2], tl.trans(rows), input_precision=F.PRECISION)
     else:
         dots = zeros(F.PAD_M, F.CHUNK)
         BLOCKS: tl.constexpr = F.BLOCKS_D
-        for n in tl.static_range(BLOCKS):
-            rows = load_rows(x[0] + n * F.BLOCK_D, t0, x[1], keep, F.DIM - n * F.BLOCK_D, F.CHUNK,
-                             F.BLOCK_D, True)  # fmt: skip
-            tile = load_marks(y[0], y[1], n, rows.dtype, F)
-            dots = tl.dot(tile, tl.trans(rows), dots, input_precision=F.PRECISION)
+        for n in tl.range(BLOCKS):  # no block of landmarks stays in shared memory
+            d0 = n * F.BLOCK_D
+            some = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D, True)
+            tile = load_marks(y[0], y[1], n, some.dtype, F)
+            dots = tl.dot(tile, tl.trans(some), dots, input_precision=F.PRECISION)
     return dots, rows
 
 

@@ -23,14 +23,7 @@ CASES = {
 }
 
 
-# lanes of the query side hold copies of one number that differ by a rounding
-ROUNDED = pytest.mark.xfail(strict=True, reason="rows_kernel stores either of two roundings")
-MARKS = {"mass": ROUNDED}
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(x, id=n, marks=MARKS.get(n, ())) for n, x in CASES.items()]
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradients_of_nystrom_in_float32(case):
     with emulating(90, Options(same_bits=True)) as device:
         out = nystrom_attention(**case.arguments(), backend="triton")

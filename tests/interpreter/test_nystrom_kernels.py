@@ -14,7 +14,7 @@ import flashmark
 from flashmark.kernels.nystrom import chunks, configs
 from tests import helpers
 from tests.interpreter.nystrom_backend import op, shorten
-from tests.interpreter.running import EMULATED, INTERPRETED
+from tests.interpreter.running import INTERPRETED
 from tests.nystrom.cases import COVERING, Case
 
 
@@ -98,8 +98,6 @@ WIDE = [
 
 @pytest.mark.parametrize("case", WIDE, ids=lambda c: f"M{c.marks}-D{c.dim}-Dv{c.v_dim}")
 def test_widths_from_1_to_256(case):
-    if EMULATED == 80 and case.marks > 64 and max(case.dim, case.v_dim) > 128:
-        pytest.xfail("the backward asks for more shared memory than compute capability 8.0 has")
     check(case)
 
 
