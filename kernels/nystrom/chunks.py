@@ -66,7 +66,10 @@ def middle(decay2, F: tl.constexpr):
 @triton.jit
 def first_reference(s, keep, ref, tot, shift, F: tl.constexpr):
     """`ref`, or where nothing is held the first kept key's score plus `shift`, [PAD_M]."""
-    if tl.min(tot, 0) == 0.0:  # seldom, and a column is dear to pick
+    due = True
+    if F.SLOT > 0:  # a column is dear to pick; but the forward has no registers for a branch
+        due = tl.min(tot, 0) == 0.0
+    if due:
         head = 0
         if F.KEEP:
             head = tl.min(tl.where(keep, tl.arange(0, F.CHUNK), F.CHUNK), 0)

@@ -63,6 +63,21 @@ def test_half_precision_is_as_good_as_plain_pytorch(case, dtype):
     check(case, dtype)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(200, 40, group=2, state=True),
+        Case(200, 40, decay=0.1, padding=(3, 70)),
+        Case(495, 40, normalize="mass", packed=True),
+    ],
+    ids=str,
+)
+def test_slots_that_are_one_chunk(monkeypatch, case):
+    """The form of up to 64 landmarks and columns in bfloat16, on a GPU."""
+    shorten(monkeypatch, 128)
+    check(case, torch.bfloat16)
+
+
 STEEP = [
     Case(70, 8, spread=30.0),
     Case(130, 4, spread=300.0, group=2, state=True),
