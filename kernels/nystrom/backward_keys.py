@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .backward_rows import any_risen, columns_ptrs, leads, put_share, row_gradients, weigh
+from .backward_rows import any_risen, row_gradients, weigh
 from .chunks import (
     end_of_chunk,
     exponent,
@@ -46,6 +46,7 @@ from .reading import (
     split_keys,
     turned_weights,
 )
+from .shares import columns_ptrs, leads, put_share
 from .slots import end_of_slot, load_held, start_of_slot
 from .states import slot_line
 
@@ -98,7 +99,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     offs = tl.arange(0, F.CHUNK)
     there = t0 + offs < until
     # [CHUNK, BLOCK_V]
-    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW)
+    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW, True)
     own_G, own_pull, ds, dv = 0.0, full(F.PAD_M, 0.0), 0.0, 0.0
     if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
         own_G = zeros(F.PAD_M, F.BLOCK_V)
@@ -118,7 +119,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         # [PAD_M, CHUNK]
         norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
         # [CHUNK, BLOCK_V]
-        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW)
+        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW, True)
         if F.TAKES_KEYS:
             wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, t0, F, F)
             pulls = rounded_product(wt, centre, F)
@@ -152,7 +153,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     pull = pull * share + own_pull * tot
     if F.TAKES_VALUES:
         if leads(part, F):
-            store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW)
+            store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW, True)
     if F.TAKES_KEYS:
         dlq, ddecay = sums
         if F.DECAY:  # ages at the slot's end
@@ -169,7 +170,7 @@ def take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F: tl.
     d0 = part * F.BLOCK_D
     NARROW_D: tl.constexpr = F.DIM % F.BLOCK_D != 0
     dk = tl.trans(mm(tl.trans(own_columns(lq, part, F)), ds, F)) * marks.scale
-    store_rows(dk_ptr + d0, t0, F.DIM, there, F.DIM - d0, dk, F.CHUNK, F.BLOCK_D, NARROW_D)
+    store_rows(dk_ptr + d0, t0, F.DIM, there, F.DIM - d0, dk, F.CHUNK, F.BLOCK_D, NARROW_D, True)
     return mm_acc(ds, own_tokens(k, keys, t0, keep, part, F), dlq, F)
 
 
@@ -187,7 +188,7 @@ def walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, width
         before = t0 + length < until
         if before:
             v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
-                          F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+                          F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
             own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], operand(P, F), 0.0)
             held = zeros(F.PAD_M, F.BLOCK_V)
             if F.TAKES_KEYS:

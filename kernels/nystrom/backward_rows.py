@@ -47,6 +47,7 @@ from .reading import (
     split_keys,
     turned_weights,
 )
+from .shares import new_sums, store_sums
 from .slots import end_of_stretch, load_held, share_left, start_of_slot
 from .states import slot_line
 
@@ -126,7 +127,8 @@ def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, 
                 ddecay += tl.sum(rounded_product(dlog, age[None, :], F), 1)
         dscores = operand(dscores, F)
         dq = tl.trans(mm(tl.trans(own_columns(lk, part, F)), dscores, F)) * marks.scale
-        store_rows(dq_ptr + d0, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D)
+        store_rows(dq_ptr + d0, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D,
+                   True)  # fmt: skip
         dlk = mm_acc(dscores, own_tokens(q, queries, t0, rows, part, F), dlk, F)
     return dcore, dlk, dhalf, ddecay
 
@@ -154,7 +156,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
     length = tl.minimum(stop - t0, first)
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
-                  F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+                  F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
     PARTS: tl.constexpr = F.CHUNK // H.CHUNK
     for c in tl.range(PARTS, disable_licm=True):  # a few queries at a time: tiles of half the width
@@ -171,7 +173,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
             dhead = head_of(douts, g)
             # [H.CHUNK, BLOCK_V], 0 where no row is: so are the gradients of its weights
             dout = load_rows(dhead[0], q0, dhead[1], rows, width, H.CHUNK, F.BLOCK_V,
-                             F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+                             F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
             W = reading[1]
             if F.MASS:
                 W = tl.where(rows[None, :], W, 0.0)
@@ -385,59 +387,3 @@ def rows_kernel(
             store_sums(partial, group, share, part, sums, problem, F)
     else:
         store_sums(partial, group, share, part, sums, problem, F)
-
-
-@triton.jit
-def new_sums(F: tl.constexpr):
-    """(dcore, dlk, dhalf, ddecay) of nothing yet."""
-    dcore, dlk = 0.0, 0.0
-    if F.TAKES_CORE:
-        dcore = zeros(F.PAD_M, F.PAD_M)
-    if F.TAKES_QUERIES:
-        dlk = zeros(F.PAD_M, F.BLOCK_D)
-    return dcore, dlk, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
-
-
-@triton.jit
-def put_share(ptrs, x, F: tl.constexpr):
-    """A share of a sum, to its place; that of the pieces comes on top of it."""
-    if F.STEEP:
-        x += tl.load(ptrs)
-        tl.debug_barrier()  # several threads read an element that one of them overwrites
-    tl.store(ptrs, x)
-
-
-@triton.jit
-def leads(part, F: tl.constexpr):
-    """Is this the program for all that columns of queries and keys do not share out?"""
-    first = True
-    if F.BLOCKS_D > 1:
-        first = part == 0
-    return first
-
-
-@triton.jit
-def columns_ptrs(base, line, part, F: tl.constexpr):
-    """Pointers to a program's columns of line `line` of (lines, PAD_M, columns)."""
-    rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
-    cols = part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
-    return base + rows[:, None] * (F.BLOCKS_D * F.BLOCK_D) + cols[None, :]
-
-
-@triton.jit
-def store_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
-    """This program's share of the parameter gradients, a place of its own; `share` counts pairs
-    and slices of columns.
-    """
-    dcore, dlk, dhalf, ddecay = sums
-    line = tl.cast(share, tl.int64) * problem.groups + group
-    offs_m = tl.arange(0, F.PAD_M)
-    marks = line * F.PAD_M + offs_m
-    if F.TAKES_CORE:
-        if leads(part, F):
-            put_share(partial.dcore + marks[:, None] * F.PAD_M + offs_m[None, :], dcore, F)
-    if F.TAKES_QUERIES:
-        put_share(columns_ptrs(partial.dlk, line, part, F), dlk, F)
-        if leads(part, F):
-            put_share(partial.dhalf + marks, dhalf, F)
-            put_share(partial.ddecay + marks, ddecay, F)

@@ -233,7 +233,8 @@ def open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F: tl.constexpr):
                                                 F)  # fmt: skip
         first = F.CHUNK
         if may_have_risen(exponent(tot + tl.sum(P, 1))):
-            first = tl.min(tl.min(tl.where(P > MOST, tl.arange(0, F.CHUNK)[None, :], F.CHUNK), 1), 0)
+            offs = tl.arange(0, F.CHUNK)[None, :]
+            first = tl.min(tl.min(tl.where(P > MOST, offs, F.CHUNK), 1), 0)
     return k, P, first, ref, tot, share
 
 

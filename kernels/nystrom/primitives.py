@@ -131,20 +131,26 @@ def mm_acc(a, b, acc, F: tl.constexpr):
 
 
 @triton.jit
-def row_ptrs(base, start, stride, SIZE: tl.constexpr):
-    """Pointers to the first elements of SIZE rows, [SIZE].
+def rows_ptrs(base, start, stride, SIZE: tl.constexpr, PAD: tl.constexpr, LATE: tl.constexpr):
+    """Pointers to SIZE rows of a matrix, [SIZE, PAD].
 
-    Times of the stream: offsets within a chunk, the same for all, would sit in registers.
+    Offsets within a chunk, the same for all, sit in registers; not so LATE, by times of the stream.
     """
-    return base + (start + tl.arange(0, SIZE)).to(tl.int64) * stride
+    offs, cols = tl.arange(0, SIZE), tl.arange(0, PAD)
+    if LATE:
+        ptrs = (base + (start + offs).to(tl.int64) * stride)[:, None] + cols[None, :]
+    else:
+        within = offs[:, None] * stride + cols[None, :]
+        ptrs = base + tl.cast(start, tl.int64) * stride + within
+    return ptrs
 
 
 @triton.jit
 def load_rows(base, start, stride, keep, width, SIZE: tl.constexpr, PAD: tl.constexpr,
-              NARROW: tl.constexpr):  # fmt: skip
+              NARROW: tl.constexpr, LATE: tl.constexpr = False):  # fmt: skip
     """Rows of a matrix, [SIZE, PAD]; 0 where `keep` is false and, if NARROW, beyond `width`."""
     cols = tl.arange(0, PAD)
-    ptrs = row_ptrs(base, start, stride, SIZE)[:, None] + cols[None, :]
+    ptrs = rows_ptrs(base, start, stride, SIZE, PAD, LATE)
     mask = keep[:, None]
     if NARROW:
         mask = mask & (cols < width)[None, :]
@@ -153,9 +159,9 @@ def load_rows(base, start, stride, keep, width, SIZE: tl.constexpr, PAD: tl.cons
 
 @triton.jit
 def store_rows(base, start, stride, keep, width, x, SIZE: tl.constexpr, PAD: tl.constexpr,
-               NARROW: tl.constexpr):  # fmt: skip
+               NARROW: tl.constexpr, LATE: tl.constexpr = False):  # fmt: skip
     cols = tl.arange(0, PAD)
-    ptrs = row_ptrs(base, start, stride, SIZE)[:, None] + cols[None, :]
+    ptrs = rows_ptrs(base, start, stride, SIZE, PAD, LATE)
     mask = keep[:, None]
     if NARROW:
         mask = mask & (cols < width)[None, :]

@@ -91,14 +91,16 @@ def landmark_dots(x, t0, keep, y, F: tl.constexpr):
     """(landmark . x with a landmark a row, [PAD_M, CHUNK]; the tokens if they fit one block)."""
     rows = 0.0
     if F.BLOCKS_D == 1:
-        rows = load_rows(x[0], t0, x[1], keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D)
+        rows = load_rows(x[0], t0, x[1], keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D,
+                         F.SLOT > 0)  # fmt: skip
         dots = tl.dot(y[2], tl.trans(rows), input_precision=F.PRECISION)
     else:
         dots = zeros(F.PAD_M, F.CHUNK)
         BLOCKS: tl.constexpr = F.BLOCKS_D
         for n in tl.range(BLOCKS):  # no block of landmarks stays in shared memory
             d0 = n * F.BLOCK_D
-            some = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D, True)
+            some = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D, True,
+                             F.SLOT > 0)  # fmt: skip
             tile = load_marks(y[0], y[1], n, some.dtype, F)
             dots = tl.dot(tile, tl.trans(some), dots, input_precision=F.PRECISION)
     return dots, rows
@@ -120,7 +122,7 @@ def own_tokens(rows, x, t0, keep, part, F: tl.constexpr):
     if F.BLOCKS_D > 1:
         d0 = part * F.BLOCK_D
         rows = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D,
-                         F.DIM % F.BLOCK_D != 0)  # fmt: skip
+                         F.DIM % F.BLOCK_D != 0, F.SLOT > 0)  # fmt: skip
     return rows
 
 
