@@ -64,6 +64,8 @@ def causal_backward(
     lines = pairs * stretches.count
     dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
     reverse = new_reverse(query, lines, F)
+    if not tokens:  # no slot, whose turn it would be to write them
+        reverse.pull.zero_(), reverse.G.zero_(), reverse.ratio.fill_(1.0)
     reverse = reverse._replace(slots=new_reverse(query, lines * (span // slot), F, dtype))
     rows = new_row_partials(query, pairs, problem.groups, F)
     keys = new_key_partials(query, pairs, problem.groups, F)
