@@ -207,7 +207,7 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
                 # [PAD_M, PAD_M]
                 dcore = mm_acc(turned_features(turned, half2, inputs, F), dG, dcore, F)
                 # [CHUNK, PAD_M]
-                dreading = e * times_core(dG, tl.trans(core), F)
+                dreading = e * mm(dG, tl.trans(core), F)
                 dhalf -= tl.sum(dreading, 0)
                 # [CHUNK, BLOCK_D]
                 dq = mm(dreading, tl.trans(own_x), F) * inputs.scale
