@@ -87,6 +87,16 @@ def core_mm(core, b, TURNED: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def dots_of_block(dots, x, t0, keep, y, n, F: tl.constexpr):
+    """`dots` and those of block n of the columns."""
+    d0 = n * F.BLOCK_D
+    some = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D, True,
+                     F.SLOT > 0)  # fmt: skip
+    tile = load_marks(y[0], y[1], n, some.dtype, F)
+    return tl.dot(tile, tl.trans(some), dots, input_precision=F.PRECISION)
+
+
+@triton.jit
 def landmark_dots(x, t0, keep, y, F: tl.constexpr):
     """(landmark . x with a landmark a row, [PAD_M, CHUNK]; the tokens if they fit one block)."""
     rows = 0.0
@@ -97,12 +107,12 @@ def landmark_dots(x, t0, keep, y, F: tl.constexpr):
     else:
         dots = zeros(F.PAD_M, F.CHUNK)
         BLOCKS: tl.constexpr = F.BLOCKS_D
-        for n in tl.range(BLOCKS):  # no block of landmarks stays in shared memory
-            d0 = n * F.BLOCK_D
-            some = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D, True,
-                             F.SLOT > 0)  # fmt: skip
-            tile = load_marks(y[0], y[1], n, some.dtype, F)
-            dots = tl.dot(tile, tl.trans(some), dots, input_precision=F.PRECISION)
+        if BLOCKS == 2:
+            for n in tl.static_range(BLOCKS):
+                dots = dots_of_block(dots, x, t0, keep, y, n, F)
+        else:  # no block of landmarks stays in shared memory
+            for n in tl.range(BLOCKS):
+                dots = dots_of_block(dots, x, t0, keep, y, n, F)
     return dots, rows
 
 
