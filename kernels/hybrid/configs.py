@@ -61,6 +61,7 @@ def choose_mass(
     """The config of a pass that reads the far field of merge="mass"; widths are padded."""
     bfloat16, wide = dtype == torch.bfloat16, max(marks, dim, v_dim) > 64
     if pass_ == "forward":
-        return Config(64 if bfloat16 else 32, 64, 8 if wide or not bfloat16 else 4, 1)
+        tile = 64 if bfloat16 and marks <= 64 else 32
+        return Config(tile, 64, 8 if wide or not bfloat16 else 4, 1)
     roomy = shared.device_arch(where) in ROOMY
     return Config(16, 64 if marks <= 64 else 32 if roomy else 16, 8, 1)

@@ -23,13 +23,13 @@ from ..nystrom.primitives import (
     locate,
     mm,
     mm_acc,
-    mm_core,
     operand,
     store_rows,
     turned_features,
     turned_products,
     zeros,
 )
+from ..nystrom.reading import times_core
 from . import configs
 from .primitives import chunk_of, slot_rows
 
@@ -78,6 +78,7 @@ class Features:
     CHUNK: int
     GROUP: int
     BFLOAT16: bool
+    SPLIT: bool
     PRECISION: str
     MASS: bool = True
 
@@ -117,7 +118,7 @@ def read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F: tl.constexpr):
     # [CHUNK]
     highest = tl.max(f, 1)
     e = tl.exp2(f - highest[:, None])
-    return e, mm_core(e, core, F), highest
+    return e, times_core(e, core, F), highest
 
 
 @triton.jit(do_not_specialize=LaunchSizes._fields)
@@ -206,7 +207,7 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
                 # [PAD_M, PAD_M]
                 dcore = mm_acc(turned_features(turned, half2, inputs, F), dG, dcore, F)
                 # [CHUNK, PAD_M]
-                dreading = e * mm_core(dG, tl.trans(core), F)
+                dreading = e * mm(dG, tl.trans(core), F)
                 dhalf -= tl.sum(dreading, 0)
                 # [CHUNK, BLOCK_D]
                 dq = mm(dreading, tl.trans(own_x), F) * inputs.scale
@@ -324,5 +325,6 @@ def _features(x: Operands, config: configs.Config) -> Features:
         CHUNK=min(config.tile, padded(x.query.shape[3])),
         GROUP=x.query.shape[1] // x.L.shape[1],
         BFLOAT16=x.query.dtype == torch.bfloat16,
+        SPLIT=x.query.dtype == torch.bfloat16,
         PRECISION=dot_precision(x.query.dtype),
     )

@@ -64,6 +64,8 @@ def causal_backward(
     lines = pairs * stretches.count
     dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
     reverse = new_reverse(query, lines, F)
+    if not tokens:  # no slot, whose turn it would be to write them
+        reverse.pull.zero_(), reverse.G.zero_(), reverse.ratio.fill_(1.0)
     reverse = reverse._replace(slots=new_reverse(query, lines * (span // slot), F, dtype))
     rows = new_row_partials(query, pairs, problem.groups, F)
     keys = new_key_partials(query, pairs, problem.groups, F)
@@ -82,9 +84,13 @@ def causal_backward(
             own = problem._replace(parts=F.SLICES * (F.BLOCKS_D if columns else 1))
             for config in (whole, pieces):
                 features = args.features(call, config, SLOT=slot, STEEP=config is pieces, **takes)
+                fixed = (features,)
+                if pass_ == "rows":
+                    some = config.chunk if F.SCAN else min(config.chunk, configs.BACKWARD_QUERIES)
+                    fixed = dataclasses.replace(features, CHUNK=some), features
                 kernel[(pairs * own.groups * own.parts,)](
                     *inputs[:4], *outputs, *inputs[4:], call.marks, call.keep, stored, reverse,
-                    rises, partials, stretches.table, *own, features, **config.options,
+                    rises, partials, stretches.table, *own, *fixed, **config.options,
                 )  # fmt: skip
 
     with on_device(query):

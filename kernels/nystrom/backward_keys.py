@@ -11,9 +11,16 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .backward_rows import columns_ptrs, inverse_totals, put_share, risen, row_gradients
-from .chunks import end_of_chunk, norms, open_chunk, running_sums
+from .backward_rows import any_risen, row_gradients, weigh
+from .chunks import (
+    end_of_chunk,
+    exponent,
+    may_have_risen,
+    open_calm_chunk,
+    open_chunk,
+)
 from .primitives import (
+    cut_operand,
     full,
     head_of,
     kept_tokens,
@@ -39,18 +46,19 @@ from .reading import (
     split_keys,
     turned_weights,
 )
+from .shares import columns_ptrs, leads, put_share
 from .slots import end_of_slot, load_held, start_of_slot
 from .states import slot_line
 
 
 @triton.jit
-def later_sums(x, F: tl.constexpr):
-    """sum over i >= j of x_i, [PAD_M, CHUNK]."""
+def less_later_sums(ds, x, F: tl.constexpr):
+    """ds - sum over i >= j of x_i, [PAD_M, CHUNK]."""
     if F.SCAN:
-        sums = tl.cumsum(x, 1, reverse=True)
+        ds -= tl.cumsum(x, 1, reverse=True)
     else:
-        sums = mm(x, lower(0, F).to(tl.float32), F)
-    return sums
+        ds = mm_acc(-x, lower(0, F).to(tl.float32), ds, F)
+    return ds
 
 
 @triton.jit
@@ -61,7 +69,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
 
     A whole slot in which a score rises too far is noted and left out: then `until` is t0.
     `state` is that before them, and no score rises far above it; the slot ends at `stop`. Where
-    they are the whole slot, `state` has the factors for `load_held`, and `reverse` is not read.
+    they are the whole slot, `reverse` is not read, but loaded late.
 
     ds_lj = e^{s_lj - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il D_lj(i) (dO_i . v_j - centre_il)
     dv_j  = sum_l e^{s_lj - rho} G_l + sum_{i >= j} sum_l W_il D_lj(i) dO_i
@@ -69,35 +77,29 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     ref, tot = state[0], state[1]
     NARROW: tl.constexpr = F.DIM_V % F.BLOCK_V != 0
     keep = kept_tokens(keep_ptr, t0, until, F)
+    # [PAD_M, BLOCK_V]
+    R0 = operand(state[2], F)
     # [PAD_M, CHUNK]
-    k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
-    offs = tl.arange(0, F.CHUNK)
-    there = t0 + offs < until
+    if F.STEEP:
+        k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+        P = cut_operand(P, F)
+    else:
+        k, P, ref, tot, moved = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
+                                                F)  # fmt: skip
+    if F.STEEP or F.DECAY:
+        R0 = operand(state[2] * moved[:, None], F)
+    total = tot + tl.sum(P, 1)
     P = operand(P, F)
+    calm = True
     if not (F.STEEP or F.CHUNK < F.SLOT):  # the query side may have had shorter chunks
-        calm = first == F.CHUNK
-        P = tl.where(calm, P, 0.0)
+        calm = not may_have_risen(exponent(total))
         if not calm:
             tl.store(place[2] + place[4], t0)
             until = t0
-        there = t0 + offs < until
-    # [PAD_M, CHUNK]
-    cum = running_sums(P, tot, F)
-    norm = norms(ref, cum, decay2, F)
-    inverse = inverse_totals(cum, there, F)
+    offs = tl.arange(0, F.CHUNK)
+    there = t0 + offs < until
     # [CHUNK, BLOCK_V]
-    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW)
-    R0 = 0.0
-    if F.TAKES_KEYS:
-        if F.STEEP or F.CHUNK < F.SLOT:
-            acc = state[2]
-        else:
-            acc = load_held(place, state[2][0], state[2][1], F)
-        if F.STEEP or F.DECAY:
-            acc *= moved[:, None]
-        # [PAD_M, BLOCK_V]
-        R0 = operand(acc, F)
-    # what later slots add comes last, and its tiles are loaded late: fewer are held at once
+    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW, True)
     own_G, own_pull, ds, dv = 0.0, full(F.PAD_M, 0.0), 0.0, 0.0
     if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
         own_G = zeros(F.PAD_M, F.BLOCK_V)
@@ -106,17 +108,24 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     if F.TAKES_VALUES:
         # [CHUNK, BLOCK_V]
         dv = zeros(F.CHUNK, F.BLOCK_V)
+    norm = 0.0
+    if F.MASS:
+        norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
     for g in range(F.GROUP):
-        features, W, factor, q = turned_weights(head_of(queries, g), t0, there, lk, norm, marks, F)
+        head, dhead = head_of(queries, g), head_of(douts, g)
+        features, W, factor, q = turned_weights(head, t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
-        dhead = head_of(douts, g)
-        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW)
+        # [PAD_M, CHUNK]
+        norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
+        # [CHUNK, BLOCK_V]
+        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW, True)
         if F.TAKES_KEYS:
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
+            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, t0, F, F)
             pulls = rounded_product(wt, centre, F)
             own_pull += tl.sum(pulls, 1)
-            ds += P * (mm(wt, tl.trans(pairs), F) - later_sums(pulls, F))
+            ds = mm_acc(wt, tl.trans(pairs), ds, F)
+            ds = less_later_sums(ds, pulls, F)
         else:
             wt = W * inverse
         wt = operand(wt, F)
@@ -125,25 +134,26 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         if F.TAKES_VALUES:
             # [CHUNK, CHUNK]
             between = mm(tl.trans(P), wt, F)
+            # times from `stop`: the mask of `pairs`, if it were the same, would sit in registers
             dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
     if F.STEEP or F.CHUNK < F.SLOT:
         G, pull = reverse
     else:
         G, pull = end_of_slot(place, F)
-    left = reciprocal(tot + tl.sum(P.to(tl.float32), 1))
-    E = P * left[:, None]  # e^{s - rho}
+    left = tl.where(calm, reciprocal(total), 0.0)  # e^{s - rho} = P left
+    late = operand(G * left[:, None], F)
     if F.TAKES_KEYS:
-        ds += E * (mm(G, tl.trans(v), F) - pull[:, None])
+        ds = P * (mm_acc(late, tl.trans(v), ds, F) - (pull * left)[:, None])
     if F.TAKES_VALUES:
-        dv = mm_acc(tl.trans(operand(E, F)), G, dv, F)
+        dv = mm_acc(tl.trans(P), late, dv, F)
     share = tot * left  # e^{L at t0 - rho}
     if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
         own_G *= tot[:, None]
     G = G * share[:, None] + own_G
     pull = pull * share + own_pull * tot
     if F.TAKES_VALUES:
-        if part == 0:
-            store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW)
+        if leads(part, F):
+            store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW, True)
     if F.TAKES_KEYS:
         dlq, ddecay = sums
         if F.DECAY:  # ages at the slot's end
@@ -160,7 +170,7 @@ def take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F: tl.
     d0 = part * F.BLOCK_D
     NARROW_D: tl.constexpr = F.DIM % F.BLOCK_D != 0
     dk = tl.trans(mm(tl.trans(own_columns(lq, part, F)), ds, F)) * marks.scale
-    store_rows(dk_ptr + d0, t0, F.DIM, there, F.DIM - d0, dk, F.CHUNK, F.BLOCK_D, NARROW_D)
+    store_rows(dk_ptr + d0, t0, F.DIM, there, F.DIM - d0, dk, F.CHUNK, F.BLOCK_D, NARROW_D, True)
     return mm_acc(ds, own_tokens(k, keys, t0, keep, part, F), dlq, F)
 
 
@@ -178,7 +188,7 @@ def walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, width
         before = t0 + length < until
         if before:
             v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
-                          F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
+                          F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
             own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], operand(P, F), 0.0)
             held = zeros(F.PAD_M, F.BLOCK_V)
             if F.TAKES_KEYS:
@@ -266,25 +276,29 @@ def keys_kernel(
     sums = (0.0, 0.0)
     if F.TAKES_KEYS:
         sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
-    taken = False
-    for stretch in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+    slots = tl.cdiv(problem.span, F.SLOT)  # of a stretch
+    first = group * problem.units
+    count = tl.minimum(problem.units, problem.stretches - first)
+    turns, taken = count * slots, True
+    if not F.PACKED:  # no slot behind the end
+        turns = tl.minimum(turns, tl.cdiv(problem.tokens - first * problem.span, F.SLOT))
+    if F.STEEP:
+        taken = any_risen(rises, first, count, b, pair, problem, table, F)
+        turns = tl.where(taken, turns, 0)
+    # a loop over all slots of all stretches, and nothing computed in front of it: registers
+    for n in tl.range(turns, disable_licm=True):
+        stretch = first + n // slots
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        slots = tl.cdiv(stop - start, F.SLOT)
-        first_line = slot_line(line, 0, problem, F)
-        if F.STEEP:
-            if risen(rises, start, stop, first_line, slots, F):
-                taken = True
-            else:
-                slots = 0
-        for n in range(slots):
-            slot = first_line + n
-            t0 = start + n * F.SLOT
-            end = tl.minimum(t0 + F.SLOT, stop)
+        t0 = start + n % slots * F.SLOT
+        slot = slot_line(line, t0 - start, problem, F)
+        end = tl.minimum(t0 + F.SLOT, stop)
+        due = True
+        if F.PACKED:
+            due = t0 < stop
+        if due:
             rise = tl.load(rises + slot) < end
             until = tl.where(rise == F.STEEP, end, t0)
-            due = True
             if F.STEEP:
                 due = rise
             if due:
@@ -307,12 +321,11 @@ def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, 
     v0 = piece * F.BLOCK_V
     place = stored, reverse, rises, line, slot, v0, piece
     ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
-    held, back = (past, new), (0.0, 0.0)
+    held, back = zeros(F.PAD_M, F.BLOCK_V), (0.0, 0.0)
     if F.STEEP or F.CHUNK < F.SLOT:
         back = end_of_slot(place, F)
-        held = 0.0
-        if F.TAKES_KEYS:
-            held = load_held(place, past, new, F)
+    if F.TAKES_KEYS:
+        held = load_held(place, past, new, F)
     back, sums, until = slot_keys(
         queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot, held),
         back, place, sums, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
@@ -331,5 +344,5 @@ def store_key_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
     if F.TAKES_KEYS:
         line = tl.cast(share, tl.int64) * problem.groups + group
         put_share(columns_ptrs(partial.dlq, line, part, F), sums[0], F)
-        if part == 0:
+        if leads(part, F):
             put_share(vector_ptrs(partial.ddecay, line, F), sums[1], F)

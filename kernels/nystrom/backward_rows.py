@@ -18,20 +18,23 @@ import triton.language as tl
 from .arguments import Problem
 from .chunks import end_of_chunk, norms, open_chunk, running_sums
 from .primitives import (
+    TINY,
     full,
     head_of,
+    inverse,
     kept_tokens,
     load_rows,
     locate,
-    lower,
     mm,
     mm_acc,
     operand,
+    reciprocal,
     rounded_product,
     span_of,
     state_ptrs,
     store_rows,
     tokens_of,
+    upper,
     vector_ptrs,
     zeros,
 )
@@ -44,6 +47,7 @@ from .reading import (
     split_keys,
     turned_weights,
 )
+from .shares import new_sums, store_sums
 from .slots import end_of_stretch, load_held, share_left, start_of_slot
 from .states import slot_line
 
@@ -58,25 +62,34 @@ def centre_of(W, dW, F: tl.constexpr):
 
 
 @triton.jit
-def row_gradients(W, inverse, P, R0, dout, v, t0, F: tl.constexpr):
-    """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key a row, a query a column.
+def row_gradients(W, inverse, P, R0, dout, v, t0, q0, H: tl.constexpr,
+                  F: tl.constexpr):  # fmt: skip
+    """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key of the chunk at t0 a row, a
+    query of the H.CHUNK from q0 on a column.
 
     dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
     """
-    # [CHUNK, CHUNK]
+    # [F.CHUNK, H.CHUNK]
     pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
-    pairs = operand(tl.where(tl.trans(lower(t0, F)), pairs, 0.0), F)
-    # [PAD_M, CHUNK]
+    pairs = operand(tl.where(upper(t0, q0, F.CHUNK, H.CHUNK), pairs, 0.0), F)
+    # [PAD_M, H.CHUNK]
     dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F) * inverse
-    return W * inverse, dW, centre_of(W, dW, F), pairs
+    return W * inverse, dW, centre_of(W, dW, H), pairs
 
 
 @triton.jit
-def inverse_totals(cum, rows, F: tl.constexpr):
-    """1 / e^{L - ref}, 0 where nothing is held and for the queries that are not `rows`: these then
-    have no weight and no gradient, [PAD_M, CHUNK].
+def weigh(P, ref, tot, decay2, first, H: tl.constexpr, F: tl.constexpr):
+    """(log2 of Z, 1 / e^{L - ref}) for the H.CHUNK tokens of a chunk from number `first` on,
+    [PAD_M, H.CHUNK]. Of nothing held the latter is 0 with `mass`, else finite: what it multiplies
+    is 0 then.
     """
-    return tl.where((cum == 0.0) | ~rows[None, :], 0.0, 1.0 / cum)
+    if F.MASS:
+        cum = running_sums(P, tot, first, H, F)
+        share = reciprocal(cum)
+    else:
+        cum = running_sums(P, tl.maximum(tot, TINY), first, H, F)
+        share = inverse(cum)
+    return norms(ref, cum, decay2, first, H), share
 
 
 @triton.jit
@@ -114,79 +127,75 @@ def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, 
                 ddecay += tl.sum(rounded_product(dlog, age[None, :], F), 1)
         dscores = operand(dscores, F)
         dq = tl.trans(mm(tl.trans(own_columns(lk, part, F)), dscores, F)) * marks.scale
-        store_rows(dq_ptr + d0, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D)
+        store_rows(dq_ptr + d0, t0, F.DIM, rows, F.DIM - d0, dq, F.CHUNK, F.BLOCK_D, NARROW_D,
+                   True)  # fmt: skip
         dlk = mm_acc(dscores, own_tokens(q, queries, t0, rows, part, F), dlk, F)
     return dcore, dlk, dhalf, ddecay
 
 
 @triton.jit
 def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
-               place, sums, lq, lk, decay2, part, width, marks, problem,
+               sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
                F: tl.constexpr):  # fmt: skip
     """(state, handed, sums, end) of the chunk or piece at t0, by its rows at or after `since`.
 
     `stop` is the slot's end; `handed` holds (G, pull) and e^{L at the slot's start} over 2^ref.
-    For a whole slot `state` has the factors for `load_held`: tiles are loaded late, to hold few.
     """
-    ref, tot = state[0], state[1]
+    ref, tot, acc = state
     G, pull, ratio = handed
+    # [PAD_M, BLOCK_V]
+    R0 = operand(acc, F)
     keep = kept_tokens(keep_ptr, t0, stop, F)
     # [PAD_M, CHUNK]
     k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
-    P = operand(P, F)
-    # [PAD_M, CHUNK]
-    cum = running_sums(P, tot, F)
-    norm = norms(ref, cum, decay2, F)
-    offs = tl.arange(0, F.CHUNK)
-    length = tl.minimum(stop - t0, first)
-    there = offs < stop - t0
-    rows = offs < length
-    if F.STEEP:
-        rows = rows & (t0 + offs >= since)
-    inverse = inverse_totals(cum, rows, F)
-    # [CHUNK, BLOCK_V]
-    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
-                  F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-    if F.STEEP or F.CHUNK < F.SLOT:
-        acc = state[2]
-    else:
-        acc = load_held(place, state[2][0], state[2][1], F)
     if F.STEEP or F.DECAY:
         acc *= share[:, None]
+        R0 = operand(acc, F)
         ratio *= share
-    # [PAD_M, BLOCK_V]
-    R0 = operand(acc, F)
+    P = operand(P, F)
+    length = tl.minimum(stop - t0, first)
+    # [CHUNK, BLOCK_V]
+    v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
+                  F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
-    for g in range(F.GROUP):
-        head = head_of(queries, g)
-        reading = turned_weights(head, t0, there, lk, norm, marks, F)
-        dhead = head_of(douts, g)
-        # [CHUNK, BLOCK_V]
-        dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V,
-                         F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-        W = reading[1]
-        if F.MASS:
-            W = tl.where(rows[None, :], W, 0.0)
-        wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, F)
-        if F.TAKES_STATES:
-            wt *= ratio[:, None]
-            G = mm_acc(wt, dout, G, F)
-            pull += tl.sum(rounded_product(wt, centre, F), 1)
-        sums = take_rows(head, dq_ptr + g * head_size, t0, stop - t0, rows, part, lk, reading, dW,
-                         centre, sums, marks, F)  # fmt: skip
+    PARTS: tl.constexpr = F.CHUNK // H.CHUNK
+    for c in tl.range(PARTS, disable_licm=True):  # a few queries at a time: tiles of half the width
+        q0 = t0 + c * H.CHUNK
+        times = q0 + tl.arange(0, H.CHUNK)
+        there, rows = times < stop, times < t0 + length
+        if F.STEEP:
+            rows = rows & (times >= since)
+        # [PAD_M, H.CHUNK]
+        norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
+        for g in range(F.GROUP):
+            head = head_of(queries, g)
+            reading = turned_weights(head, q0, there, lk, norm, marks, H)
+            dhead = head_of(douts, g)
+            # [H.CHUNK, BLOCK_V], 0 where no row is: so are the gradients of its weights
+            dout = load_rows(dhead[0], q0, dhead[1], rows, width, H.CHUNK, F.BLOCK_V,
+                             F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
+            W = reading[1]
+            if F.MASS:
+                W = tl.where(rows[None, :], W, 0.0)
+            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, q0, H, F)
+            if F.TAKES_STATES:
+                wt *= ratio[:, None]
+                G = mm_acc(wt, dout, G, F)
+                pull += tl.sum(rounded_product(wt, centre, F), 1)
+            sums = take_rows(head, dq_ptr + g * head_size, q0, stop - q0, rows, part, lk, reading,
+                             dW, centre, sums, marks, H)  # fmt: skip
     if F.STEEP or F.CHUNK < F.SLOT:
         own = P
         if F.STEEP:
-            own = tl.where((offs < length)[None, :], P, 0.0)
+            own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], P, 0.0)
         ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
         ratio *= fall
-        state = ref, tot, acc
-    return state, (G, pull, ratio), sums, t0 + length
+    return (ref, tot, acc), (G, pull, ratio), sums, t0 + length
 
 
 @triton.jit
 def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, handed,
-              place, sums, lq, lk, decay2, part, width, marks, problem,
+              sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
               F: tl.constexpr):  # fmt: skip
     """(handed, sums, first token that rises too far) after a slot."""
     rise = stop
@@ -195,17 +204,17 @@ def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop
         while t0 < stop:
             state, handed, sums, t0 = chunk_rows(
                 queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
-                place, sums, lq, lk, decay2, part, width, marks, problem, F,
+                sums, lq, lk, decay2, part, width, marks, problem, H, F,
             )  # fmt: skip
     else:
         CHUNKS: tl.constexpr = F.SLOT // F.CHUNK
-        for c in range(CHUNKS):
+        for c in tl.range(CHUNKS, disable_licm=True):
             t0 = start + c * F.CHUNK
             # no row of a slot after a rise
             state, handed, sums, end = chunk_rows(
                 queries, keys, values, douts, keep_ptr, dq_ptr, t0, t0,
-                tl.where(rise < stop, t0, stop), state, handed, place, sums, lq, lk, decay2, part,
-                width, marks, problem, F,
+                tl.where(rise < stop, t0, stop), state, handed, sums, lq, lk, decay2, part, width,
+                marks, problem, H, F,
             )  # fmt: skip
             if (rise == stop) & (end < tl.minimum(t0 + F.CHUNK, stop)):
                 rise = end
@@ -226,12 +235,81 @@ def risen(rises, start, stop, line, slots, F: tl.constexpr):
 
 
 @triton.jit
+def any_risen(rises, first, count, b, pair, problem, table, F: tl.constexpr):
+    """Does any score of a program's stretches rise too far?"""
+    found = False
+    for stretch in range(first, first + count):
+        start, stop, row = span_of(stretch, b, problem, table, F)
+        line = slot_line(tl.cast(pair, tl.int64) * problem.stretches + stretch, 0, problem, F)
+        slots = tl.cdiv(stop - start, F.SLOT)
+        found = found | risen(rises, start, stop, line, slots, F)
+    return found
+
+
+@triton.jit
 def add_to(ptrs, x, F: tl.constexpr):
     """Store x; pieces add it to what chunks have left."""
     if F.STEEP:
         x += tl.load(ptrs).to(tl.float32)
         tl.debug_barrier()  # several threads read an element that one of them overwrites
     tl.store(ptrs, x.to(ptrs.dtype.element_ty))
+
+
+@triton.jit
+def nothing_back(F: tl.constexpr):
+    """(G, pull, e^{L - L at the stretch's end}, ref, tot) of no slot yet: zeros."""
+    G = 0.0
+    if F.TAKES_STATES:
+        G = zeros(F.PAD_M, F.BLOCK_V)
+    return G, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0), full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
+
+
+@triton.jit
+def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, stored, reverse,
+             rises, line, piece, back, sums, lq, lk, decay2, part, marks, problem,
+             H: tl.constexpr, F: tl.constexpr):  # fmt: skip
+    """(back, sums) after the slot at t0 of a stretch, from those after the slot behind it.
+
+    `back` holds what the rest of the stretch adds to the reverse state, and the state there.
+    """
+    G, pull, ratio, end_ref, end_tot = back
+    v0 = piece * F.BLOCK_V
+    slot, end = slot_line(line, t0 - start, problem, F), tl.minimum(t0 + F.SLOT, stop)
+    if end == stop:
+        G, pull, ratio, end_ref, end_tot = nothing_back(F)
+        ratio += 1.0
+        end_ref, end_tot = end_of_stretch(stored, line, stop - start, decay2, F)
+    ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
+    if F.TAKES_STATES:
+        add_to(state_ptrs(reverse.slots.G, slot, v0, F), G, F)
+        add_to(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F), pull, F)
+        if not F.STEEP and (F.SLICES == 1 or piece == 0):
+            tl.store(vector_ptrs(reverse.slots.ratio, slot, F), ratio)
+        fall = share_left(ref, tot, end_ref, end_tot, end - t0, decay2, F)
+        G *= fall[:, None]
+        pull *= fall
+        ratio *= fall
+    since, own = t0, True
+    if F.STEEP:
+        since = tl.load(rises + slot)
+        own = since < end
+    if own:
+        place = stored, reverse, rises, line, slot, v0, piece
+        handed, sums, rise = slot_rows(
+            queries, keys, values, douts, keep_ptr, dq_ptr, since, t0, end,
+            (ref, tot, load_held(place, past, new, F)), (G, pull, tot), sums, lq, lk, decay2, part,
+            F.DIM_V - v0, marks, problem, H, F,
+        )  # fmt: skip
+        G, pull = handed[0], handed[1]
+        if not F.STEEP:
+            tl.store(rises + slot, rise)
+    if F.TAKES_STATES:
+        if t0 == start:
+            add_to(state_ptrs(reverse.G, line, v0, F), G, F)
+            add_to(vector_ptrs(reverse.pull, line * F.SLICES + piece, F), pull, F)
+            if not F.STEEP and (F.SLICES == 1 or piece == 0):
+                tl.store(vector_ptrs(reverse.ratio, line, F), ratio)
+    return (G, pull, ratio, ref, tot), sums
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -259,6 +337,7 @@ def rows_kernel(
     units,
     span,
     tokens,
+    H: tl.constexpr,
     F: tl.constexpr,
 ):
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
@@ -278,112 +357,33 @@ def rows_kernel(
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
 
+    slots = tl.cdiv(problem.span, F.SLOT)  # of a stretch
+    first = group * problem.units
+    count = tl.minimum(problem.units, problem.stretches - first)
+    turns, taken = count * slots, True
+    if not F.PACKED:  # no slot behind the end
+        turns = tl.minimum(turns, tl.cdiv(problem.tokens - first * problem.span, F.SLOT))
+    if F.STEEP:
+        taken = any_risen(rises, first, count, b, pair, problem, table, F)
+        turns = tl.where(taken, turns, 0)
     sums = new_sums(F)
-    taken = False
-    for stretch in range(group * problem.units,
-                      tl.minimum((group + 1) * problem.units, problem.stretches)):  # fmt: skip
+    back = nothing_back(F)
+    # a loop over all slots of all stretches, and nothing computed in front of it: registers
+    for n in tl.range(turns, disable_licm=True):
+        stretch = first + (turns - 1 - n) // slots
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        slots = tl.cdiv(stop - start, F.SLOT)
-        first_line = slot_line(line, 0, problem, F)
+        t0 = start + (turns - 1 - n) % slots * F.SLOT
         due = True
-        if F.STEEP:
-            due = risen(rises, start, stop, first_line, slots, F)
+        if F.PACKED:
+            due = t0 < stop
         if due:
-            taken = True
-            last_ref, last_tot = end_of_stretch(stored, line, stop - start, decay2, F)
-            end_ref, end_tot = last_ref, last_tot
-            G, pull = 0.0, 0.0
-            if F.TAKES_STATES:
-                G, pull = zeros(F.PAD_M, F.BLOCK_V), full(F.PAD_M, 0.0)
-            for n in range(slots):
-                slot = first_line + slots - 1 - n
-                t0 = start + (slots - 1 - n) * F.SLOT
-                end = tl.minimum(t0 + F.SLOT, stop)
-                ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
-                if F.TAKES_STATES:
-                    add_to(state_ptrs(reverse.slots.G, slot, v0, F), G, F)
-                    add_to(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F), pull, F)
-                    if not F.STEEP and piece == 0:
-                        ratio = share_left(end_ref, end_tot, last_ref, last_tot, stop - end,
-                                           decay2, F)  # fmt: skip
-                        tl.store(vector_ptrs(reverse.slots.ratio, slot, F), ratio)
-                    fall = share_left(ref, tot, end_ref, end_tot, end - t0, decay2, F)
-                    G *= fall[:, None]
-                    pull *= fall
-                since, own = t0, True
-                if F.STEEP:
-                    since = tl.load(rises + slot)
-                    own = since < end
-                if own:
-                    place, held = (stored, reverse, rises, line, slot, v0, piece), (past, new)
-                    if F.STEEP or F.CHUNK < F.SLOT:
-                        held = load_held(place, past, new, F)
-                    handed, sums, rise = slot_rows(
-                        queries, keys, values, douts, keep_ptr, dq_ptr, since, t0, end,
-                        (ref, tot, held), (G, pull, tot), place, sums, lq, lk, decay2, part,
-                        F.DIM_V - v0, marks, problem, F,
-                    )  # fmt: skip
-                    G, pull = handed[0], handed[1]
-                    if not F.STEEP:
-                        tl.store(rises + slot, rise)
-                end_ref, end_tot = ref, tot
-            if F.TAKES_STATES:
-                add_to(state_ptrs(reverse.G, line, v0, F), G, F)
-                add_to(vector_ptrs(reverse.pull, line * F.SLICES + piece, F), pull, F)
-                if not F.STEEP and piece == 0:
-                    ratio = share_left(end_ref, end_tot, last_ref, last_tot, stop - start,
-                                       decay2, F)  # fmt: skip
-                    tl.store(vector_ptrs(reverse.ratio, line, F), ratio)
+            back, sums = one_slot(
+                queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, stored, reverse,
+                rises, line, piece, back, sums, lq, lk, decay2, part, marks, problem, H, F,
+            )  # fmt: skip
     if F.STEEP:
         if taken:
             store_sums(partial, group, share, part, sums, problem, F)
     else:
         store_sums(partial, group, share, part, sums, problem, F)
-
-
-@triton.jit
-def new_sums(F: tl.constexpr):
-    """(dcore, dlk, dhalf, ddecay) of nothing yet."""
-    dcore, dlk = 0.0, 0.0
-    if F.TAKES_CORE:
-        dcore = zeros(F.PAD_M, F.PAD_M)
-    if F.TAKES_QUERIES:
-        dlk = zeros(F.PAD_M, F.BLOCK_D)
-    return dcore, dlk, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
-
-
-@triton.jit
-def put_share(ptrs, x, F: tl.constexpr):
-    """A share of a sum, to its place; that of the pieces comes on top of it."""
-    if F.STEEP:
-        x += tl.load(ptrs)
-        tl.debug_barrier()  # several threads read an element that one of them overwrites
-    tl.store(ptrs, x)
-
-
-@triton.jit
-def columns_ptrs(base, line, part, F: tl.constexpr):
-    """Pointers to a program's columns of line `line` of (lines, PAD_M, columns)."""
-    rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
-    cols = part * F.BLOCK_D + tl.arange(0, F.BLOCK_D)
-    return base + rows[:, None] * (F.BLOCKS_D * F.BLOCK_D) + cols[None, :]
-
-
-@triton.jit
-def store_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
-    """This program's share of the parameter gradients, a place of its own; `share` counts pairs
-    and slices of columns.
-    """
-    dcore, dlk, dhalf, ddecay = sums
-    line = tl.cast(share, tl.int64) * problem.groups + group
-    offs_m = tl.arange(0, F.PAD_M)
-    marks = line * F.PAD_M + offs_m
-    if F.TAKES_CORE:
-        if part == 0:
-            put_share(partial.dcore + marks[:, None] * F.PAD_M + offs_m[None, :], dcore, F)
-    if F.TAKES_QUERIES:
-        put_share(columns_ptrs(partial.dlk, line, part, F), dlk, F)
-        if part == 0:
-            put_share(partial.dhalf + marks, dhalf, F)
-            put_share(partial.ddecay + marks, ddecay, F)

@@ -175,10 +175,16 @@ def features(call: args.Inputs, config: configs.Config, **extra: bool) -> args.F
     return dataclasses.replace(args.features(call, config, **extra), STATE=True)
 
 
+def key_stretches(call: args.Inputs) -> args.Stretches:
+    """The cut of the keys."""
+    batch, heads, tokens, _ = call.key.shape
+    return args.cut(call, configs.forward_span(call.key.device, batch * heads, tokens), tokens)
+
+
 def bidirectional_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
     """The output, and the states of all keys."""
     query = call.query
-    _, ends = start_states(call, args.cut(call, configs.FORWARD_SPAN, call.key.shape[2]))
+    _, ends = start_states(call, key_stretches(call))
     out = args.new_output(call)
     config = args.choose_config("read", call)
     F, stretches = features(call, config), args.cut(call, configs.READ_SPAN, query.shape[2])
@@ -198,9 +204,10 @@ def bidirectional_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> 
     """All gradients of one slice of the columns of values; those of tokens float32 if `wide`."""
     query, key, value = call.query, call.key, call.value
     pairs = key.shape[0] * key.shape[1]
-    key_stretches = args.cut(call, configs.FORWARD_SPAN, key.shape[2])
-    _, ends = start_states(call, key_stretches)
+    cut = key_stretches(call)
+    _, ends = start_states(call, cut)
     row_config, key_config = (args.choose_config(pass_, call) for pass_ in ("rows", "keys"))
+    row_config = dataclasses.replace(row_config, chunk=min(row_config.chunk, 32))
     F, stretches = features(call, row_config), args.cut(call, configs.READ_SPAN, query.shape[2])
     grads = args.new_token_gradients(call, wide)
     problem = args.problem_of(
@@ -211,7 +218,7 @@ def bidirectional_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> 
         query.shape[2],
     )
     key_problem = args.problem_of(
-        call, key_stretches, F.BLOCKS_D, configs.stretches_of_a_program(pairs * key_stretches.count)
+        call, cut, F.BLOCKS_D, configs.stretches_of_a_program(pairs * cut.count)
     )
     reverse = new_reverse(query, pairs * stretches.count, F)
     rows = new_row_partials(query, pairs, problem.groups, F)
@@ -231,7 +238,7 @@ def bidirectional_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> 
             own = key_problem if takes["TAKES_KEYS"] else key_problem._replace(parts=1)
             summary_backward_kernel[(pairs * own.groups * own.parts,)](
                 key, value, grads["key"], grads["value"], strides(key), strides(value), call.marks,
-                call.keep, ends, reverse, keys, key_stretches.table, *own,
+                call.keep, ends, reverse, keys, cut.table, *own,
                 features(call, key_config, **takes),
                 **key_config.options,
             )  # fmt: skip

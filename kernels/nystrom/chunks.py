@@ -5,18 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import cut_operand, kept_tokens, load_rows, lower, mm, mm_acc, operand
+from .primitives import cut_operand, kept_tokens, load_rows, lower, mm, mm_acc, operand, upper
 from .reading import landmark_dots
 
 RISE = tl.constexpr(90.0)  # largest exponent above the reference; the products add up to 2^97
+MOST = tl.constexpr(2.0**90)
 LIMIT = tl.constexpr(0x70000000)  # bits of 2^97
 MOST_SHIFT = tl.constexpr(45.0)  # of the reference, so that totals, near 2^-45 then, stay exact
 
 
 @triton.jit
-def times_steps(x, F: tl.constexpr):
-    """x_lj times j = 1, 2, .., the chunk's own time; x is [PAD_M, CHUNK] or [PAD_M, 1]."""
-    return x * (tl.arange(0, F.CHUNK) + 1).to(tl.float32)[None, :]
+def times_steps(x, first, F: tl.constexpr):
+    """x_lj times j = first + 1, .., the chunk's own time; x is [PAD_M, CHUNK] or [PAD_M, 1]."""
+    return x * (tl.arange(0, F.CHUNK) + (first + 1)).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def all_scores(keys, t0, keep, lq, decay2, marks, F: tl.constexpr):
     dots, k = landmark_dots(keys, t0, keep, lq, F)
     s = dots * marks.scale2
     if F.DECAY:
-        s += times_steps(decay2[:, None], F)
+        s += times_steps(decay2[:, None], 0, F)
     return s, k
 
 
@@ -65,10 +66,15 @@ def middle(decay2, F: tl.constexpr):
 @triton.jit
 def first_reference(s, keep, ref, tot, shift, F: tl.constexpr):
     """`ref`, or where nothing is held the first kept key's score plus `shift`, [PAD_M]."""
-    head = 0
-    if F.KEEP:
-        head = tl.min(tl.where(keep, tl.arange(0, F.CHUNK), F.CHUNK), 0)
-    return tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5) + shift, ref)
+    due = True
+    if F.SLOT > 0:  # a column is dear to pick; but the forward has no registers for a branch
+        due = tl.min(tot, 0) == 0.0
+    if due:
+        head = 0
+        if F.KEEP:
+            head = tl.min(tl.where(keep, tl.arange(0, F.CHUNK), F.CHUNK), 0)
+        ref = tl.where(tot == 0.0, tl.floor(token(s, head, F) + 0.5) + shift, ref)
+    return ref
 
 
 @triton.jit
@@ -90,15 +96,16 @@ def exponentials(s, keep, ref, tot, shift, F: tl.constexpr):
 
 
 @triton.jit
-def running_sums(P, tot, F: tl.constexpr):
-    """tot + sum over j <= i of P_j, [PAD_M, CHUNK].
+def running_sums(P, tot, first, H: tl.constexpr, F: tl.constexpr):
+    """tot + sum over j <= i of P_j for the H.CHUNK tokens i of a chunk from number `first` on,
+    [PAD_M, H.CHUNK].
 
     A product rounds P as the products of the numerator do: weights then still sum to 1.
     """
     if F.SCAN:
         sums = tl.cumsum(P, 1)
     else:
-        sums = mm(P, tl.trans(lower(0, F).to(tl.float32)), F)
+        sums = mm(P, upper(0, first, F.CHUNK, H.CHUNK).to(tl.float32), F)
     return sums + tot[:, None]
 
 
@@ -130,13 +137,15 @@ def turned_norms(ref, cum, decay2, F: tl.constexpr):
 
 
 @triton.jit
-def norms(ref, cum, decay2, F: tl.constexpr):
-    """log2 of Z for the rows of a chunk, [PAD_M, CHUNK]; of no use but to the mass."""
+def norms(ref, cum, decay2, first, F: tl.constexpr):
+    """log2 of Z for the tokens of a chunk from number `first` on, [PAD_M, CHUNK]; of no use but to
+    the mass.
+    """
     norm = 0.0
     if F.MASS:
         norm = ref[:, None] + tl.log2(cum)
         if F.DECAY:
-            norm -= times_steps(decay2[:, None], F)
+            norm -= times_steps(decay2[:, None], first, F)
     return norm
 
 
@@ -179,19 +188,53 @@ def at_middle(ref, tot, decay2, F: tl.constexpr):
 
 
 @triton.jit
+def bounded(P, F: tl.constexpr):
+    """P as an operand, at most 2^97, which a NaN gives as well."""
+    bits = tl.minimum(P.to(tl.uint32, bitcast=True), LIMIT)  # a NaN's are the greatest
+    return cut_operand(bits.to(tl.float32, bitcast=True), F)
+
+
+@triton.jit
+def may_have_risen(highest):
+    """False where no score rose too far, from the highest exponents of totals, [PAD_M]."""
+    return tl.max(highest, 0) >= RISE - 1.0
+
+
+@triton.jit
+def open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, HIDES: tl.constexpr,
+                    F: tl.constexpr):  # fmt: skip
+    """(keys, P, ref, tot, factor that totals moved by), scores not being looked at one by one.
+
+    P = e^{s-ref}, [PAD_M, CHUNK], is at most 2^97, which a NaN gives as well: so rows before a
+    steep rise are right, and totals tell of it. Hidden tokens have 0 if HIDES.
+    """
+    s, k = all_scores(keys, t0, keep, lq, decay2, marks, F)
+    if HIDES:
+        s = tl.where(keep[None, :], s, float("-inf"))
+    ref, tot, shift, share = at_middle(ref, tot, decay2, F)
+    ref = first_reference(s, keep, ref, tot, shift, F)
+    return k, bounded(tl.exp2(s - ref[:, None]), F), ref, tot, share
+
+
+@triton.jit
 def open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F: tl.constexpr):
-    """(keys, P, first token that rises too far, ref, tot, factor that totals moved by).
+    """(keys, P, first token that rises too far, CHUNK if none, ref, tot, factor that totals moved
+    by).
 
     P = e^{s-ref}, [PAD_M, CHUNK].
     """
-    s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
-    shift = 0.0
     if F.STEEP:
+        s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
         ref, share = raised(s, ref, tot, F)
         tot *= share
+        ref, P, first = exponentials(s, keep, ref, tot, 0.0, F)
     else:
-        ref, tot, shift, share = at_middle(ref, tot, decay2, F)
-    ref, P, first = exponentials(s, keep, ref, tot, shift, F)
+        k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
+                                                F)  # fmt: skip
+        first = F.CHUNK
+        if may_have_risen(exponent(tot + tl.sum(P, 1))):
+            offs = tl.arange(0, F.CHUNK)[None, :]
+            first = tl.min(tl.min(tl.where(P > MOST, offs, F.CHUNK), 1), 0)
     return k, P, first, ref, tot, share
 
 
@@ -212,38 +255,21 @@ def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, 
 
 
 @triton.jit
-def bounded(P, F: tl.constexpr):
-    """P as an operand, at most 2^97, which a NaN gives as well."""
-    bits = tl.minimum(P.to(tl.uint32, bitcast=True), LIMIT)  # a NaN's are the greatest
-    return cut_operand(bits.to(tl.float32, bitcast=True), F)
-
-
-@triton.jit
 def enter_calm_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks,
                      F: tl.constexpr):  # fmt: skip
     """(v, P as an operand, state) of a chunk whose scores are not looked at one by one.
 
-    P is at most 2^97, which a NaN gives as well: so rows before a steep rise are right, and
-    totals tell of it. Tokens behind the end change nothing but the last state, of use in one pass.
+    Tokens behind the end change nothing but the last state, of use in one pass.
     """
     ref, tot, acc = state
     keep = kept_tokens(keep_ptr, t0, stop, F)
-    s, k = all_scores(keys, t0, keep, lq, decay2, marks, F)
-    if F.KEEP or F.ONE_PASS:
-        s = tl.where(keep[None, :], s, float("-inf"))
+    k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
+                                            F.KEEP or F.ONE_PASS, F)  # fmt: skip
     v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-    ref, tot, shift, share = at_middle(ref, tot, decay2, F)
     if F.DECAY:
         acc *= share[:, None]
-    ref = first_reference(s, keep, ref, tot, shift, F)
-    return v, bounded(tl.exp2(s - ref[:, None]), F), ref, tot, acc
-
-
-@triton.jit
-def may_have_risen(highest):
-    """False where no score rose too far, from the highest exponents of totals, [PAD_M]."""
-    return tl.max(highest, 0) >= RISE - 1.0
+    return v, P, ref, tot, acc
 
 
 @triton.jit

@@ -52,11 +52,9 @@ def choose(
 
     `arch` as from `device_arch`; `width`, `head_dim` and `v_dim` are padded to powers of two >= 16.
     A tile has a landmark a row, 64 of them to four warps, and registers to a thread in proportion
-    to its columns: so the short chunks, and the launches that a wide backward is cut into. A
-    backward spills all the same, up to 850 bytes a thread: in one launch a side it has half the
-    instructions of two that spill little. Exact float32
-    products keep their operands in registers: small tiles, and twice the warps. Small ones too
-    where there is little shared memory.
+    to its columns: so the short chunks, and the launches that a wide backward is cut into. Exact
+    float32 products keep their operands in registers: small tiles, and twice the warps. Small ones
+    too where there is little shared memory.
     """
     if pass_ in _IN_USE:
         return _IN_USE[pass_]
@@ -73,9 +71,11 @@ def choose(
         block_d, block_v = 64 if width == 128 else 128, 64
     elif pass_ == "forward" and width == 128 and head_dim > 128:
         block_d = 64
+    if pass_ == "rows" and width == 128 and arch == 80:
+        block_d = 32  # the core lies in 128 KiB of shared memory
     block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
     if backward and bfloat16 and not wide:
-        chunk = 32 if pass_ == "rows" else 64
+        chunk = 64
     elif backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
     elif pass_ == "pieces":
@@ -95,10 +95,11 @@ def choose(
 
 
 SCAN_ROWS = 8  # landmarks of a program that walks all stretches of a sequence
-FORWARD_SPAN = 512  # tokens between states that are stored
+FORWARD_SPAN = 2048  # tokens between states that are stored, at most
 LEAST_SPAN = 128  # likewise where sequences are short
 BACKWARD_SPAN = 1024  # likewise of the backward, at most
 BACKWARD_SLOT = 64  # tokens of a slot: what stretches hold so far is stored at the start of each
+BACKWARD_QUERIES = 32  # of a chunk, that the query side takes at a time: its tiles are many
 BACKWARD_PIECE = 16  # tokens of a piece of the backward, at most
 READ_SPAN = 256  # queries of a program, where all read one state
 SERIAL_TOKENS = 512  # a sequence this short is one program's work anyway
@@ -110,8 +111,10 @@ def fills_device(where: torch.device, pairs: int, tokens: int) -> bool:
 
 
 def forward_span(where: torch.device, pairs: int, tokens: int) -> int:
-    """Tokens between states of the forward: fewer where the device would not be busy otherwise."""
-    span, wanted = FORWARD_SPAN, 2 * shared.processors(where)
+    """Tokens between states of the forward: as many as leave about two programs, and at least 15 to
+    8, to a multiprocessor: the scan over stretches is a chain.
+    """
+    span, wanted = FORWARD_SPAN, 15 * shared.processors(where) // 8
     while span > LEAST_SPAN and pairs * -(-tokens // span) < wanted:
         span //= 2
     return span

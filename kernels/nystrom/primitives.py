@@ -126,27 +126,31 @@ def mm(a, b, F: tl.constexpr):
 
 
 @triton.jit
-def mm_core(a, core, F: tl.constexpr):
-    """A product with the core, whose large entries cancel: tf32 even in bfloat16, while it fits."""
-    if F.PAD_M <= 64:
-        product = tl.dot(a, core, input_precision=F.PRECISION)
-    else:
-        product = mm(a, core, F)
-    return product
-
-
-@triton.jit
 def mm_acc(a, b, acc, F: tl.constexpr):
     return tl.dot(operand(a, F), operand(b, F), acc, input_precision=F.PRECISION)
 
 
 @triton.jit
+def rows_ptrs(base, start, stride, SIZE: tl.constexpr, PAD: tl.constexpr, LATE: tl.constexpr):
+    """Pointers to SIZE rows of a matrix, [SIZE, PAD].
+
+    Offsets within a chunk, the same for all, sit in registers; not so LATE, by times of the stream.
+    """
+    offs, cols = tl.arange(0, SIZE), tl.arange(0, PAD)
+    if LATE:
+        ptrs = (base + (start + offs).to(tl.int64) * stride)[:, None] + cols[None, :]
+    else:
+        within = offs[:, None] * stride + cols[None, :]
+        ptrs = base + tl.cast(start, tl.int64) * stride + within
+    return ptrs
+
+
+@triton.jit
 def load_rows(base, start, stride, keep, width, SIZE: tl.constexpr, PAD: tl.constexpr,
-              NARROW: tl.constexpr):  # fmt: skip
+              NARROW: tl.constexpr, LATE: tl.constexpr = False):  # fmt: skip
     """Rows of a matrix, [SIZE, PAD]; 0 where `keep` is false and, if NARROW, beyond `width`."""
-    offs = tl.arange(0, SIZE)
     cols = tl.arange(0, PAD)
-    ptrs = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + cols[None, :])
+    ptrs = rows_ptrs(base, start, stride, SIZE, PAD, LATE)
     mask = keep[:, None]
     if NARROW:
         mask = mask & (cols < width)[None, :]
@@ -155,10 +159,9 @@ def load_rows(base, start, stride, keep, width, SIZE: tl.constexpr, PAD: tl.cons
 
 @triton.jit
 def store_rows(base, start, stride, keep, width, x, SIZE: tl.constexpr, PAD: tl.constexpr,
-               NARROW: tl.constexpr):  # fmt: skip
-    offs = tl.arange(0, SIZE)
+               NARROW: tl.constexpr, LATE: tl.constexpr = False):  # fmt: skip
     cols = tl.arange(0, PAD)
-    ptrs = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + cols[None, :])
+    ptrs = rows_ptrs(base, start, stride, SIZE, PAD, LATE)
     mask = keep[:, None]
     if NARROW:
         mask = mask & (cols < width)[None, :]
@@ -288,6 +291,12 @@ def lower(t0, F: tl.constexpr):
 
 
 @triton.jit
+def upper(t0, q0, KEYS: tl.constexpr, QUERIES: tl.constexpr):
+    """[key, query] of KEYS tokens from t0 on and QUERIES from q0 on: key not after query."""
+    return (t0 + tl.arange(0, KEYS))[:, None] <= (q0 + tl.arange(0, QUERIES))[None, :]
+
+
+@triton.jit
 def incoming_state(L_ptr, R_ptr, line, v0, r0, ROWS: tl.constexpr, F: tl.constexpr):
     """(ref, tot, acc) of ROWS landmarks from r0 on, from a user's L and R; nothing held without
     them or where L = -inf.
@@ -337,8 +346,8 @@ def vector_ptrs(base, line, F: tl.constexpr):
 @triton.jit
 def state_ptrs(base, line, v0, F: tl.constexpr):
     """Pointers to line `line` of (lines, PAD_M, PAD_V), BLOCK_V columns from v0 on."""
-    rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
-    return base + rows[:, None] * F.PAD_V + (v0 + tl.arange(0, F.BLOCK_V))[None, :]
+    offs_m, offs_v = tl.arange(0, F.PAD_M), tl.arange(0, F.BLOCK_V)
+    return base + (line * (F.PAD_M * F.PAD_V) + v0) + (offs_m[:, None] * F.PAD_V + offs_v[None, :])
 
 
 @triton.jit

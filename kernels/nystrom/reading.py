@@ -13,7 +13,6 @@ from .primitives import (
     load_rows,
     load_vector,
     mm,
-    mm_core,
     operand,
     split,
     turned_features,
@@ -88,19 +87,32 @@ def core_mm(core, b, TURNED: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def dots_of_block(dots, x, t0, keep, y, n, F: tl.constexpr):
+    """`dots` and those of block n of the columns."""
+    d0 = n * F.BLOCK_D
+    some = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D, True,
+                     F.SLOT > 0)  # fmt: skip
+    tile = load_marks(y[0], y[1], n, some.dtype, F)
+    return tl.dot(tile, tl.trans(some), dots, input_precision=F.PRECISION)
+
+
+@triton.jit
 def landmark_dots(x, t0, keep, y, F: tl.constexpr):
     """(landmark . x with a landmark a row, [PAD_M, CHUNK]; the tokens if they fit one block)."""
+    rows = 0.0
     if F.BLOCKS_D == 1:
-        rows = load_rows(x[0], t0, x[1], keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D)
+        rows = load_rows(x[0], t0, x[1], keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D,
+                         F.SLOT > 0)  # fmt: skip
         dots = tl.dot(y[2], tl.trans(rows), input_precision=F.PRECISION)
     else:
         dots = zeros(F.PAD_M, F.CHUNK)
         BLOCKS: tl.constexpr = F.BLOCKS_D
-        for n in tl.static_range(BLOCKS):
-            rows = load_rows(x[0] + n * F.BLOCK_D, t0, x[1], keep, F.DIM - n * F.BLOCK_D, F.CHUNK,
-                             F.BLOCK_D, True)  # fmt: skip
-            tile = load_marks(y[0], y[1], n, rows.dtype, F)
-            dots = tl.dot(tile, tl.trans(rows), dots, input_precision=F.PRECISION)
+        if BLOCKS == 2:
+            for n in tl.static_range(BLOCKS):
+                dots = dots_of_block(dots, x, t0, keep, y, n, F)
+        else:  # no block of landmarks stays in shared memory
+            for n in tl.range(BLOCKS):
+                dots = dots_of_block(dots, x, t0, keep, y, n, F)
     return dots, rows
 
 
@@ -120,7 +132,7 @@ def own_tokens(rows, x, t0, keep, part, F: tl.constexpr):
     if F.BLOCKS_D > 1:
         d0 = part * F.BLOCK_D
         rows = load_rows(x[0] + d0, t0, x[1], keep, F.DIM - d0, F.CHUNK, F.BLOCK_D,
-                         F.DIM % F.BLOCK_D != 0)  # fmt: skip
+                         F.DIM % F.BLOCK_D != 0, F.SLOT > 0)  # fmt: skip
     return rows
 
 
@@ -156,14 +168,14 @@ def turned_divided(W, norm, half2, F: tl.constexpr):
 
 @triton.jit
 def times_core(features, core, F: tl.constexpr):
-    """features core, in bfloat16 three products where tf32 does not fit."""
+    """features core, whose large entries cancel: in bfloat16 three products, tf32 while it fits."""
     if F.SPLIT and F.PAD_M > 64:
         high, low = split(features)
         core_high, core_low = split(core)
         product = tl.dot(high, core_low, tl.dot(low, core_high))
         product = tl.dot(high, core_high, product)
     else:
-        product = mm_core(features, core, F)
+        product = tl.dot(features, core, input_precision=F.PRECISION)
     return product
 
 

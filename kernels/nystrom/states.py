@@ -10,6 +10,7 @@ from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
 from . import configs
 from .arguments import Problem
+from .chunks import exponent
 from .primitives import (
     LOG2E,
     cut_operand,
@@ -126,13 +127,12 @@ def decayed(ref, tot, decay2, tokens, F: tl.constexpr):
 @triton.jit
 def joined(ref, tot, own_ref, own_tot):
     """(ref, tot, factors of the two totals) of two states together, tot in [1, 2)."""
-    top = tl.maximum(tl.where(tot == 0.0, float("-inf"), ref),
-                     tl.where(own_tot == 0.0, float("-inf"), own_ref))  # fmt: skip
-    top = known(top)
-    past = tl.where(tot == 0.0, 0.0, tl.exp2(ref - top))
-    new = tl.where(own_tot == 0.0, 0.0, tl.exp2(own_ref - top))
+    top = known(tl.maximum(tl.where(tot == 0.0, float("-inf"), ref),
+                           tl.where(own_tot == 0.0, float("-inf"), own_ref)))  # fmt: skip
+    # at most 1, also where nothing is held, which is 0 times it
+    past, new = tl.exp2(tl.minimum(ref - top, 0.0)), tl.exp2(tl.minimum(own_ref - top, 0.0))
     tot = tot * past + own_tot * new
-    bits = tl.where(tot > 0.0, tl.floor(tl.log2(tot)), 0.0)
+    bits = tl.where(tot > 0.0, exponent(tot), 0.0)
     shrink = tl.exp2(-bits)
     return top + bits, tot * shrink, past * shrink, new * shrink
 

@@ -123,6 +123,18 @@ class Code:
         loops = [self._loop(first, last) for first, last in inner]
         return [loop for loop in loops if loop.products]
 
+    def around(self, inner: Loop) -> Loop | None:
+        """The loop right around another, if there is one."""
+        start, end = inner.body[0].address, inner.body[-1].address
+        wider = [
+            (i - first, first, i)
+            for i, x in enumerate(self.instructions)
+            if (first := self.target(x)) is not None
+            and self.instructions[first].address <= start
+            and x.address > end
+        ]
+        return self._loop(*min(wider)[1:]) if wider else None
+
     def _loop(self, first: int, last: int) -> Loop:
         """The loop of these instructions. A long stretch that a branch may jump over is rare: it is
         left out.

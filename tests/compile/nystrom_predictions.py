@@ -1,8 +1,8 @@
-"""Predicted time of the forward of causal Nyström attention on an H200 for M = D = 64 in bfloat16,
-from counts of the machine code, beside its floor and others.
+"""Predicted time of causal Nyström attention on an H200 for M = D = 64 in bfloat16, forward and
+backward, from counts of the machine code, beside its floor and others.
 
 python -m tests.compile.nystrom_predictions writes tests/compile/nystrom_predictions.csv and prints
-the table of docs/performance.md.
+the tables of docs/performance.md.
 
 A chunk's cycles are those of a turn in tests/compile/predictions.py. A launch takes its waves of
 programs, or its bytes at the speed of a copy where that is longer; gaps between launches are left
@@ -20,6 +20,7 @@ import torch
 
 from bench.offline import compiling_for, inspect
 from flashmark.kernels.nystrom import configs
+from flashmark.kernels.nystrom.arguments import Features
 from tests.compile import budgets, machine_code, predictions
 from tests.compile.nystrom_launches import HALF, Launch
 from tests.compile.predictions import CLOCK, PROCESSORS, Kernel, Turn
@@ -27,11 +28,24 @@ from tests.compile.predictions import CLOCK, PROCESSORS, Kernel, Turn
 TABLE = Path(__file__).with_name("nystrom_predictions.csv")
 SIZE = 64  # landmarks and columns
 COPY = 4.3e12  # bytes a second, measured
-SCAN = 696  # cycles of a stretch, all programs of a scan side by side: docs/performance.md
-FLOOR = 8 * SIZE  # bytes a token and head: query, key, value, output
-# its four kernels: gates summed; keys, values, gates to states; queries, keys, gates to scores of a
-# chunk; queries, values, gates, states, scores to the output
-GLA = SIZE * ((4 + 4) + (2 + 2 + 4 + 2) + (2 + 2 + 4 + 4) + (2 + 2 + 4 + 2 + 4 + 2))
+# cycles of a stretch, all programs of a scan side by side: docs/performance.md
+SCAN, REVERSE_SCAN = 696, 496
+# bytes a token and head: query, key, value, output; and all but the output twice, with dO
+FLOOR = {"forward": 8 * SIZE, "backward": 14 * SIZE}
+STATE = 4 * SIZE * SIZE  # bytes in float32
+# Its kernels. Forward: gates summed; keys, values, gates to states; queries, keys, gates to scores
+# of a chunk; queries, values, gates, states, scores to the output. Backward: states again, in
+# float32; their gradients; dV; the gradient of scores; dQ and dK within chunks, and in all; both
+# rounded.
+GLA = {
+    "forward": SIZE * ((4 + 4) + (2 + 2 + 4 + 2) + (2 + 2 + 4 + 4) + (2 + 2 + 4 + 2 + 4 + 2)),
+    "backward": SIZE * ((2 + 2 + 4 + 4) + (2 + 4 + 2 + 4) + (2 + 4 + 4 + 2 + 4 + 2) + (2 + 2 + 4)
+                        + (2 + 2 + 4 + 4 + 8) + (2 + 2 + 2 + 4 + 4 + 2 + 4 + 8 + 12) + 12),
+}  # fmt: skip
+EXACT = {  # our fastest form, and products of its mathematics
+    "forward": ("gluon-D64-causal128-bfloat16", 4),
+    "backward": ("gluon-backward-D64-causal128-bfloat16", 10),
+}
 LENGTHS, HEADS = (4096, 65536, 1 << 20), (8, 16)
 
 
@@ -41,6 +55,7 @@ class Prediction:
 
     triton: str
     ptxas: str
+    pass_: str
     heads: int
     tokens: int
     floor: int
@@ -51,13 +66,26 @@ class Prediction:
     chunk_gla: int
 
 
-def kernels() -> dict[str, Kernel]:
-    """The kernels of a forward that is cut into stretches, compiled now and counted."""
-    with compiling_for(90, lambda name, _: name in ("states_kernel", "output_kernel")) as launches:
-        Launch("forward", SIZE, SIZE).run()
+def kernels(pass_: str) -> dict[str, Kernel]:
+    """The kernels of a call that is cut into stretches, but for scans, compiled now and counted."""
+
+    def counts(name: str, args: tuple) -> bool:
+        features = [x for x in args if isinstance(x, Features)]
+        return "scan" not in name and not features[-1].STEEP  # that one is for rises
+
+    with compiling_for(90, counts) as launches:
+        Launch(pass_, SIZE, SIZE).run()
     found = {}
-    for name, compiled in launches[:2]:  # what follows is for rises
-        turn = Turn.of(machine_code.disassemble(compiled.asm["cubin"]).product_loops()[0].body, 1)
+    for name, compiled in launches:
+        code = machine_code.disassemble(compiled.asm["cubin"])
+        inner = code.product_loops()[0]
+        turn, outer = Turn.of(inner.body, 1), code.around(inner)
+        if outer:  # a chunk, some of its queries at a time
+            more = configs.BACKWARD_SLOT // configs.BACKWARD_QUERIES - 1
+            parts = zip(
+                dataclasses.astuple(Turn.of(outer.body, 1)), dataclasses.astuple(turn), strict=True
+            )
+            turn = Turn(*(all_ + more * some for all_, some in parts))
         report = inspect(name, compiled)
         fit = min(65536 // (report.registers * report.threads), 233472 // (report.shared + 1024))
         found[name] = Kernel(turn, turn, fit, report.warps // 4, SIZE, 1, overlapped=False)
@@ -82,27 +110,52 @@ def forward(found: dict[str, Kernel], heads: int, tokens: int, p: float) -> floa
         name: configs.choose(90, pass_, HALF, SIZE, SIZE, SIZE, tokens).chunk
         for name, pass_ in (("states_kernel", "states"), ("output_kernel", "forward"))
     }
-    state = 4 * SIZE * SIZE * programs  # bytes of all stored states
+    state = STATE * programs  # bytes of all stored states
     states = seconds(found["states_kernel"], programs, span // chunk["states_kernel"],
                      4 * SIZE * all_tokens + state, p)  # fmt: skip
     scan = max(SCAN * stretches / CLOCK, 2 * state / COPY)
     output = seconds(found["output_kernel"], programs, span // chunk["output_kernel"],
-                     FLOOR * all_tokens + state, p)  # fmt: skip
+                     FLOOR["forward"] * all_tokens + state, p)  # fmt: skip
     return states + scan + output
+
+
+def backward(found: dict[str, Kernel], heads: int, tokens: int, p: float) -> float:
+    """Seconds of a backward. A slot's states are bfloat16: forward and reverse, a side reads or
+    writes both.
+    """
+    with compiling_for(90):
+        span, slot = configs.backward_span(torch.device("cpu"), heads, tokens, SIZE)
+    stretches = -(-tokens // span)
+    units = configs.stretches_of_a_program(heads * stretches)
+    programs, all_tokens = heads * -(-stretches // units), heads * tokens
+    state, slots = STATE * heads * stretches, STATE // 2 * heads * -(-tokens // slot)
+    chunk = configs.choose(90, "states", HALF, SIZE, SIZE, SIZE, tokens).chunk
+    states = seconds(found["states_kernel"], heads * stretches, span // min(chunk, slot),
+                     4 * SIZE * all_tokens + state + slots, p)  # fmt: skip
+    scans = sum(max(x * stretches / CLOCK, 2 * state / COPY) for x in (SCAN, REVERSE_SCAN))
+    inputs = 8 * SIZE * all_tokens + 2 * state + 2 * slots
+    sides = (
+        seconds(found[name], programs, units * span // slot,
+                inputs + results * 2 * SIZE * all_tokens + shares * STATE * programs, p)
+        for name, results, shares in (("rows_kernel", 1, 2), ("keys_kernel", 2, 1))
+    )  # fmt: skip
+    return states + scans + sum(sides)
 
 
 def predict() -> list[Prediction]:
     """All rows, for the versions of Triton and ptxas that are here."""
-    found, tools = kernels(), budgets.tools()
-    known = predictions.table()[(*tools, "causal 16k", "gluon-D64-causal128-bfloat16")]
-    rows = []
-    for heads in HEADS:
-        for tokens in LENGTHS:
-            times = [forward(found, heads, tokens, p) for p in reversed(predictions.EXPONENTS)]
-            exact = 2 * SIZE * heads * tokens**2 / (known.predicted * 1e12)
-            by_bytes = [heads * tokens * n / COPY for n in (FLOOR, GLA)]
-            rows.append(Prediction(*tools, heads, tokens,
-                *(round(1e6 * x) for x in (by_bytes[0], *times, exact, by_bytes[1]))))  # fmt: skip
+    tools, rows = budgets.tools(), []
+    for pass_, time in (("forward", forward), ("backward", backward)):
+        found = kernels(pass_)
+        form, products = EXACT[pass_]
+        known = predictions.table()[(*tools, "causal 16k", form)]
+        for heads in HEADS:
+            for tokens in LENGTHS:
+                times = [time(found, heads, tokens, p) for p in reversed(predictions.EXPONENTS)]
+                exact = products / 2 * SIZE * heads * tokens**2 / (known.predicted * 1e12)
+                floor, gla = (heads * tokens * n[pass_] / COPY for n in (FLOOR, GLA))
+                rows.append(Prediction(*tools, pass_, heads, tokens,
+                    *(round(1e6 * x) for x in (floor, *times, exact, gla))))  # fmt: skip
     return rows
 
 
@@ -111,11 +164,11 @@ def table() -> list[Prediction]:
     if not TABLE.exists():
         return []
     with TABLE.open(newline="") as file:
-        return [Prediction(*x[:2], *map(int, x[2:])) for x in list(csv.reader(file))[1:]]
+        return [Prediction(*x[:3], *map(int, x[3:])) for x in list(csv.reader(file))[1:]]
 
 
 def drawn(rows: list[Prediction]) -> str:
-    """The table of docs/performance.md."""
+    """A table of docs/performance.md."""
     lines = [
         "| heads | tokens | floor | Nyström | exact | `chunk_gla` |",
         "|---|---|---|---|---|---|",
@@ -137,7 +190,8 @@ def main() -> None:
         writer.writerows(
             dataclasses.astuple(x) for x in sorted(others + rows, key=dataclasses.astuple)
         )
-    print(drawn(rows))
+    for pass_ in EXACT:
+        print(drawn([x for x in rows if x.pass_ == pass_]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import flashmark
 from flashmark.kernels.nystrom import chunks, configs
 from tests import helpers
 from tests.interpreter.nystrom_backend import op, shorten
-from tests.interpreter.running import EMULATED, INTERPRETED
+from tests.interpreter.running import INTERPRETED
 from tests.nystrom.cases import COVERING, Case
 
 
@@ -63,6 +63,21 @@ def test_half_precision_is_as_good_as_plain_pytorch(case, dtype):
     check(case, dtype)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(200, 40, group=2, state=True),
+        Case(200, 40, decay=0.1, padding=(3, 70)),
+        Case(495, 40, normalize="mass", packed=True),
+    ],
+    ids=str,
+)
+def test_slots_that_are_one_chunk(monkeypatch, case):
+    """The form of up to 64 landmarks and columns in bfloat16, on a GPU."""
+    shorten(monkeypatch, 128)
+    check(case, torch.bfloat16)
+
+
 STEEP = [
     Case(70, 8, spread=30.0),
     Case(130, 4, spread=300.0, group=2, state=True),
@@ -98,8 +113,6 @@ WIDE = [
 
 @pytest.mark.parametrize("case", WIDE, ids=lambda c: f"M{c.marks}-D{c.dim}-Dv{c.v_dim}")
 def test_widths_from_1_to_256(case):
-    if EMULATED == 80 and case.marks > 64 and max(case.dim, case.v_dim) > 128:
-        pytest.xfail("the backward asks for more shared memory than compute capability 8.0 has")
     check(case)
 
 
