@@ -47,7 +47,7 @@ from .reading import (
     split_keys,
     turned_weights,
 )
-from .shares import new_sums, store_sums
+from .shares import leads, new_sums, store_sums
 from .slots import end_of_stretch, load_held, share_left, start_of_slot
 from .states import slot_line
 
@@ -301,8 +301,9 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
             F.DIM_V - v0, marks, problem, H, F,
         )  # fmt: skip
         G, pull = handed[0], handed[1]
-        if not F.STEEP:
-            tl.store(rises + slot, rise)
+        if not F.STEEP and (F.SLICES == 1 or piece == 0):
+            if leads(part, F):
+                tl.store(rises + slot, rise)
     if F.TAKES_STATES:
         if t0 == start:
             add_to(state_ptrs(reverse.G, line, v0, F), G, F)

@@ -31,4 +31,4 @@ def test_committed_rows_are_the_models():
     known = [x for x in nystrom_predictions.table() if (x.triton, x.ptxas) == budgets.tools()]
     if not known:
         pytest.skip("no prediction was committed for these versions")
-    assert nystrom_predictions.predict() == known
+    assert sorted(nystrom_predictions.predict(), key=str) == sorted(known, key=str)

@@ -139,8 +139,8 @@ def store_shared(M, i, address, size: int, values: list, s, m) -> None:  # noqa:
 
 def differ(M, a, b) -> np.ndarray:  # noqa: N803
     """Whether two words are of different values. Copies of one value that lanes compute alike may
-    differ by a rounding, where the compiler fused a product with a sum of another lane's: not for
-    `Options.same_bits`.
+    differ by a rounding, where the compiler fused a product with a sum of another lane's, or in the
+    sign of a zero, the larger of two: not for `Options.same_bits`.
     """
     other = a != b
     if M.options.same_bits or not other.any() or a.dtype.itemsize == 1:
@@ -153,7 +153,7 @@ def differ(M, a, b) -> np.ndarray:  # noqa: N803
     x, y = np.ascontiguousarray(x).view(kind), np.ascontiguousarray(y).view(kind)
     size = np.maximum(np.abs(x), np.abs(y))
     close = np.abs(x - y) <= np.maximum(size * 1e-3, 1e-5)
-    return other & ~(close & (size >= np.finfo(kind).tiny))
+    return other & ~(close & (size >= np.finfo(kind).tiny)) & (size != 0)
 
 
 def _changes(M, words, index, values: list, m, warps: int) -> np.ndarray:  # noqa: N803
