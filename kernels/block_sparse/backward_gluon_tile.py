@@ -1,4 +1,4 @@
-"""What the two Gluon kernels of the backward pass do alike: the tiles that a program holds, and the
+"""Parts of both Gluon kernels of the backward pass: the tiles that a program holds, and the
 probabilities of a tile that it walks.
 """
 
@@ -37,7 +37,7 @@ def hold(desc, other_desc, b, h, start, WARPGROUPS: gl.constexpr):
 
 @gluon.jit
 def operands_of(held, w: gl.constexpr, F: gl.constexpr):
-    """What a warpgroup holds, [ROWS, PAD] and [ROWS, PAD_V] in shared memory, when it is there."""
+    """Tiles that a warpgroup holds, [ROWS, PAD] and [ROWS, PAD_V] in shared memory, once there."""
     mbarrier.wait(held.full.index(w), 0)
     one = held.one.index(w).reshape([ROWS, F.PAD])
     return one, held.other.index(w).reshape([ROWS, F.PAD_V])
