@@ -38,13 +38,14 @@ test-interpreter: $(PACKAGE)  ## the Triton kernels on CPU tensors, in Triton's 
 	elif ! $(HAS_TRITON); then echo "tests/interpreter needs Triton, which is not installed: not run"; \
 	else TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/interpreter; fi
 
-test-compile: $(PACKAGE)  ## the Triton kernels compiled offline for sm_90: registers, spills, budgets of machine code
+test-compile: $(PACKAGE)  ## Triton kernels compiled offline for sm_90, one for its siblings: registers, spills, budgets
 	@if [ ! -d tests/compile ]; then echo "no tests/compile: nothing to run"; \
 	elif ! $(HAS_TRITON); then echo "no Triton: its kernels are not compiled"; \
 	  $(PYTEST) tests/compile/test_cuda_sources.py; \
 	else $(PYTEST) -n $(WORKERS) tests/compile; fi
 
-compile-all: $(PACKAGE)  ## the same for sm_80, sm_89, sm_90, sm_100 and gfx942 (an hour)
+# FLASHMARK_COMPILE_TARGETS=sm_90 make test-compile: every launch, for one target (20 minutes)
+compile-all: $(PACKAGE)  ## every launch, for sm_80, sm_89, sm_90, sm_100 and gfx942 (hours)
 	FLASHMARK_COMPILE_TARGETS=sm_80,sm_89,sm_90,sm_100,gfx942 $(PYTEST) -n $(WORKERS) tests/compile
 
 compile-ptxas: $(PACKAGE)  ## the block-sparse kernels through the ptxas of nvidia-cuda-nvcc, where that is installed

@@ -29,21 +29,30 @@ ALL = "FLASHMARK_COMPILE_TARGETS" in os.environ
 TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 
 
-# passes for which Hopper has forms of its own, at half precision and D up to 128
-OF_HOPPER = ("forward", "two-pass", "two-pass-grouped", "one-pass")
+# what stands for its siblings, by width of the head: (pass, kind of block or feature)
+PASSES = ("forward", "jvp", "two-pass", "one-pass", "decode")
+STANDING = {
+    64: {(pass_, "plain") for pass_ in PASSES},
+    128: {(pass_, "plain") for pass_ in (*PASSES, "two-pass-grouped")}
+    | {(pass_, "relative") for pass_ in PASSES}
+    | {(pass_, feature) for pass_ in ("forward", "two-pass") for feature in ("causal", "dropout")}
+    | {("decode", feature) for feature in ("dense", "dropout", "softcap")}
+    | {(pass_, 32) for pass_ in ("forward", "decode")},
+    256: {("forward", "causal"), ("two-pass", "causal"), ("decode", "relative")},
+}
+STANDING_IN_FLOAT32 = {(pass_, "plain") for pass_ in ("forward", "jvp", "two-pass", "decode")}
 
 
 def is_rare(launch: Launch) -> bool:
-    """Whether `make compile-all` alone compiles a launch: no default reaches its blocks, Hopper's
-    own forms stand before it, or it is a narrower sibling of another.
+    """Whether `make compile-all` alone compiles a launch: on Hopper forms of its own stand before
+    most of these kernels, and a sibling for each.
     """
-    sibling = launch.block is None or launch.feature not in ("plain", "relative")
-    narrow = launch.dim == 64 and (sibling or launch.precision == "high")
-    small = launch.block == 64 and launch.feature == "relative" or launch.block == 16
-    behind = launch.dtype == HALF and launch.dim <= 128 and launch.pass_ in OF_HOPPER
-    spare = launch.block == 64 or launch.feature in ("dense", "softcap")
-    grouped = launch.pass_ == "two-pass-grouped" and launch.block != 128
-    return narrow or small or launch.dim == 32 or behind and (spare or grouped)
+    kind = launch.feature
+    if launch.block != 128:
+        kind = launch.block or "causal"
+    if launch.dtype == SINGLE:
+        return launch.dim == 64 or (launch.pass_, kind) not in STANDING_IN_FLOAT32
+    return (launch.pass_, kind) not in STANDING.get(launch.dim, ())
 
 
 @pytest.mark.parametrize("launch", [x for x in all_launches() if ALL or not is_rare(x)], ids=str)

@@ -18,11 +18,17 @@ CHOSEN_WITH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) and n
     "TRITON_PTXAS_PATH"
 )
 SLACK = 0 if CHOSEN_WITH else 64
+ALL = "FLASHMARK_COMPILE_TARGETS" in os.environ
 TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 WITHOUT_PRODUCTS = ("tokens_kernel", "delta_kernel", "merge_kernel")
 
 
-@pytest.mark.parametrize("launch", all_launches(), ids=str)
+def is_rare(launch) -> bool:
+    """Whether `make compile-all` alone compiles a launch: D = 64 stands for its sibling."""
+    return launch.dim == 128 and launch.block != 16 or launch.pass_ == "atomic"
+
+
+@pytest.mark.parametrize("launch", [x for x in all_launches() if ALL or not is_rare(x)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernel(target, launch):
     arch = parse_target(target)
