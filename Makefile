@@ -59,7 +59,7 @@ host-time: $(PACKAGE)  ## microseconds of a call on the host, through Triton's l
 
 # One in $(EVERY) of the interpreter's tests, others for each architecture. Most of the time goes to Triton's compiler,
 # whose cache is that of test-compile.
-EVERY ?= 30
+EVERY ?= 60
 EMULATED = $(PYTEST) -n $(WORKERS) tests/interpreter --device emulated
 TRITON36 := build/triton-3.6.0
 

@@ -34,6 +34,7 @@ def check_compiled(call, *args, **options):
         helpers.assert_close(actual, wanted, 1e-6)
 
 
+@pytest.mark.parametrize("op", helpers.BACKENDS[-1:], indirect=True)  # C++ where it is built
 @pytest.mark.parametrize("feature", FEATURES)
 def test_compile_without_graph_breaks(op, feature):
     query, key, value = helpers.qkv(1, 2, 40, 8, kv_len=50)
@@ -102,6 +103,7 @@ EXPRESSIONS = {
 }
 
 
+@pytest.mark.parametrize("op", helpers.BACKENDS[-1:], indirect=True)  # C++ where it is built
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_an_expression_may_come_from_outside(op, name):
     mask = EXPRESSIONS[name]()

@@ -43,6 +43,7 @@ def run(op, arguments: dict) -> list[torch.Tensor]:
     return [out, *state, *torch.autograd.grad(loss, leaves_of(arguments))]
 
 
+@pytest.mark.parametrize("op", BACKENDS[-1:], indirect=True)  # C++ where it is built
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(op, case):
     """Schema, fake implementation and tracing of both operators."""
@@ -94,6 +95,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(call, inputs, fast_mode=case == "two-chunks")
 
 
+@pytest.mark.parametrize("op", BACKENDS[-1:], indirect=True)  # C++ where it is built
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_as_one_graph_equals_eager(op, case):

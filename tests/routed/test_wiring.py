@@ -28,6 +28,7 @@ def run(op, tensors: dict, options: dict) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out.float().square().sum(), list(tensors.values()))]
 
 
+@pytest.mark.parametrize("op", helpers.BACKENDS[-1:], indirect=True)  # C++ where it is built
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(op, name):
     """Schema, fake implementation and tracing of the three operators."""
@@ -51,6 +52,7 @@ def test_opcheck(op, name):
         torch.library.opcheck(func, args, kwargs)
 
 
+@pytest.mark.parametrize("op", helpers.BACKENDS[-1:], indirect=True)  # C++ where it is built
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_as_one_graph_equals_eager(op, name):
