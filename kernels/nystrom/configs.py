@@ -128,7 +128,7 @@ def backward_span(where: torch.device, pairs: int, tokens: int, width: int) -> t
     but enough to keep the device busy. States of up to 32 landmarks are small: short slots.
     """
     span = BACKWARD_SPAN
-    slot = min(span, BACKWARD_SLOT if width > 32 else BACKWARD_SLOT // 2)
+    slot = min(span, BACKWARD_SLOT if width > 32 else max(16, BACKWARD_SLOT // 2))
     while span > 2 * slot and pairs * tokens < 3 * span * shared.processors(where):
         span //= 2
     return span, slot
