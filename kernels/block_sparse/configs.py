@@ -132,8 +132,7 @@ _TF32 = {
 }
 
 # Hopper's form of the forward kernel, by (form, width of the head, whether a bias or dropout takes
-# registers); on
-# Hopper it is chosen for what it can compute (forms.py).
+# registers); on Hopper it is chosen for what it can compute (forms.py).
 HOPPER = {
     ("gluon", 64, False): Config(128, 128, 4, 3, "gluon"),
     ("gluon", 128, False): Config(128, 128, 4, 2, "gluon", lazy=True),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .backward_rows import any_risen, row_gradients, weigh
+from .backward_rows import row_gradients, turns_of, weigh
 from .chunks import (
     end_of_chunk,
     exponent,
@@ -276,15 +276,7 @@ def keys_kernel(
     sums = (0.0, 0.0)
     if F.TAKES_KEYS:
         sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
-    slots = tl.cdiv(problem.span, F.SLOT)  # of a stretch
-    first = group * problem.units
-    count = tl.minimum(problem.units, problem.stretches - first)
-    turns, taken = count * slots, True
-    if not F.PACKED:  # no slot behind the end
-        turns = tl.minimum(turns, tl.cdiv(problem.tokens - first * problem.span, F.SLOT))
-    if F.STEEP:
-        taken = any_risen(rises, first, count, b, pair, problem, table, F)
-        turns = tl.where(taken, turns, 0)
+    slots, first, turns, taken = turns_of(rises, group, b, pair, problem, table, F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers
     for n in tl.range(turns, disable_licm=True):
         stretch = first + n // slots

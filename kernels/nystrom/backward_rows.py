@@ -247,6 +247,21 @@ def any_risen(rises, first, count, b, pair, problem, table, F: tl.constexpr):
 
 
 @triton.jit
+def turns_of(rises, group, b, pair, problem, table, F: tl.constexpr):
+    """(slots of a stretch, first stretch, slots of all, is anything to do) of a program."""
+    slots = tl.cdiv(problem.span, F.SLOT)  # of a stretch
+    first = group * problem.units
+    count = tl.minimum(problem.units, problem.stretches - first)
+    turns, taken = count * slots, True
+    if not F.PACKED:  # no slot behind the end
+        turns = tl.minimum(turns, tl.cdiv(problem.tokens - first * problem.span, F.SLOT))
+    if F.STEEP:
+        taken = any_risen(rises, first, count, b, pair, problem, table, F)
+        turns = tl.where(taken, turns, 0)
+    return slots, first, turns, taken
+
+
+@triton.jit
 def add_to(ptrs, x, F: tl.constexpr):
     """Store x; pieces add it to what chunks have left."""
     if F.STEEP:
@@ -358,15 +373,7 @@ def rows_kernel(
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
     decay2 = load_decay(marks, h, F)
 
-    slots = tl.cdiv(problem.span, F.SLOT)  # of a stretch
-    first = group * problem.units
-    count = tl.minimum(problem.units, problem.stretches - first)
-    turns, taken = count * slots, True
-    if not F.PACKED:  # no slot behind the end
-        turns = tl.minimum(turns, tl.cdiv(problem.tokens - first * problem.span, F.SLOT))
-    if F.STEEP:
-        taken = any_risen(rises, first, count, b, pair, problem, table, F)
-        turns = tl.where(taken, turns, 0)
+    slots, first, turns, taken = turns_of(rises, group, b, pair, problem, table, F)
     sums = new_sums(F)
     back = nothing_back(F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers

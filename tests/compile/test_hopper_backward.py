@@ -15,8 +15,8 @@ from flashmark import masks
 from flashmark.block_sparse.call import Call, Saved
 from flashmark.kernels.block_sparse import backward, configs
 from tests.compile import budgets, machine_code
-from tests.compile.test_block_sparse_kernels import SPILL_ALLOWED
-from tests.compile.test_hopper_forms import ALL, FEATURES, is_rare
+from tests.compile.test_block_sparse_kernels import ALL, SPILL_ALLOWED
+from tests.compile.test_hopper_forms import FEATURES, is_rare
 
 KINDS = {"sparse": masks.sliding_window(300), "causal": masks.causal(), "dense": None}
 KERNELS = ["delta_kernel", "backward_kv_gluon_kernel", "backward_q_gluon_kernel"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import subprocess
 import sys
 
@@ -18,8 +17,8 @@ from flashmark import masks
 from flashmark.block_sparse.call import Call
 from flashmark.kernels.block_sparse import configs, forward
 from tests.compile import budgets, machine_code
+from tests.compile.test_block_sparse_kernels import ALL
 
-ALL = "FLASHMARK_COMPILE_TARGETS" in os.environ
 FORMS = ("gluon",)
 KINDS = {"sparse": masks.sliding_window(300), "causal": masks.causal(), "dense": None}
 LENGTH, HEADS, KV_HEADS = 1024, 4, 2

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import triton
 
 from bench.offline import SHARED_MEMORY, compiling_for, inspect, parse_target
 from tests.compile import budgets
 from tests.compile.routed_launches import all_launches
+from tests.compile.test_block_sparse_kernels import ALL, CHOSEN_WITH, TARGETS
 
 # bytes to a thread that kernels spill; they may only get fewer
 SPILLS = {"gathered_keys_kernel": 24}
-# other versions of Triton and ptxas keep a few more values alive
-CHOSEN_WITH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) and not os.environ.get(
-    "TRITON_PTXAS_PATH"
-)
-SLACK = 0 if CHOSEN_WITH else 64
-ALL = "FLASHMARK_COMPILE_TARGETS" in os.environ
-TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
+SLACK = 0 if CHOSEN_WITH else 64  # other versions keep a few more values alive
 WITHOUT_PRODUCTS = ("tokens_kernel", "delta_kernel", "merge_kernel")
 
 
