@@ -3,13 +3,15 @@
 python -m bench.carry PTXAS [--out build/gpu.tar.xz] [--forward] [--seconds 120]
 
 Makes one archive of that ptxas and of Triton's cache, which serves the version of Python and of
-Triton that made it. A kernel that takes ptxas longer than the limit is left out, and named.
+Triton that made it. A kernel that takes ptxas longer than the limit is left out, and named. As many
+launches are compiled side by side as there are processors.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import platform
 import shutil
@@ -52,10 +54,13 @@ def launches(forward: bool) -> Iterator:
         yield from nystrom_launches.all_launches()
 
 
-def compile_kernels(launch: Any) -> dict[str, str]:
-    """Compile each kernel of a launch. Returns the reason for each that failed, by its name."""
+def compile_kernels(launch: Any) -> tuple[Any, dict[str, str], float]:
+    """Compile each kernel of a launch. Returns the launch, the reason for each kernel that failed,
+    by its name, and the seconds it took.
+    """
     from bench.offline import compiling_for
 
+    start = time.monotonic()
     failed: dict[str, str] = {}
     while True:
         asked: list[str] = []
@@ -67,7 +72,7 @@ def compile_kernels(launch: Any) -> dict[str, str]:
         try:
             with compiling_for(90, wanted):
                 launch.run()
-            return failed
+            return launch, failed, time.monotonic() - start
         except Exception as error:  # the launch goes on without this kernel
             if not asked or asked[-1] in failed:
                 raise
@@ -107,12 +112,13 @@ def main() -> None:
         import triton
 
         print(f"for Python {platform.python_version()}, Triton {triton.__version__}", flush=True)
-        missing = []
-        for launch in launches(given.forward):
-            start = time.monotonic()
-            failed = compile_kernels(launch)
-            print(f"{time.monotonic() - start:6.1f} s  {launch}", *failed.values(), flush=True)
-            missing += [f"{kernel} of {launch}: {why}" for kernel, why in failed.items()]
+        work, missing = list(launches(given.forward)), []
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            done = pool.imap_unordered(compile_kernels, work)
+            for count, (launch, failed, seconds) in enumerate(done, 1):
+                which = f"{count} of {len(work)}, {seconds:.1f} s: {launch}"
+                print(which, *failed.values(), flush=True)
+                missing += [f"{kernel} of {launch}: {why}" for kernel, why in failed.items()]
     with tarfile.open(given.out, "w:xz") as archive:
         archive.add(folder, "carried")
     print("missing:", *(missing or ["nothing"]), sep="\n  ")
