@@ -7,6 +7,7 @@
 // kept and the threshold rises.
 #include <functional>
 
+#include "routed/log2.h"
 #include "routed/problem.h"
 #include "shared/pack.h"
 #include "shared/schedule.h"
@@ -146,7 +147,7 @@ class ChoiceTile {
     const Vec from = finite(top);
     Vec sum(0.f);
     for (int64_t l = 0; l < p.marks; l++) sum = sum + exp2_vec(logit(s + l * W, logs[l]) - from);
-    const Vec found = sum.log2() + from;
+    const Vec found = log2_vec(sum) + from;
     if (set_lanes(top == Vec(-NEG_INF)) == 0) return found;
     Vec largest(0.f);  // +inf, or NaN where there is one besides
     for (int64_t l = 0; l < p.marks; l++)
@@ -187,7 +188,7 @@ class ChoiceTile {
       top = finite(top);
       for (int64_t c = 0; c < blocks; c++)
         sum = sum + exp2_vec(Vec::loadu(each + c * size + x) - top);
-      (top + finite(sum.log2())).store(totals + x);
+      (top + finite(log2_vec(sum))).store(totals + x);
     }
     float found[W];
     for (int64_t c = 0; c < blocks; c++) {
@@ -208,7 +209,7 @@ class ChoiceTile {
     top = finite(top);
     for (int64_t g = 0; g < layers; g++)
       sum = sum + exp2_vec(Vec::loadu(r + g * W) - Vec::loadu(totals + g * W) - top);
-    return sum.log2() + top;
+    return log2_vec(sum) + top;
   }
 
   // The same where columns are the queries of all heads: there are few queries.
