@@ -14,6 +14,10 @@ SOURCES := setup.py pyproject.toml $(wildcard kernels/*/__init__.py csrc/*.py) \
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 HAS_TRITON = $(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))"
 
+# Python compiles what is imported, when it is, and keeps it: pip would compile all of torch and transformers.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit test-interpreter test-compile compile-all test-emulated emulate-all compile-ptxas host-time wheel test-wheel test-oldest bench docs lint format sanitize clean
 
@@ -22,7 +26,7 @@ help:  ## this list
 
 setup: $(PACKAGE)  ## the environment and the package in it, with the C++ extension where it builds
 
-demo: $(PACKAGE)  ## train a small decoder on real text, then print what is proved about it (3 minutes)
+demo: $(BUILT)  ## train a small decoder on real text, then print what is proved about it (3 minutes)
 	$(BIN)/python -m examples.demo
 
 test: $(PACKAGE)  ## everything below, one process each; says how long each took
@@ -99,7 +103,7 @@ test-oldest:  ## the unit suite on the oldest torch that is supported, in an env
 	rm -rf $(OLDEST)/source && mkdir -p $(OLDEST)/source
 	git ls-files -co --exclude-standard | tar -cT - | tar -xC $(OLDEST)/source
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools>=77,<82' $$(grep -E '^(wheel|ninja)' requirements-torch.txt)
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 'setuptools>=77,<82' $$(grep -vE '^(torch|setuptools|#)' requirements-torch.txt)
 	grep -v '^triton' requirements-dev.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -r $(OLDEST)/requirements.txt
 	CUDA_HOME=none FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable $(OLDEST)/source
@@ -130,15 +134,15 @@ clean:  ## remove what was built, .venv included
 # torch first: with build isolation pip would fetch a second torch to build the extension against.
 $(TORCH): requirements-torch.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-torch.txt
+	$(PIP) -r requirements-torch.txt
 	touch $@
 
 $(READY): $(TORCH) requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation -r requirements-dev.txt
+	$(PIP) --no-deps --no-build-isolation -r requirements-dev.txt
 	touch $@
 
 $(BUILT): $(TORCH) $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # The compiler need not wait for the other packages.

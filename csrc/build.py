@@ -9,6 +9,7 @@ fits the machine. FLASHMARK_CPU chooses them: "native", the machine's own alone 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import sys
@@ -41,6 +42,7 @@ CAPABILITIES = {
     # NEON on ARM; on x86-64 too slow to be of use, but it runs the tests of the same lines there
     "default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
 }
+LEVELS = {"avx2": 3, "avx512": 4}  # of x86-64, as the library flashmark/_native.so has copies
 WIDE = ["-mprefer-vector-width=512"] if X86 else []
 STABLE = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch that may load the library: 2.11
@@ -114,7 +116,9 @@ def native_extension(*, sanitize: bool = False, cuda: bool = False) -> CppExtens
     headers = [*csrc.glob("*.h"), *(p for root in roots for p in root.glob("*.*h"))]
     extra = SANITIZE if sanitize else []
     define = ["-DUSE_CUDA", "-DFLASHMARK_CUDA"] if cuda else []
-    flags = {"cxx": [*COMMON, "-fopenmp-simd", *WIDE, STABLE, *define, *extra]}
+    wanted = capabilities()
+    level = [f"-DFLASHMARK_LEVEL={LEVELS[wanted[0]]}"] if X86 and len(wanted) == 1 else []
+    flags = {"cxx": [*COMMON, "-fopenmp-simd", *WIDE, STABLE, *level, *define, *extra]}
     if cuda:
         flags["nvcc"] = [*NVCC, *architectures(), STABLE, *define]
     return (CUDAExtension if cuda else CppExtension)(
@@ -148,6 +152,7 @@ class Build(BuildExtension):
         self.failed = []
 
     def build_extensions(self) -> None:
+        self.parallel = len(self.extensions)  # no core waits for the last source of a library
         try:
             super().build_extensions()
         except Exception as error:
@@ -157,9 +162,10 @@ class Build(BuildExtension):
         self.extensions[:] = [ext for ext in self.extensions if ext not in self.failed]
 
     def build_extension(self, ext) -> None:
-        self.build_temp = str(self.objects / ext.name)
+        one = copy.copy(self)
+        one.build_temp = str(self.objects / ext.name)
         try:
-            super().build_extension(ext)
+            super(Build, one).build_extension(ext)
         except Exception as error:
             if self.required:
                 raise

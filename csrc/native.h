@@ -8,11 +8,18 @@
 #include <cstdint>
 #include <vector>
 
-// One copy of a function per instruction set, chosen when the library is loaded.
+// One copy of a function per instruction set, chosen when the library is loaded; FLASHMARK_LEVEL is
+// that of x86-64 on the one machine that it is built for.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && \
     !defined(__SANITIZE_ADDRESS__)
+#if FLASHMARK_LEVEL == 4
+#define FLASHMARK_CLONES __attribute__((target_clones("arch=x86-64-v4", "default")))
+#elif FLASHMARK_LEVEL == 3
+#define FLASHMARK_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
 #define FLASHMARK_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
 #else
 #define FLASHMARK_CLONES
 #endif

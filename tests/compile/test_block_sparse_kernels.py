@@ -33,19 +33,17 @@ TARGETS = os.environ.get("FLASHMARK_COMPILE_TARGETS", "sm_90").split(",")
 PASSES = ("forward", "jvp", "two-pass", "one-pass", "decode")
 STANDING = {
     64: {(pass_, "plain") for pass_ in PASSES},
-    128: {(pass_, "plain") for pass_ in (*PASSES, "two-pass-grouped")}
-    | {(pass_, "relative") for pass_ in PASSES}
-    | {(pass_, feature) for pass_ in ("forward", "two-pass") for feature in ("causal", "dropout")}
-    | {("decode", feature) for feature in ("dense", "dropout", "softcap")}
-    | {(pass_, 32) for pass_ in ("forward", "decode")},
-    256: {("forward", "causal"), ("two-pass", "causal"), ("decode", "relative")},
+    128: {(pass_, "plain") for pass_ in PASSES}
+    | {(pass_, "relative") for pass_ in ("forward", "two-pass", "decode")}
+    | {("forward", "causal"), ("decode", "dropout"), ("forward", 32)},
+    256: {("forward", "causal")},
 }
-STANDING_IN_FLOAT32 = {(pass_, "plain") for pass_ in ("forward", "jvp", "two-pass", "decode")}
+STANDING_IN_FLOAT32 = {(pass_, "plain") for pass_ in ("forward", "decode")}
 
 
 def is_rare(launch: Launch) -> bool:
-    """Whether `make compile-all` alone compiles a launch: on Hopper forms of its own stand before
-    most of these kernels, and a sibling for each.
+    """Whether a launch is compiled only where targets are named: on Hopper forms of its own stand
+    before most of these kernels, and a sibling for each.
     """
     kind = launch.feature
     if launch.block != 128:

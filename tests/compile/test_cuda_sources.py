@@ -9,22 +9,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
-import subprocess
-import tempfile
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SOURCES = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*.cu"))
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from tests.emulator import nvcc
+
+SOURCES = sorted(path.relative_to(nvcc.CSRC).as_posix() for path in nvcc.CSRC.rglob("*.cu"))
 TARGETS = ("80", "90a", "100") if os.environ.get("FLASHMARK_COMPILE_TARGETS") else ("90a",)
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-FLAGS = ("-std=c++20", "-O2", "-Xptxas=-v", "-DUSE_CUDA", STABLE)
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+pytestmark = pytest.mark.skipif(nvcc.NVCC is None, reason="nvcc is not installed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +37,7 @@ class Kernel:
 
 
 def compiled(source: str) -> list[Kernel]:
-    """Compile for all targets at once. The host code needs no CUDA build of torch."""
-    include = Path(torch.__file__).parent / "include"
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in TARGETS]
-    with tempfile.TemporaryDirectory() as folder:
-        where = ["-c", str(CSRC / source), "-o", os.path.join(folder, "object.o")]
-        command = [NVCC, *FLAGS, *targets, "-Xcompiler=-fPIC", f"-I{include}", *where]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return parse(done.stderr)
+    return parse(nvcc.compile_source(source, TARGETS, "-Xptxas=-v"))
 
 
 def parse(report: str) -> list[Kernel]:
@@ -71,7 +61,7 @@ def readable(mangled: str) -> str:
 
 def test_there_are_cuda_sources_beside_the_cpp():
     for source in SOURCES:
-        path = CSRC / source
+        path = nvcc.CSRC / source
         assert path.with_name(path.name.replace("_cuda.cu", ".cpp")).exists()
     assert len(SOURCES) >= 4
 

@@ -16,7 +16,7 @@ WITHOUT_PRODUCTS = ("tokens_kernel", "delta_kernel", "merge_kernel")
 
 
 def is_rare(launch) -> bool:
-    """Whether `make compile-all` alone compiles a launch: D = 64 stands for its sibling."""
+    """Whether a launch is compiled only where targets are named: D = 64 stands for its sibling."""
     return launch.dim == 128 and launch.block != 16 or launch.pass_ == "atomic"
 
 

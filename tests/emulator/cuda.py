@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
-import shutil
 import struct
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 from .device import Done, extent
 from .machine import Options, launch
+from .nvcc import ptx
 from .parser import parse
 from .program import Program
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC, KEPT = ROOT / "csrc", ROOT / "build" / "emulator"
-SUFFIXES = (".cu", ".cuh", ".h")
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-FLAGS = ("-std=c++20", "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-ptx",
-         "-gencode=arch=compute_90a,code=compute_90a")  # fmt: skip
 THREADS = 256
 WARPS = THREADS // 32
 launched: list[Done] = []
-
-
-@functools.cache
-def ptx(source: str) -> str:
-    """PTX of a source file, kept in build until a source or the compiler changes."""
-    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True).stdout
-    texts = [path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in SUFFIXES]
-    options = f"{FLAGS}, torch {torch.__version__}".encode()
-    key = hashlib.sha256(b"".join([version, options, *texts])).hexdigest()[:16]
-    kept = KEPT / f"{Path(source).stem}-{key}.ptx"
-    if not kept.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        include = Path(torch.__file__).parent / "include"
-        with tempfile.NamedTemporaryFile(suffix=".ptx", dir=KEPT, delete=False) as result:
-            command = [NVCC, *FLAGS, f"-I{include}", str(CSRC / source), "-o", result.name]
-            subprocess.run(command, check=True, capture_output=True)
-        Path(result.name).rename(kept)
-    return kept.read_text()
 
 
 @functools.cache

@@ -9,12 +9,12 @@ from flashmark import native
 from flashmark.nystrom import landmark_core as landmark_module
 from tests.helpers import assert_close
 
-from . import cuda
+from . import cuda, nvcc
 from .machine import Options
 from .races import EmulationError
 
 pytestmark = [
-    pytest.mark.skipif(cuda.NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(nvcc.NVCC is None, reason="nvcc is not installed"),
     pytest.mark.skipif(not native.available(), reason="the C++ versions are not built"),
 ]
 ORDERS = [Options(), Options(order="ahead", seed=1), Options(order="around")]
