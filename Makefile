@@ -12,6 +12,8 @@ PACKAGE := $(VENV)/.package-installed
 SOURCES := setup.py pyproject.toml $(wildcard kernels/*/__init__.py csrc/*.py) \
            $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# neighbours to one worker: they share processes, folders and imports
+SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal
 HAS_TRITON = $(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))"
 
 # Python compiles what is imported, when it is, and keeps it: pip would compile all of torch and transformers.
@@ -35,48 +37,40 @@ test: $(PACKAGE)  ## everything below, one process each; says how long each took
 	  took="$$took $$part $$(( $$(date +%s) - start )) s;"; done; echo "took:$$took"
 
 test-unit: $(PACKAGE)  ## the unit suite
-	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) $(SIDE_BY_SIDE)
 
 test-interpreter: $(PACKAGE)  ## the Triton kernels on CPU tensors, in Triton's interpreter
 	@if [ ! -d tests/interpreter ]; then echo "no tests/interpreter: nothing to run"; \
 	elif ! $(HAS_TRITON); then echo "tests/interpreter needs Triton, which is not installed: not run"; \
-	else TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/interpreter; fi
+	else TRITON_INTERPRET=1 $(PYTEST) $(SIDE_BY_SIDE) tests/interpreter; fi
 
 test-compile: $(PACKAGE)  ## Triton kernels compiled offline for sm_90, one for its siblings: registers, spills, budgets
 	@if [ ! -d tests/compile ]; then echo "no tests/compile: nothing to run"; \
 	elif ! $(HAS_TRITON); then echo "no Triton: its kernels are not compiled"; \
 	  $(PYTEST) tests/compile/test_cuda_sources.py; \
-	else $(PYTEST) -n $(WORKERS) tests/compile; fi
+	else $(PYTEST) $(SIDE_BY_SIDE) tests/compile; fi
 
 # FLASHMARK_COMPILE_TARGETS=sm_90 make test-compile: every launch, for one target (20 minutes)
 compile-all: $(PACKAGE)  ## every launch, for sm_80, sm_89, sm_90, sm_100 and gfx942 (hours)
-	FLASHMARK_COMPILE_TARGETS=sm_80,sm_89,sm_90,sm_100,gfx942 $(PYTEST) -n $(WORKERS) tests/compile
+	FLASHMARK_COMPILE_TARGETS=sm_80,sm_89,sm_90,sm_100,gfx942 $(PYTEST) $(SIDE_BY_SIDE) tests/compile
 
 compile-ptxas: $(PACKAGE)  ## the block-sparse kernels through the ptxas of nvidia-cuda-nvcc, where that is installed
 	@ptxas=$$(ls $(VENV)/lib/python3*/site-packages/nvidia/cu*/bin/ptxas 2>/dev/null | tail -1); \
 	if [ -z "$$ptxas" ]; then echo "nvidia-cuda-nvcc is not installed: its ptxas compiles nothing"; \
-	else TRITON_PTXAS_PATH="$$PWD/$$ptxas" $(PYTEST) -n $(WORKERS) tests/compile/test_block_sparse_kernels.py \
+	else TRITON_PTXAS_PATH="$$PWD/$$ptxas" $(PYTEST) $(SIDE_BY_SIDE) tests/compile/test_block_sparse_kernels.py \
 	  tests/compile/test_hopper_forms.py; fi
 
 host-time: $(PACKAGE)  ## microseconds of a call on the host, through Triton's launcher and a driver without a GPU
 	$(BIN)/python -m tests.compile.driver.host_time
 
-# One in $(EVERY) of the interpreter's tests, others for each architecture. Most of the time goes to Triton's compiler,
-# whose cache is that of test-compile.
-EVERY ?= 60
-EMULATED = $(PYTEST) -n $(WORKERS) tests/interpreter --device emulated
+EMULATED = $(PYTEST) $(SIDE_BY_SIDE) tests/interpreter --device emulated
 TRITON36 := build/triton-3.6.0
 
-test-emulated: $(PACKAGE)  ## compiled kernels run without a GPU, race-checked: the emulator's tests and some of the kernels'
-	@if ! $(HAS_TRITON); then echo "no Triton: nothing to emulate"; exit 0; fi; \
-	start=$$(date +%s); $(PYTEST) -n $(WORKERS) tests/emulator || exit 1; \
-	for arch in 80 90; do \
-	  echo "$$(( $$(date +%s) - start )) s; next: one in $(EVERY) of the kernels' tests, compiled for sm_$$arch"; \
-	  $(EMULATED) --arch $$arch --every $(EVERY) || exit 1; \
-	done; echo "test-emulated took $$(( $$(date +%s) - start )) s"
+test-emulated: $(PACKAGE)  ## compiled kernels run without a GPU, race-checked: every kernel, and the emulator's own tests
+	@if $(HAS_TRITON); then $(PYTEST) $(SIDE_BY_SIDE) tests/emulator; else echo "no Triton: nothing to emulate"; fi
 
 emulate-all: $(PACKAGE)  ## all of the kernels' tests for sm_80 and sm_90, and the table under Triton 3.7.1 and 3.6.0 (hours)
-	$(PYTEST) -n $(WORKERS) tests/emulator
+	$(PYTEST) $(SIDE_BY_SIDE) tests/emulator
 	for arch in 80 90; do $(EMULATED) --arch $$arch || exit 1; done
 	$(BIN)/python -m tests.emulator.table
 	test -d $(TRITON36) || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) triton==3.6.0
@@ -107,7 +101,7 @@ test-oldest:  ## the unit suite on the oldest torch that is supported, in an env
 	grep -v '^triton' requirements-dev.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation -r $(OLDEST)/requirements.txt
 	CUDA_HOME=none FLASHMARK_BUILD_EXT=1 $(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable $(OLDEST)/source
-	cd $(OLDEST)/source && OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(WORKERS)
+	cd $(OLDEST)/source && OMP_NUM_THREADS=1 ../bin/python -m pytest $(SIDE_BY_SIDE)
 
 bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BENCH="masks --quick" for a part
 	$(BIN)/python -m bench $(BENCH)

@@ -44,8 +44,12 @@ def transforms(attend, key, value):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
-@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize(
+    ("attend", "where", "transform"),
+    [("block-sparse", w, t) for w in ("outside", "inside") for t in ("jvp", "grad", "vmap")]
+    + [("hybrid", "outside", "jvp"), ("hybrid", "inside", "grad")],
+    indirect=["attend"],
+)
 def test_torch_func_and_compile(attend, transform, where):
     query, key, value = inputs()
     wanted = transforms(attend, key, value)[transform](query)

@@ -61,6 +61,7 @@ def test_compile_without_graph_breaks(op, feature):
         helpers.assert_close(actual, wanted, 1e-6)
 
 
+@pytest.mark.parametrize("op", helpers.BACKENDS[-1:], indirect=True)  # C++ where it is built
 def test_compile_with_inductor(op):
     query, key, value = helpers.qkv(1, 2, 40, 8)
     mask = block_mask(WINDOW, 40)

@@ -117,6 +117,11 @@ def write(rows: list[Row]) -> None:
     whole.replace(RESULTS)
 
 
+def allowed(pytorch: float) -> float:
+    """Error that a result may have beside PyTorch's."""
+    return 2 * pytorch + 4 * 2.0**-8
+
+
 def markdown(rows: list[Row]) -> str:
     """A line a call: its kernels, its error by Triton and architecture, PyTorch's, and faults."""
     columns = sorted({(r.triton, r.arch) for r in rows}, reverse=True)

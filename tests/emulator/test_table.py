@@ -30,8 +30,7 @@ def test_it_has_every_kernel():
 
 def test_no_fault_and_errors_within_twice_pytorch_s():
     assert {row.faults for row in ROWS} == {"0"}
-    rounding = 2.0**-8
-    assert [row for row in ROWS if not row.error <= 2 * row.pytorch + 4 * rounding] == []
+    assert [row for row in ROWS if not row.error <= table.allowed(row.pytorch)] == []
 
 
 def test_the_page_shows_the_table():

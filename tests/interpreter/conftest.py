@@ -26,7 +26,6 @@ if INTERPRETED:
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu (the interpreter), emulated or cuda")
-    parser.addoption("--every", type=int, default=1, help="run one in so many of the tests")
     parser.addoption("--pointers", action="store_true", help="without the Hopper forms")
     parser.addoption("--arch", default="90", choices=("80", "90"), help="of --device emulated")
 
@@ -39,14 +38,6 @@ def pytest_configure(config):
         )
     if device == "emulated":
         os.environ["FLASHMARK_EMULATED"] = config.getoption("--arch")
-
-
-def pytest_collection_modifyitems(config, items):
-    step = config.getoption("--every")
-    first = step // 2 if config.getoption("--arch") == "80" else 0  # other tests for each
-    kept = items[first::step]
-    config.hook.pytest_deselected(items=[x for n, x in enumerate(items) if n % step != first])
-    items[:] = kept
 
 
 @pytest.fixture(scope="session")

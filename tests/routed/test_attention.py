@@ -119,7 +119,7 @@ def test_packed_sequences_are_sequences_of_their_own(op):
         helpers.assert_close(packed[:, :, a:b], alone, 1e-6)
 
 
-@pytest.mark.parametrize("backend", helpers.BACKENDS)
+@pytest.mark.parametrize("backend", helpers.BACKENDS[-1:])  # C++ where it is built
 @pytest.mark.parametrize("name", ["plain", "packed", "all-features", "decode"])
 def test_opcheck(backend, name):
     """Schema, fake implementation and tracing of every registered operator that a call reaches."""
