@@ -109,7 +109,8 @@ bench: $(PACKAGE)  ## speed and peak memory against PyTorch's own attention; BEN
 docs: $(PACKAGE)  ## the documentation, to build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
-lint: $(PACKAGE)  ## ruff: rules and format; first lines of docstrings; mypy: types
+lint: $(PACKAGE)  ## ruff: rules and format; first lines of docstrings; mypy: types; the pins agree
+	$(BIN)/python -m pip check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/lint_docstrings.py
