@@ -24,12 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
+from .backward_gluon_bias import load_bias
 from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
-from .backward_gluon_tile import hold, operands_of, probabilities
+from .backward_gluon_tile import hold, operands_of
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
 from .gluon_loads import ROWS, barriers, buffers, get, integers, put
 from .gluon_tile import operand
+from .primitives import capped, probabilities
 from .walk import locate, sample_bounds
 
 
@@ -69,6 +71,22 @@ def keep(x, word, F: gl.constexpr):
 
 
 @gluon.jit
+def add_bias(s, lse, stages, stage, first_key, work, MASKED: gl.constexpr, F: gl.constexpr):
+    """(logits [ROWS, BLOCK_M], lse [1, BLOCK_M], its residual) of a tile of scores, which lack the
+    bias.
+    """
+    layout: gl.constexpr = s.type.layout
+    start, head = get(stages.start.index(stage)), get(stages.head.index(stage))
+    b = work.pair // work.sizes.heads
+    check: gl.constexpr = MASKED or F.OFFSET
+    s += load_bias(s, b, head, start, first_key, work.offset, work, True, check, F)
+    if F.OFFSET:  # no query, so no P, before the first and after the last
+        i = start - work.offset + gl.arange(0, F.BLOCK_M, gl.SliceLayout(0, layout))
+        lse = gl.where(((i >= 0) & (i < work.sizes.q_len))[None, :], lse, float("inf"))
+    return s, lse, stages.residual.index(stage).load(layout)
+
+
+@gluon.jit
 def add_tile(
     s,
     dk,
@@ -96,9 +114,13 @@ def add_tile(
     dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout) - delta
     dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
     # [1, BLOCK_M]
-    lse2 = stages.lse.index(stage).load(layout)
+    lse = stages.lse.index(stage).load(layout)
+    residual = lse
     # [ROWS, BLOCK_M]
-    p, slope = probabilities(s, lse2, work, F)
+    p, slope = capped(s, work.modifiers, F)
+    if F.NATURAL:
+        p, lse, residual = add_bias(p, lse, stages, stage, first_key, work, MASKED, F)
+    p = probabilities(p, lse, residual, work.modifiers, F)
     weights = p.to(q.dtype)
     if F.SOFTCAP:
         p = p * slope
@@ -269,6 +291,8 @@ def backward_kv_gluon_kernel(
         buffers(dout_desc, STAGES),
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
+        buffers(lse_desc, STAGES if F.NATURAL else 1),
+        integers(STAGES),
         integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),

@@ -112,7 +112,7 @@ def backward_form(
     # rows of one warpgroup; wide heads spill where a program has only one
     least = 64 if max(features.PAD, features.PAD_V) <= 64 else 128
     small = features.KIND == "sparse" and min(features.BLOCK_Q, features.BLOCK_KV) < least
-    lacking = features.BIAS != "none" or features.DROPOUT
+    lacking = features.DROPOUT
     elsewhere = configs.device_arch(query.device) != 90 or not configs.hopper_forms()
     if elsewhere or small or lacking:
         return "pointers"

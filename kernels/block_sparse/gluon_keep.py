@@ -29,8 +29,8 @@ def bits_layout(WORDS):
 
 
 @gluon.jit
-def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
-    """The scores of a tile whose bits are set, else -inf; all of them where `bits` is -1.
+def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, OTHER: gl.constexpr, F: gl.constexpr):
+    """The elements of a tile whose bits are set, else OTHER; all of them where `bits` is -1.
 
     A thread holds two columns of each eight, a pair of bits in each byte of a word. The pairs of a
     row's words are put into one register, of which one instruction makes several predicates.
@@ -63,7 +63,7 @@ def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
     packed = gl.sum(pairs << (n * 2)[None, :, :], 1)
     # [ROWS, WORDS, WIDTH]
     seen = (packed[:, None, :], (1 << (c // 8 * 8 + n * 2 + c % 2))[None, :, :])
-    kept = keep_seen(seen, parts, float("-inf"), True, F)
+    kept = keep_seen(seen, parts, OTHER, True, F)
     return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), s.type.layout)
 
 

@@ -78,7 +78,7 @@ def finish_scores(s, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr, STAG
         end_n = get(line.end_n.index(work.slot))
     if MASKED and F.KIND == "sparse":
         bits = get(rings.bits.index(t % (STAGES + 1)))
-        s = keep_bits(s, work.problem.lists.bits, bits, n, work.first_row, end_n, F)
+        s = keep_bits(s, work.problem.lists.bits, bits, n, work.first_row, end_n, float("-inf"), F)
     elif MASKED:
         seen = visible(None, 0, n, r2, n2, end_n, sizes, MASKED, F)
         s = keep_seen(seen, s, float("-inf"), MASKED, F)

@@ -197,8 +197,8 @@ def bias_tile(base, strides, r2, n2, offset, sizes, F: tl.constexpr):
 
 
 @triton.jit
-def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
-    """Logits, up to the `factor` of a plain score, and d capped / d scaled score."""
+def capped(qk, modifiers, F: tl.constexpr):
+    """Logits before a bias, up to the `factor` of a plain score, and d capped / d scaled score."""
     slope = 1.0
     if F.SOFTCAP:
         t = tanh(qk * modifiers.scale)
@@ -208,6 +208,13 @@ def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
         s = qk
     else:
         s = qk * modifiers.scale
+    return s, slope
+
+
+@triton.jit
+def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
+    """`capped` with the bias."""
+    s, slope = capped(qk, modifiers, F)
     if F.BIAS != "none":
         s += bias_tile(base, modifiers.bias_strides, r2, n2, offset, sizes, F)
     return s, slope
@@ -286,6 +293,16 @@ def keep_drawn(words, threshold, x):
 
 
 @triton.jit
+def probabilities(s, lse2, residual2, modifiers, F: tl.constexpr):
+    """P of a tile of logits."""
+    if F.NATURAL:  # the difference is exact where both are large
+        p = tl.exp2((s - lse2) * LOG2E - residual2)
+    else:
+        p = tl.exp2(s * log2_factor(modifiers, F) - lse2)
+    return p
+
+
+@triton.jit
 def score_gradient(
     qk,
     dp,
@@ -308,10 +325,7 @@ def score_gradient(
 ):
     """(p after dropout, d logit, d capped / d scaled score) of a tile, from its dot products."""
     s, slope = logits(qk, base, r2, n2, offset, sizes, modifiers, F)
-    if F.NATURAL:  # the difference is exact where both are large
-        p = tl.exp2((s - lse2) * LOG2E - residual2)
-    else:
-        p = tl.exp2(s * log2_factor(modifiers, F) - lse2)
+    p = probabilities(s, lse2, residual2, modifiers, F)
     if F.DROPOUT:
         dp = tl.where(keep, dp * modifiers.keep_scale, 0.0)
     ds = p * (dp - delta2)
