@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arguments import LaunchSizes
 from .backward_gluon_bias import load_bias
 from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
+from .backward_gluon_dropout import draw_bits, keep_bits
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
 from .backward_gluon_tile import hold, operands_of
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
@@ -87,6 +88,16 @@ def add_bias(s, lse, stages, stage, first_key, work, MASKED: gl.constexpr, F: gl
 
 
 @gluon.jit
+def draw_keys(stages, stage, first_key, work):
+    """`draw_bits` of a tile of scores."""
+    sizes = work.sizes
+    b, head = work.pair // sizes.heads, get(stages.head.index(stage))
+    first_i = get(stages.start.index(stage)) - work.offset
+    pair = b * (sizes.heads * sizes.group) + head
+    return draw_bits(first_i, first_key, pair, work.modifiers)
+
+
+@gluon.jit
 def add_tile(
     s,
     dk,
@@ -108,10 +119,10 @@ def add_tile(
     layout: gl.constexpr = s.type.layout
     # [BLOCK_M, PAD] and [BLOCK_M, PAD_V], in shared memory
     q, dout = queries_of(stages, stage, F)
-    # [1, BLOCK_M]
-    delta = stages.delta.index(stage).load(layout)
-    # [ROWS, BLOCK_M], from -Delta on, which then takes no registers
-    dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout) - delta
+    # [ROWS, BLOCK_M], without dropout from -Delta on, which then takes no registers
+    dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout)
+    if not F.DROPOUT:
+        dp -= stages.delta.index(stage).load(layout)
     dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
     # [1, BLOCK_M]
     lse = stages.lse.index(stage).load(layout)
@@ -121,7 +132,12 @@ def add_tile(
     if F.NATURAL:
         p, lse, residual = add_bias(p, lse, stages, stage, first_key, work, MASKED, F)
     p = probabilities(p, lse, residual, work.modifiers, F)
-    weights = p.to(q.dtype)
+    weights = p
+    if F.DROPOUT:
+        # [4, 2, 4, 4], a word to a thread
+        drawn = draw_keys(stages, stage, first_key, work)
+        weights = keep_bits(p, drawn)
+    weights = weights.to(q.dtype)
     if F.SOFTCAP:
         p = p * slope
     if MASKED:
@@ -133,8 +149,15 @@ def add_tile(
     dv = warpgroup_mma(p_t, dout, dv, is_async=True)
     # [ROWS, BLOCK_M]
     dp = warpgroup_mma_wait(1, [dp])
+    if F.DROPOUT:
+        dp = keep_bits(dp, drawn) * work.modifiers.keep_scale
+        dp -= stages.delta.index(stage).load(layout)
     ds = (p * dp).to(q.dtype)
-    if MASKED:  # whatever Q, dO and V are where nothing is seen
+    # whatever Q, dO and V are where nothing is seen
+    if MASKED and F.DROPOUT:  # a weight may be 0 where something is
+        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
+        ds = keep(ds, word, F)
+    elif MASKED:
         ds = keep_where(ds, weights)
     ds_t = operand(ds, dk, q.dtype)
     # [ROWS, PAD]
@@ -227,7 +250,7 @@ def compute(
         )  # fmt: skip
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
     store(outputs.dk, dk * outputs.scale, place, w, work.sizes, F.DIM, F.PAD, F)
-    store(outputs.dv, dv, place, w, work.sizes, F.DIM_V, F.PAD_V, F)
+    store(outputs.dv, dv * work.modifiers.keep_scale, place, w, work.sizes, F.DIM_V, F.PAD_V, F)
 
 
 @gluon.jit(do_not_specialize=LaunchSizes._fields)

@@ -31,7 +31,7 @@ class Stages(NamedTuple):
     lse: object
     delta: object
     residual: object  # of lse, where F.NATURAL
-    head: object  # query head
+    head: object  # query head, where F.NATURAL or F.DROPOUT
     start: object  # mask row of the first query
     bits: object  # its row of tile_bits, negative where all of a tile is seen
     full: object
@@ -69,7 +69,7 @@ def load_tile(inputs, stages, work, t, head, start, bits, F: gl.constexpr, STAGE
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
     put(stages.start.index(stage), start)
     put(stages.bits.index(stage), bits)
-    if F.NATURAL:
+    if F.NATURAL or F.DROPOUT:
         put(stages.head.index(stage), head)
     rows: gl.constexpr = inputs.lse.block_type.nbytes
     tiles: gl.constexpr = inputs.q.block_type.nbytes + inputs.dout.block_type.nbytes

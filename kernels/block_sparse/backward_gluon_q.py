@@ -23,7 +23,7 @@ from .backward_gluon_bias import add_bias_gradient, load_bias
 from .backward_gluon_bits import keep_across, words_of_queries
 from .backward_gluon_tile import hold, operands_of
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
-from .gluon_keep import keep_bits
+from .gluon_keep import keep_bits, keep_weights, words_across
 from .gluon_loads import ROWS, barriers, buffers, get, integers, load_clipped, put
 from .gluon_tile import operand
 from .line import any_tile, walk_line
@@ -190,7 +190,7 @@ def add_keys(
     k, _ = keys_of(stages, stage, F)
     # [ROWS, BLOCK_N]
     dp = issue_weights(queries.dout, stages, t, layout, F, STAGES)
-    if MASKED or F.NATURAL:
+    if MASKED or F.NATURAL or F.DROPOUT:
         start, first_row = get(stages.start.index(stage)), queries.first_row
     if MASKED:
         bits = get(stages.bits.index(stage))
@@ -206,9 +206,11 @@ def add_keys(
         p = p * slope
     if MORE:
         s = issue_scores(queries.q, stages, t + 1, layout, F, STAGES)
-        dp = warpgroup_mma_wait(1, [dp])
-    else:
-        dp = warpgroup_mma_wait(0, [dp])
+    if F.DROPOUT:
+        words = words_across(p, first_row - work.offset, start, work.pair, work.modifiers, F)
+    dp = warpgroup_mma_wait(1 if MORE else 0, [dp])
+    if F.DROPOUT:
+        dp = keep_weights(words, dp, work.modifiers) * work.modifiers.keep_scale
     ds = p * (dp - queries.delta)
     if F.NATURAL:
         if MASKED:

@@ -24,6 +24,7 @@ HAS_BIT_OR_INF = tl.constexpr(HAS_BIT.replace("OTHER", "0fFF800000"))
 BEFORE_OR_ZERO = tl.constexpr(COMES_BEFORE.replace("OTHER", "0f00000000"))
 BEFORE_OR_INF = tl.constexpr(COMES_BEFORE.replace("OTHER", "0fFF800000"))
 NOT_BELOW_OR_ZERO = tl.constexpr(NOT_BELOW.replace("OTHER", "0f00000000"))
+MULTIPLY = tl.constexpr("{ .reg .b64 both; mul.wide.u32 both, $2, $3; mov.b64 {$1, $0}, both; }")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS_OF_A_TILE = tl.constexpr(128)  # at most
@@ -145,24 +146,35 @@ def visible(bits_ptr, bits, start_n, r2, n2, end_n, sizes, MASKED: tl.constexpr,
 
 
 @triton.jit
+def keep_set(word, bit, x, OTHER: tl.constexpr):
+    """The elements of a float32 tile whose bit of a word is set, OTHER in place of the rest; in PTX
+    as `keep_seen`.
+    """
+    if not INTERPRETED and is_cuda():
+        ASM: tl.constexpr = HAS_BIT_OR_ZERO if OTHER == 0.0 else HAS_BIT_OR_INF
+        kept = tl.inline_asm_elementwise(
+            ASM, "=f,r,r,f", [word, bit, x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        kept = tl.where((word & bit) != 0, x, OTHER)
+    return kept
+
+
+@triton.jit
 def keep_seen(seen, x, OTHER: tl.constexpr, MASKED: tl.constexpr, F: tl.constexpr):
     """The elements of a float32 tile that take part, OTHER in place of the rest.
 
     In PTX where it can be: the compiler collects the comparisons of a tile in words of their own,
     which costs more than the comparisons.
     """
-    BITS: tl.constexpr = MASKED and F.KIND == "sparse"
     left, right = seen
-    if not INTERPRETED and is_cuda():
-        if OTHER == 0.0:
-            ASM: tl.constexpr = HAS_BIT_OR_ZERO if BITS else BEFORE_OR_ZERO
-        else:
-            ASM: tl.constexpr = HAS_BIT_OR_INF if BITS else BEFORE_OR_INF
+    if MASKED and F.KIND == "sparse":
+        kept = keep_set(left, right, x, OTHER)
+    elif not INTERPRETED and is_cuda():
+        ASM: tl.constexpr = BEFORE_OR_ZERO if OTHER == 0.0 else BEFORE_OR_INF
         kept = tl.inline_asm_elementwise(
             ASM, "=f,r,r,f", [left, right, x], dtype=tl.float32, is_pure=True, pack=1
         )
-    elif BITS:
-        kept = tl.where((left & right) != 0, x, OTHER)
     else:
         kept = tl.where(left < right, x, OTHER)
     return kept
@@ -266,12 +278,40 @@ def online_softmax(
 
 
 @triton.jit
+def multiply_words(x, FACTOR: tl.constexpr):
+    """(high word, low word) of a product of words; in PTX, where one instruction gives both."""
+    if not INTERPRETED and is_cuda():
+        high, low = tl.inline_asm_elementwise(
+            MULTIPLY, "=r,=r,r,r", [x, FACTOR], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
+    else:
+        product = x.to(tl.uint64) * FACTOR
+        high, low = (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    return high, low
+
+
+@triton.jit
+def draw_words(seed_ptr, quad, i2, pair):
+    """The four words of philox4x32-10 for the counters (quad, i, pair, 0), as `tl.philox`."""
+    seed = tl.load(seed_ptr).to(tl.uint64)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1, c2 = quad.to(tl.uint32), i2.to(tl.uint32), pair.to(tl.uint32)
+    c3 = c2 * 0
+    for _ in tl.static_range(10):
+        high0, low0 = multiply_words(c0, 0xD2511F53)
+        high2, low2 = multiply_words(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def dropout_keep(i2, start_n, pair, modifiers, BLOCK_N: tl.constexpr):
     """Dropout's keep mask, queries down: key j takes word j % 4 of the counter j // 4."""
     # [BLOCK_N / 4]
     quad = start_n // 4 + tl.arange(0, BLOCK_N // 4)
     # [BLOCK_M, BLOCK_N / 4]
-    w0, w1, w2, w3 = tl.philox(tl.load(modifiers.seed), quad[None, :], i2, pair, 0)
+    w0, w1, w2, w3 = draw_words(modifiers.seed, quad[None, :], i2, pair)
     # [BLOCK_M, BLOCK_N]
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= tl.cast(modifiers.threshold, tl.uint32)

@@ -147,16 +147,18 @@ def test_gradients_repeat_bitwise(gluon, device):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("feature", [{}, {"bias": (1, 299)}, {"dropout_p": 0.3}], ids=str)
 @pytest.mark.parametrize("name", ["causal", "window"])
-def test_what_a_query_does_not_see_changes_nothing(gluon, name, device):
+def test_what_a_query_does_not_see_changes_nothing(gluon, name, feature, device):
     """A value of the future is infinite: gradients of earlier queries, keys and values stay."""
     mask = masks.causal() if name == "causal" else masks.causal() & masks.sliding_window(40)
-    call = Call(Case(mask=mask, heads=1, q_len=150, block=64, dtype=HALF), device)
+    call = Call(Case(mask=mask, heads=1, q_len=150, block=64, dtype=HALF, **feature), device)
     out, lse = call.forward()
     before = gradients(gluon, call, out, lse)
     call.value[..., 101:, :] = float("inf")
     after = gradients(gluon, call, out, lse)
-    assert all(torch.equal(before[n][..., :101, :], after[n][..., :101, :]) for n in before)
+    of_tokens = [name for name in before if name != "d bias"]
+    assert all(torch.equal(before[n][..., :101, :], after[n][..., :101, :]) for n in of_tokens)
 
 
 @pytest.mark.parametrize("name", ["causal", "random-bits"])
@@ -240,9 +242,32 @@ def test_bias(gluon, name, device):
     assert "d bias" in check(gluon, case, device, modes=(True, False))
 
 
-def test_a_relative_bias_of_wide_heads(gluon, device):
-    case = Case(mask=WINDOW, dim=128, q_len=250, bias=(2, 499), block=128, heads=2, kv_heads=1)
-    check(gluon, case, device, modes=(True, False))
+DROPOUT = {
+    "sparse": Case(mask=PAST, heads=4, kv_heads=2, dropout_p=0.3, q_len=150, sinks=True),
+    "causal": Case(mask=masks.causal(), batch=2, q_len=150, dropout_p=0.5, scale=-0.3),
+    "of-all": Case(q_len=130, kv_len=200, dropout_p=0.1, dtype=torch.bfloat16),
+    "offset": Case(
+        mask=PAST, batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140, dropout_p=0.2
+    ),
+    "lengths": Case(mask=WINDOW, batch=3, heads=1, q_len=250, kv_lengths=(0, 130, 221), dropout_p=0.2),
+    "relative": Case(mask=WINDOW, bias=(2, 499), q_len=250, kv_heads=1, dropout_p=0.2),
+    "everything": Case(
+        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200, kv_len=200,
+        query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, bias=(1, 4, 70, 200),
+        dropout_p=0.4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout(gluon, name, device):
+    check(gluon, dataclasses.replace(DROPOUT[name], block=64), device, modes=(True, False))
+
+
+@pytest.mark.parametrize("feature", [{"bias": (2, 499)}, {"dropout_p": 0.2}], ids=str)
+def test_wide_heads(gluon, feature, device):
+    case = Case(mask=WINDOW, dim=128, q_len=250, block=128, heads=2, kv_heads=1)
+    check(gluon, dataclasses.replace(case, **feature), device, modes=(True, False))
 
 
 @pytest.mark.parametrize("bias", [(2, 299), (1, 2, 150, 150), (1, 1, 150, 150)], ids=str)
@@ -257,7 +282,6 @@ def test_gradients_of_a_bias_repeat_bitwise(gluon, bias, device):
 
 PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
 WITH_POINTERS = {
-    "dropout": {"dropout_p": 0.1},
     "dtype": {"dtype": torch.float32},
     "head dimension": {"dim": 136},
     "width of a row": {"dim": 20},
