@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
+from .backward_gluon_bits import keep_pairs
 from .primitives import draw_words, keep_set
 
 
@@ -67,7 +68,9 @@ def draw_bits(first_i, start_n, pair, modifiers):
 
 @gluon.jit
 def keep_bits(p, bits):
-    """The elements of a float32 tile [64, 64] that dropout keeps, else 0."""
+    """The elements of a tile [64, 64] in float32, or in 16 bits as an operand, that dropout keeps,
+    else 0.
+    """
     # [w, a, g, x, k, t, b]
     parts = gl.reshape(p, [4, 2, 2, 4, 8, 4, 2])
     layout: gl.constexpr = parts.type.layout
@@ -76,5 +79,8 @@ def keep_bits(p, bits):
     a = gl.arange(0, 2, along(1, 7, layout))[None, :, None, None, None, None, None]
     k = gl.arange(0, 8, along(4, 7, layout))[None, None, None, None, :, None, None]
     b = gl.arange(0, 2, along(6, 7, layout))[None, None, None, None, None, None, :]
-    kept = keep_set(word, 1 << (4 * k + 2 * a + b), parts, 0.0)
+    if p.dtype == gl.float32:
+        kept = keep_set(word, 1 << (4 * k + 2 * a + b), parts, 0.0)
+    else:
+        kept = keep_pairs(parts, word, 4 * k + 2 * a + b)
     return gl.convert_layout(gl.reshape(kept, [64, 64]), p.type.layout)

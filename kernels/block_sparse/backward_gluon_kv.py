@@ -88,18 +88,22 @@ def add_bias(s, lse, stages, stage, first_key, work, MASKED: gl.constexpr, F: gl
 
 
 @gluon.jit
-def draw_keys(stages, stage, first_key, work):
-    """`draw_bits` of a tile of scores."""
-    sizes = work.sizes
-    b, head = work.pair // sizes.heads, get(stages.head.index(stage))
-    first_i = get(stages.start.index(stage)) - work.offset
-    pair = b * (sizes.heads * sizes.group) + head
-    return draw_bits(first_i, first_key, pair, work.modifiers)
+def draw_keys(stages, t, first_key, work, F: gl.constexpr, STAGES: gl.constexpr):
+    """Bits of what dropout keeps of tile t, which has come."""
+    bits = 0
+    if F.DROPOUT:
+        sizes, stage = work.sizes, t % STAGES
+        pair = work.pair // sizes.heads * (sizes.heads * sizes.group)
+        pair += get(stages.head.index(stage))
+        first_i = get(stages.start.index(stage)) - work.offset
+        bits = draw_bits(first_i, first_key, pair, work.modifiers)
+    return bits
 
 
 @gluon.jit
 def add_tile(
     s,
+    drawn,
     dk,
     dv,
     t,
@@ -112,8 +116,8 @@ def add_tile(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Take tile t, whose scores are s, into dK [ROWS, PAD] and dV [ROWS, PAD_V], both in flight;
-    P^T and dS^T must live.
+    """Take tile t, whose scores are s, and of which dropout keeps the bits `drawn`, into dK
+    [ROWS, PAD] and dV [ROWS, PAD_V], both in flight; P^T and dS^T must live.
     """
     stage = t % STAGES
     layout: gl.constexpr = s.type.layout
@@ -132,12 +136,9 @@ def add_tile(
     if F.NATURAL:
         p, lse, residual = add_bias(p, lse, stages, stage, first_key, work, MASKED, F)
     p = probabilities(p, lse, residual, work.modifiers, F)
-    weights = p
+    weights = p.to(q.dtype)
     if F.DROPOUT:
-        # [4, 2, 4, 4], a word to a thread
-        drawn = draw_keys(stages, stage, first_key, work)
-        weights = keep_bits(p, drawn)
-    weights = weights.to(q.dtype)
+        weights = keep_bits(weights, drawn)
     if F.SOFTCAP:
         p = p * slope
     if MASKED:
@@ -168,6 +169,7 @@ def add_tile(
 @gluon.jit
 def step(
     s,
+    drawn,
     dk,
     dv,
     t,
@@ -180,15 +182,18 @@ def step(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Add tile t, not the last, and compute the scores of the next, which it returns."""
+    """Add tile t, not the last, and compute the scores of the next, and dropout's bits, which it
+    returns.
+    """
     layout: gl.constexpr = s.type.layout
     dk, dv, p_t, ds_t = add_tile(
-        s, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES
+        s, drawn, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES
     )  # fmt: skip
     s = issue_scores(k, stages, t + 1, layout, F, STAGES)
+    drawn = draw_keys(stages, t + 1, first_key, work, F, STAGES)
     s, dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [s, dk, dv, p_t, ds_t])
     mbarrier.arrive(stages.empty.index(t % STAGES), count=1)
-    return s, dk, dv
+    return s, drawn, dk, dv
 
 
 @gluon.jit
@@ -237,16 +242,21 @@ def compute(
     if work.n_tiles > 0:
         # [ROWS, BLOCK_M]
         s = issue_scores(k, stages, 0, s_layout, F, STAGES)
+        drawn = draw_keys(stages, 0, first_key, work, F, STAGES)
         s = warpgroup_mma_wait(0, [s])
         last = work.n_tiles - 1
         n_full = gl.minimum(work.n_full, last)
         for t in range(n_full):
-            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, False, F, STAGES)
+            s, drawn, dk, dv = step(
+                s, drawn, dk, dv, t, k, v, stages, first_key, work, False, F, STAGES
+            )  # fmt: skip
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
-            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
+            s, drawn, dk, dv = step(
+                s, drawn, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES
+            )  # fmt: skip
         dk, dv, p_t, ds_t = add_tile(
-            s, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES
+            s, drawn, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES
         )  # fmt: skip
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
     store(outputs.dk, dk * outputs.scale, place, w, work.sizes, F.DIM, F.PAD, F)
