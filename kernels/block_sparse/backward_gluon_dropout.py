@@ -16,8 +16,8 @@ from .primitives import draw_words, keep_set
 
 @constexpr_function
 def draws_layout():
-    """Layout of a tile [16, 64], an entry to four keys: a thread has a quarter of the entries of the
-    four threads that hold a query's keys.
+    """Layout of a tile [16, 64], an entry to four keys: a thread has a quarter of the entries of
+    the four threads that hold a query's keys.
     """
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [2, 0], [0, 8]],
@@ -39,11 +39,11 @@ def along(AXIS, RANK, layout):
 
 @gluon.jit
 def draw_bits(first_i, start_n, pair, modifiers):
-    """Bits of what dropout keeps of a tile, a word to a thread, [4, 2, 4, 4]: key 16 w + 8 a + 4 g +
-    x and query 8 k + 2 t + b have bit 4 k + 2 a + b of word (w, g, x, t).
+    """Bits of what dropout keeps of a tile, a word to a thread, [4, 2, 4, 4]: that of key
+    16 w + 8 a + 4 g + x and query 8 k + 2 t + b is bit 4 k + 2 a + b of word (w, g, x, t).
 
-    Of the queries, thread x of the four (w, g, :, t) draws for those of k // 2 = x, all four keys;
-    each then takes its own key's bits from the others.
+    Of four threads (w, g, :, t), thread x draws the words of all their keys for the queries with
+    k // 2 = x; then each takes the bits of its own keys from the others.
     """
     layout: gl.constexpr = draws_layout()
     q = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]

@@ -55,8 +55,9 @@ class Launch:
         out = torch.zeros(1, HEADS, LENGTH, value.shape[-1], dtype=self.dtype)
         lse = torch.zeros(1, HEADS, LENGTH)
         given = FEATURES.get(self.feature, {})
+        residual = torch.zeros_like(lse) if "bias" in given else lse.new_zeros(0)
         call = Call(query, key, value, mask, 0.125, deterministic=self.deterministic, **given)
-        backward(call, Saved(out, lse, lse.new_zeros(0)), out, None)
+        backward(call, Saved(out, lse, residual), out, None)
 
 
 LAUNCHES = [
@@ -68,7 +69,7 @@ LAUNCHES = [
         Launch(d, k, feature=x)
         for (d, k), x in itertools.product(
             ((64, "causal"), (128, "sparse")),
-            ("softcap", "offset", "lengths"),
+            ("softcap", "offset", "lengths", "relative", "dense", "dropout"),
         )
     ),
 ]

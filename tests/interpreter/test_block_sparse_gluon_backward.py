@@ -213,8 +213,8 @@ BIASES = {
         mask=PAST, batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140, bias=(2, 279)
     ),
     "relative-everything": Case(
-        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200, kv_len=200,
-        query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, sinks=True, bias=(4, 399),
+        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200,
+        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, sinks=True, bias=(4, 399),
     ),
     "relative-lengths-causal": Case(
         mask=masks.causal(), batch=3, heads=1, q_len=150, kv_lengths=(0, 133, 150), bias=(1, 299)
@@ -230,8 +230,8 @@ BIASES = {
     "dense-of-queries": Case(batch=2, bias=(1, 2, 70, 1)),
     "dense-scalar": Case(mask=PAST, batch=2, bias=(1, 1, 1, 1)),
     "dense-everything": Case(
-        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200, kv_len=200,
-        query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, bias=(1, 4, 70, 200),
+        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200,
+        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, bias=(1, 4, 70, 200),
     ),
 }  # fmt: skip
 
@@ -249,11 +249,13 @@ DROPOUT = {
     "offset": Case(
         mask=PAST, batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140, dropout_p=0.2
     ),
-    "lengths": Case(mask=WINDOW, batch=3, heads=1, q_len=250, kv_lengths=(0, 130, 221), dropout_p=0.2),
+    "lengths": Case(
+        mask=WINDOW, batch=3, heads=1, q_len=250, kv_lengths=(0, 130, 221), dropout_p=0.2
+    ),
     "relative": Case(mask=WINDOW, bias=(2, 499), q_len=250, kv_heads=1, dropout_p=0.2),
     "everything": Case(
-        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200, kv_len=200,
-        query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, bias=(1, 4, 70, 200),
+        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200,
+        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, bias=(1, 4, 70, 200),
         dropout_p=0.4,
     ),
 }  # fmt: skip
