@@ -332,9 +332,9 @@ class Code:
 
     def address(self, operand: Address) -> str:
         """Sum of a register and an offset, in the width of the register."""
-        bits = 64 if self._wide(operand.base) else 32
-        base = self.read(operand.base, f"u{bits}")
-        offset = operand.offset & ((1 << bits) - 1)
+        width = 64 if self._wide(operand.base) else 32
+        base = self.read(operand.base, f"u{width}")
+        offset = operand.offset & ((1 << width) - 1)
         return self.let(f"({base} + {offset}).astype('i8')" if offset else f"{base}.astype('i8')")
 
     def _wide(self, base) -> bool:

@@ -214,7 +214,8 @@ BIASES = {
     ),
     "relative-everything": Case(
         mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200,
-        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, sinks=True, bias=(4, 399),
+        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, sinks=True,
+        bias=(4, 399),
     ),
     "relative-lengths-causal": Case(
         mask=masks.causal(), batch=3, heads=1, q_len=150, kv_lengths=(0, 133, 150), bias=(1, 299)
