@@ -11,7 +11,8 @@ from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
 from .backward_gluon_bits import keep_pairs
-from .primitives import draw_words, keep_set
+from .dropout import draw_words
+from .primitives import keep_set
 
 
 @constexpr_function

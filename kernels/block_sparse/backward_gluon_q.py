@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What a warpgroup knows of its queries: tiles in shared memory, and vectors [ROWS, 1]."""
+    """Queries of a warpgroup: tiles in shared memory, and vectors [ROWS, 1]."""
 
     q: object
     dout: object

@@ -8,8 +8,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
+from .dropout import draw_words, keep_drawn
 from .gluon_loads import ROWS
-from .primitives import draw_words, keep_drawn, keep_seen
+from .primitives import keep_seen
 
 
 @constexpr_function

@@ -18,13 +18,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SELECT = "{ .reg .pred seen; .reg .b32 set; TEST; selp.f32 $0, $3, OTHER, seen; }"
 HAS_BIT = SELECT.replace("TEST", "and.b32 set, $1, $2; setp.ne.b32 seen, set, 0")
 COMES_BEFORE = SELECT.replace("TEST", "setp.lt.s32 seen, $1, $2")
-NOT_BELOW = SELECT.replace("TEST", "setp.hs.u32 seen, $1, $2")
 HAS_BIT_OR_ZERO = tl.constexpr(HAS_BIT.replace("OTHER", "0f00000000"))
 HAS_BIT_OR_INF = tl.constexpr(HAS_BIT.replace("OTHER", "0fFF800000"))
 BEFORE_OR_ZERO = tl.constexpr(COMES_BEFORE.replace("OTHER", "0f00000000"))
 BEFORE_OR_INF = tl.constexpr(COMES_BEFORE.replace("OTHER", "0fFF800000"))
-NOT_BELOW_OR_ZERO = tl.constexpr(NOT_BELOW.replace("OTHER", "0f00000000"))
-MULTIPLY = tl.constexpr("{ .reg .b64 both; mul.wide.u32 both, $2, $3; mov.b64 {$1, $0}, both; }")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS_OF_A_TILE = tl.constexpr(128)  # at most
@@ -275,61 +272,6 @@ def online_softmax(
         p = tl.exp2(s * factor - pivot[:, None])
     alpha = fall(m_i, pivot, NATURAL)
     return p, alpha, m_i_new, l_i * alpha + tl.sum(p, 1)
-
-
-@triton.jit
-def multiply_words(x, FACTOR: tl.constexpr):
-    """(high word, low word) of a product of words; in PTX, where one instruction gives both."""
-    if not INTERPRETED and is_cuda():
-        high, low = tl.inline_asm_elementwise(
-            MULTIPLY, "=r,=r,r,r", [x, FACTOR], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
-        )
-    else:
-        product = x.to(tl.uint64) * FACTOR
-        high, low = (product >> 32).to(tl.uint32), product.to(tl.uint32)
-    return high, low
-
-
-@triton.jit
-def draw_words(seed_ptr, quad, i2, pair):
-    """The four words of philox4x32-10 for the counters (quad, i, pair, 0), as `tl.philox`."""
-    seed = tl.load(seed_ptr).to(tl.uint64)
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1, c2 = quad.to(tl.uint32), i2.to(tl.uint32), pair.to(tl.uint32)
-    c3 = c2 * 0
-    for _ in tl.static_range(10):
-        high0, low0 = multiply_words(c0, 0xD2511F53)
-        high2, low2 = multiply_words(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def dropout_keep(i2, start_n, pair, modifiers, BLOCK_N: tl.constexpr):
-    """Dropout's keep mask, queries down: key j takes word j % 4 of the counter j // 4."""
-    # [BLOCK_N / 4]
-    quad = start_n // 4 + tl.arange(0, BLOCK_N // 4)
-    # [BLOCK_M, BLOCK_N / 4]
-    w0, w1, w2, w3 = draw_words(modifiers.seed, quad[None, :], i2, pair)
-    # [BLOCK_M, BLOCK_N]
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words >= tl.cast(modifiers.threshold, tl.uint32)
-
-
-@triton.jit
-def keep_drawn(words, threshold, x):
-    """The elements of a float32 tile whose words are at least the threshold, 0 in place of the
-    rest; in PTX as `keep_seen`.
-    """
-    if not INTERPRETED and is_cuda():
-        kept = tl.inline_asm_elementwise(
-            NOT_BELOW_OR_ZERO, "=f,r,r,f", [words, threshold, x], dtype=tl.float32, is_pure=True,
-            pack=1,
-        )  # fmt: skip
-    else:
-        kept = tl.where(words >= threshold, x, 0.0)
-    return kept
 
 
 @triton.jit
