@@ -7,10 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import dropout_keep
 from .primitives import (
     LN2,
     LOG2E,
-    dropout_keep,
     fall,
     keep_seen,
     load_tile,

@@ -97,7 +97,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         )  # fmt: skip
         if forms.backward_form(query, key, value, dout, described) == "gluon":
             gluon = importlib.import_module(f"{__package__}.backward_gluon")  # where it is used
-            dquery, dkey, dvalue = gluon.backward(operands, call, described)
+            dquery, dkey, dvalue = gluon.backward(operands, total, call, described)
         elif call.deterministic:
             dkey, dvalue = _keys_and_values(operands, None, total, call, described)
             dquery = _queries(operands, call, described)

@@ -18,21 +18,23 @@ from . import passes
 from .backward_gluon_kv import backward_kv_gluon_kernel
 from .backward_gluon_q import backward_q_gluon_kernel
 from .backward_kv import Operands
+from .bias import BiasGradient
 from .forward_gluon import describe
 from .gluon_loads import ROWS
 
 
 def describe_rows(tensor: Tensor) -> TensorDescriptor:
-    """A vector over the queries of each head, read as tiles (1, ROWS)."""
-    batch, heads, rows = tensor.shape
+    """Vectors over the queries of each head, read as tiles (1, ROWS)."""
+    rows = tensor.shape[-1]
+    shape, strides = [tensor.numel() // rows, rows], [rows, 1]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(tensor, [batch * heads, rows], [rows, 1], [1, ROWS.value], layout)
+    return TensorDescriptor(tensor, shape, strides, [1, ROWS.value], layout)
 
 
 def backward(
-    operands: Operands, call: Call, described: args.KernelArguments
+    operands: Operands, total: BiasGradient, call: Call, described: args.KernelArguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV), bitwise repeatable."""
+    """(dQ, dK, dV), bitwise repeatable; the gradient of the bias is added to `total`."""
     query, key, value = operands.query, operands.key, operands.value
     dquery, dkey, dvalue = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
@@ -72,6 +74,7 @@ def backward(
         operands.lse,
         operands.delta,
         dquery,
+        total,
         described.rows,
         described.modifiers,
         call.scale,

@@ -24,12 +24,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
+from .backward_gluon_bias import load_bias
 from .backward_gluon_bits import keep_across, keep_down, keep_where, words_of_keys
+from .backward_gluon_dropout import draw_bits, keep_bits
 from .backward_gluon_loads import Inputs, Stages, Work, load_tiles, walk_head
-from .backward_gluon_tile import hold, operands_of, probabilities
+from .backward_gluon_tile import hold, operands_of
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
 from .gluon_loads import ROWS, barriers, buffers, get, integers, put
 from .gluon_tile import operand
+from .primitives import capped, probabilities
 from .walk import locate, sample_bounds
 
 
@@ -69,8 +72,38 @@ def keep(x, word, F: gl.constexpr):
 
 
 @gluon.jit
+def add_bias(s, lse, stages, stage, first_key, work, MASKED: gl.constexpr, F: gl.constexpr):
+    """(logits [ROWS, BLOCK_M], lse [1, BLOCK_M], its residual) of a tile of scores, which lack the
+    bias.
+    """
+    layout: gl.constexpr = s.type.layout
+    start, head = get(stages.start.index(stage)), get(stages.head.index(stage))
+    b = work.pair // work.sizes.heads
+    check: gl.constexpr = MASKED or F.OFFSET
+    s += load_bias(s, b, head, start, first_key, work.offset, work, True, check, F)
+    if F.OFFSET:  # no query, so no P, before the first and after the last
+        i = start - work.offset + gl.arange(0, F.BLOCK_M, gl.SliceLayout(0, layout))
+        lse = gl.where(((i >= 0) & (i < work.sizes.q_len))[None, :], lse, float("inf"))
+    return s, lse, stages.residual.index(stage).load(layout)
+
+
+@gluon.jit
+def draw_keys(stages, t, first_key, work, F: gl.constexpr, STAGES: gl.constexpr):
+    """Bits of what dropout keeps of tile t, which has come."""
+    bits = 0
+    if F.DROPOUT:
+        sizes, stage = work.sizes, t % STAGES
+        pair = work.pair // sizes.heads * (sizes.heads * sizes.group)
+        pair += get(stages.head.index(stage))
+        first_i = get(stages.start.index(stage)) - work.offset
+        bits = draw_bits(first_i, first_key, pair, work.modifiers)
+    return bits
+
+
+@gluon.jit
 def add_tile(
     s,
+    drawn,
     dk,
     dv,
     t,
@@ -83,23 +116,29 @@ def add_tile(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Take tile t, whose scores are s, into dK [ROWS, PAD] and dV [ROWS, PAD_V], both in flight;
-    P^T and dS^T must live.
+    """Take tile t, whose scores are s, and of which dropout keeps the bits `drawn`, into dK
+    [ROWS, PAD] and dV [ROWS, PAD_V], both in flight; P^T and dS^T must live.
     """
     stage = t % STAGES
     layout: gl.constexpr = s.type.layout
     # [BLOCK_M, PAD] and [BLOCK_M, PAD_V], in shared memory
     q, dout = queries_of(stages, stage, F)
-    # [1, BLOCK_M]
-    delta = stages.delta.index(stage).load(layout)
-    # [ROWS, BLOCK_M], from -Delta on, which then takes no registers
-    dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout) - delta
+    # [ROWS, BLOCK_M], without dropout from -Delta on, which then takes no registers
+    dp = gl.full([ROWS, F.BLOCK_M], 0.0, gl.float32, layout)
+    if not F.DROPOUT:
+        dp -= stages.delta.index(stage).load(layout)
     dp = warpgroup_mma(v, dout.permute((1, 0)), dp, is_async=True)
     # [1, BLOCK_M]
-    lse2 = stages.lse.index(stage).load(layout)
+    lse = stages.lse.index(stage).load(layout)
+    residual = lse
     # [ROWS, BLOCK_M]
-    p, slope = probabilities(s, lse2, work, F)
+    p, slope = capped(s, work.modifiers, F)
+    if F.NATURAL:
+        p, lse, residual = add_bias(p, lse, stages, stage, first_key, work, MASKED, F)
+    p = probabilities(p, lse, residual, work.modifiers, F)
     weights = p.to(q.dtype)
+    if F.DROPOUT:
+        weights = keep_bits(weights, drawn)
     if F.SOFTCAP:
         p = p * slope
     if MASKED:
@@ -111,8 +150,15 @@ def add_tile(
     dv = warpgroup_mma(p_t, dout, dv, is_async=True)
     # [ROWS, BLOCK_M]
     dp = warpgroup_mma_wait(1, [dp])
+    if F.DROPOUT:
+        dp = keep_bits(dp, drawn) * work.modifiers.keep_scale
+        dp -= stages.delta.index(stage).load(layout)
     ds = (p * dp).to(q.dtype)
-    if MASKED:  # whatever Q, dO and V are where nothing is seen
+    # whatever Q, dO and V are where nothing is seen
+    if MASKED and F.DROPOUT:  # a weight may be 0 where something is
+        word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
+        ds = keep(ds, word, F)
+    elif MASKED:
         ds = keep_where(ds, weights)
     ds_t = operand(ds, dk, q.dtype)
     # [ROWS, PAD]
@@ -123,6 +169,7 @@ def add_tile(
 @gluon.jit
 def step(
     s,
+    drawn,
     dk,
     dv,
     t,
@@ -135,15 +182,18 @@ def step(
     F: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Add tile t, not the last, and compute the scores of the next, which it returns."""
+    """Add tile t, not the last, and compute the scores of the next, and dropout's bits, which it
+    returns.
+    """
     layout: gl.constexpr = s.type.layout
     dk, dv, p_t, ds_t = add_tile(
-        s, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES
+        s, drawn, dk, dv, t, v, stages, first_key, work, MASKED, False, F, STAGES
     )  # fmt: skip
     s = issue_scores(k, stages, t + 1, layout, F, STAGES)
+    drawn = draw_keys(stages, t + 1, first_key, work, F, STAGES)
     s, dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [s, dk, dv, p_t, ds_t])
     mbarrier.arrive(stages.empty.index(t % STAGES), count=1)
-    return s, dk, dv
+    return s, drawn, dk, dv
 
 
 @gluon.jit
@@ -192,20 +242,25 @@ def compute(
     if work.n_tiles > 0:
         # [ROWS, BLOCK_M]
         s = issue_scores(k, stages, 0, s_layout, F, STAGES)
+        drawn = draw_keys(stages, 0, first_key, work, F, STAGES)
         s = warpgroup_mma_wait(0, [s])
         last = work.n_tiles - 1
         n_full = gl.minimum(work.n_full, last)
         for t in range(n_full):
-            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, False, F, STAGES)
+            s, drawn, dk, dv = step(
+                s, drawn, dk, dv, t, k, v, stages, first_key, work, False, F, STAGES
+            )  # fmt: skip
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
-            s, dk, dv = step(s, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES)
+            s, drawn, dk, dv = step(
+                s, drawn, dk, dv, t, k, v, stages, first_key, work, True, F, STAGES
+            )  # fmt: skip
         dk, dv, p_t, ds_t = add_tile(
-            s, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES
+            s, drawn, dk, dv, last, v, stages, first_key, work, True, True, F, STAGES
         )  # fmt: skip
         dk, dv, p_t, ds_t = warpgroup_mma_wait(0, [dk, dv, p_t, ds_t])
     store(outputs.dk, dk * outputs.scale, place, w, work.sizes, F.DIM, F.PAD, F)
-    store(outputs.dv, dv, place, w, work.sizes, F.DIM_V, F.PAD_V, F)
+    store(outputs.dv, dv * work.modifiers.keep_scale, place, w, work.sizes, F.DIM_V, F.PAD_V, F)
 
 
 @gluon.jit(do_not_specialize=LaunchSizes._fields)
@@ -269,6 +324,8 @@ def backward_kv_gluon_kernel(
         buffers(dout_desc, STAGES),
         buffers(lse_desc, STAGES),
         buffers(delta_desc, STAGES),
+        buffers(lse_desc, STAGES if F.NATURAL else 1),
+        integers(STAGES),
         integers(STAGES),
         integers(STAGES),
         barriers(STAGES, 1),

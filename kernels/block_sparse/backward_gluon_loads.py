@@ -30,6 +30,8 @@ class Stages(NamedTuple):
     dout: object
     lse: object
     delta: object
+    residual: object  # of lse, where F.NATURAL
+    head: object  # query head, where F.NATURAL or F.DROPOUT
     start: object  # mask row of the first query
     bits: object  # its row of tile_bits, negative where all of a tile is seen
     full: object
@@ -58,24 +60,31 @@ def walk_head(lists, sizes, b, head, start_n, offset, end_n, F: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(inputs, stages, work, t, head, start, bits, STAGES: gl.constexpr):
+def load_tile(inputs, stages, work, t, head, start, bits, F: gl.constexpr, STAGES: gl.constexpr):
     """Load the t-th tile of queries, from mask row `start` on. Before a sample's first query all is
-    0, and so are dP, Delta and dS.
+    0, and so are dP, Delta and, but for a bias, dS.
     """
     stage = t % STAGES
     full = stages.full.index(stage)
     mbarrier.wait(stages.empty.index(stage), (t // STAGES & 1) ^ 1)
     put(stages.start.index(stage), start)
     put(stages.bits.index(stage), bits)
+    if F.NATURAL or F.DROPOUT:
+        put(stages.head.index(stage), head)
     rows: gl.constexpr = inputs.lse.block_type.nbytes
     tiles: gl.constexpr = inputs.q.block_type.nbytes + inputs.dout.block_type.nbytes
-    mbarrier.expect(full, tiles + 2 * rows)
+    PARTS: gl.constexpr = 2 if F.NATURAL else 1
+    mbarrier.expect(full, tiles + (PARTS + 1) * rows)
     b = work.pair // work.sizes.heads
     pair = b * (work.sizes.heads * work.sizes.group) + head
     i = start - work.offset
     tma.async_copy_global_to_shared(inputs.q, [b, head, i, 0], full, stages.q.index(stage))
     tma.async_copy_global_to_shared(inputs.dout, [b, head, i, 0], full, stages.dout.index(stage))
-    tma.async_copy_global_to_shared(inputs.lse, [pair, i], full, stages.lse.index(stage))
+    lse = inputs.lse
+    tma.async_copy_global_to_shared(lse, [pair * PARTS, i], full, stages.lse.index(stage))
+    if F.NATURAL:
+        residual = stages.residual.index(stage)
+        tma.async_copy_global_to_shared(lse, [pair * PARTS + 1, i], full, residual)
     tma.async_copy_global_to_shared(inputs.delta, [pair, i], full, stages.delta.index(stage))
 
 
@@ -92,7 +101,7 @@ def load_tiles(inputs, stages, work, F: gl.constexpr, STAGES: gl.constexpr):
             lists, sizes, b, head, start_n, work.offset, end_n, F
         )
         for _ in range(n_full):
-            load_tile(inputs, stages, work, t, head, start, -1, STAGES)
+            load_tile(inputs, stages, work, t, head, start, -1, F, STAGES)
             t += 1
             run, start, stop = next_tile(lists, run, run_end, start, stop, F.BLOCK_M, F.BLOCK_Q, F)
     for g in range(sizes.group):
@@ -105,5 +114,5 @@ def load_tiles(inputs, stages, work, F: gl.constexpr, STAGES: gl.constexpr):
                 lists, first, rest, full_start, n_full, F.BLOCK_M, F.BLOCK_Q, F
             )
             bits = bits * F.BLOCK_Q + start % F.BLOCK_Q
-            load_tile(inputs, stages, work, t, head, start, bits, STAGES)
+            load_tile(inputs, stages, work, t, head, start, bits, F, STAGES)
             t += 1

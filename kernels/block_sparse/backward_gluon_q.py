@@ -19,13 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .arguments import LaunchSizes
+from .backward_gluon_bias import add_bias_gradient, load_bias
 from .backward_gluon_bits import keep_across, words_of_queries
-from .backward_gluon_tile import hold, operands_of, probabilities
+from .backward_gluon_tile import hold, operands_of
 from .forward_gluon import LOADER_REGISTERS, REGISTERS
+from .gluon_keep import keep_bits, keep_weights, words_across
 from .gluon_loads import ROWS, barriers, buffers, get, integers, load_clipped, put
 from .gluon_tile import operand
 from .line import any_tile, walk_line
-from .primitives import padded_rows
+from .primitives import capped, keep_seen, padded_rows, probabilities, visible
 from .walk import locate, next_tile, sample_bounds
 
 
@@ -48,6 +50,17 @@ class Rows(NamedTuple):
     delta: object
     dq: object
     scale: object
+
+
+class Queries(NamedTuple):
+    """Queries of a warpgroup: tiles in shared memory, and vectors [ROWS, 1]."""
+
+    q: object
+    dout: object
+    lse: object
+    residual: object
+    delta: object
+    first_row: object  # mask row of the first
 
 
 class Line(NamedTuple):
@@ -76,6 +89,7 @@ class Work(NamedTuple):
     row0: object  # mask row of the first query
     offset: object  # of the sample's first query
     end_n: object
+    bias_gradient: object
 
 
 @gluon.jit
@@ -125,6 +139,21 @@ def keys_of(stages, stage, F: gl.constexpr):
 
 
 @gluon.jit
+def hide(ds, start, bits, first_row, work, F: gl.constexpr):
+    """The elements of dS [ROWS, BLOCK_N] in float32 whose keys are seen, else 0."""
+    if F.KIND == "sparse":
+        ds = keep_bits(ds, work.lists.bits, bits, start, first_row, work.end_n, 0.0, F)
+    else:
+        layout: gl.constexpr = ds.type.layout
+        # [ROWS, 1], [1, BLOCK_N]
+        r2 = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
+        n2 = (start + gl.arange(0, F.BLOCK_N, gl.SliceLayout(0, layout)))[None, :]
+        seen = visible(None, 0, start, r2, n2, work.end_n, work.sizes, True, F)
+        ds = keep_seen(seen, ds, 0.0, True, F)
+    return ds
+
+
+@gluon.jit
 def issue_scores(q, stages, t, layout: gl.constexpr, F: gl.constexpr, STAGES: gl.constexpr):
     """S = Q K^T of tile t [ROWS, BLOCK_N], in flight."""
     stage = t % STAGES
@@ -147,12 +176,8 @@ def add_keys(
     s,
     dq,
     t,
-    q,
-    dout,
-    lse2,
-    delta,
+    queries,
     stages,
-    first_row,
     work,
     MORE: gl.constexpr,
     MASKED: gl.constexpr,
@@ -164,22 +189,39 @@ def add_keys(
     layout: gl.constexpr = s.type.layout
     k, _ = keys_of(stages, stage, F)
     # [ROWS, BLOCK_N]
-    dp = issue_weights(dout, stages, t, layout, F, STAGES)
+    dp = issue_weights(queries.dout, stages, t, layout, F, STAGES)
+    if MASKED or F.NATURAL or F.DROPOUT:
+        start, first_row = get(stages.start.index(stage)), queries.first_row
     if MASKED:
-        start, bits = get(stages.start.index(stage)), get(stages.bits.index(stage))
+        bits = get(stages.bits.index(stage))
+    if MASKED and not F.NATURAL:
         word = words_of_queries(
             s, work.lists, start, bits, first_row, work.end_n, work.sizes, not MORE, F
         )  # fmt: skip
-    p, slope = probabilities(s, lse2, work, F)
-    if F.SOFTCAP:
+    p, slope = capped(s, work.modifiers, F)
+    if F.NATURAL:
+        p += load_bias(s, work.b, work.h, first_row, start, work.offset, work, False, MASKED, F)
+    p = probabilities(p, queries.lse, queries.residual, work.modifiers, F)
+    if F.SOFTCAP and not F.NATURAL:
         p = p * slope
     if MORE:
-        s = issue_scores(q, stages, t + 1, layout, F, STAGES)
-        dp = warpgroup_mma_wait(1, [dp])
-    else:
-        dp = warpgroup_mma_wait(0, [dp])
-    ds = (p * (dp - delta)).to(k.dtype)
-    if MASKED:
+        s = issue_scores(queries.q, stages, t + 1, layout, F, STAGES)
+    if F.DROPOUT:
+        words = words_across(p, first_row - work.offset, start, work.pair, work.modifiers, F)
+    dp = warpgroup_mma_wait(1 if MORE else 0, [dp])
+    if F.DROPOUT:
+        dp = keep_weights(words, dp, work.modifiers) * work.modifiers.keep_scale
+    ds = p * (dp - queries.delta)
+    if F.NATURAL:
+        if MASKED:
+            ds = hide(ds, start, bits, first_row, work, F)
+        add_bias_gradient(
+            ds, work.b, work.h, first_row, start, work.offset, work.bias_gradient, work.sizes, F
+        )  # fmt: skip
+        if F.SOFTCAP:
+            ds = ds * slope
+    ds = ds.to(k.dtype)
+    if MASKED and not F.NATURAL:
         ds = keep_across(ds, word)
     ds = operand(ds, dq, k.dtype)
     dq = warpgroup_mma(ds, k, dq, is_async=True)
@@ -212,11 +254,17 @@ def compute(
     i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     here = (i >= 0) & (i < sizes.q_len)
     padded = gl.cast(work.pair, gl.int64) * padded_rows(sizes.q_len)
+    PARTS: gl.constexpr = 2 if F.NATURAL else 1
+    lse_ptr = rows.lse + PARTS * padded
     # [ROWS, 1]
-    lse2 = gl.load(rows.lse + (padded + i), mask=here, other=float("inf"))[:, None]
+    lse = gl.load(lse_ptr + i, mask=here, other=float("inf"))[:, None]
+    residual = lse
+    if F.NATURAL:
+        residual = gl.load(lse_ptr + padded_rows(sizes.q_len) + i, mask=here, other=0.0)[:, None]
     delta = gl.load(rows.delta + (padded + i), mask=here, other=0.0)[:, None]
     # [ROWS, PAD], [ROWS, PAD_V], in shared memory
     q, dout = operands_of(held, w, F)
+    queries = Queries(q, dout, lse, residual, delta, first_row)
     n_tiles = line.n_full + line.n_masked
     if n_tiles > 0:
         # [ROWS, BLOCK_N]
@@ -225,17 +273,11 @@ def compute(
         last = n_tiles - 1
         n_full = gl.minimum(line.n_inside, last)
         for t in range(n_full):
-            dq, s = add_keys(
-                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, False, F, STAGES
-            )  # fmt: skip
+            dq, s = add_keys(s, dq, t, queries, stages, work, True, False, F, STAGES)
         # a FULL tile that is left has no bits and goes with the PARTIAL ones
         for t in range(n_full, last):
-            dq, s = add_keys(
-                s, dq, t, q, dout, lse2, delta, stages, first_row, work, True, True, F, STAGES
-            )  # fmt: skip
-        dq, s = add_keys(
-            s, dq, last, q, dout, lse2, delta, stages, first_row, work, False, True, F, STAGES
-        )  # fmt: skip
+            dq, s = add_keys(s, dq, t, queries, stages, work, True, True, F, STAGES)
+        dq, s = add_keys(s, dq, last, queries, stages, work, False, True, F, STAGES)
 
     i = first_row - work.offset + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
     d = gl.arange(0, F.PAD, gl.SliceLayout(0, q_layout))
@@ -256,6 +298,7 @@ def backward_q_gluon_kernel(
     lse_ptr,
     delta_ptr,
     dq_ptr,
+    bias_gradient,
     lists,
     modifiers,
     scale,
@@ -284,8 +327,11 @@ def backward_q_gluon_kernel(
     )
     if row0 >= offset + sizes.q_len:
         return
+    if F.NATURAL:  # rows that do not exist have no bias
+        end_r = gl.minimum(offset + sizes.q_len, sizes.rows)
+        n_inside = gl.where((row0 >= offset) & (row0 + F.BLOCK_M <= end_r), n_inside, 0)
     line = Line(n_full, n_inside, n_masked, first, run, run_end, start, stop)
-    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, offset, end_n)
+    work = Work(lists, line, sizes, modifiers, pair, b, h, row0, offset, end_n, bias_gradient)
     per_row = Rows(lse_ptr, delta_ptr, dq_ptr, scale)
 
     WARPGROUPS: gl.constexpr = F.BLOCK_M // ROWS

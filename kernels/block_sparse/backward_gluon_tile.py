@@ -1,6 +1,4 @@
-"""Parts of both Gluon kernels of the backward pass: the tiles that a program holds, and the
-probabilities of a tile that it walks.
-"""
+"""Tiles that a program of the Gluon kernels of the backward pass holds."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .gluon_loads import ROWS, barriers, buffers
-from .primitives import log2_factor, logits
 
 
 class Held(NamedTuple):
@@ -41,10 +38,3 @@ def operands_of(held, w: gl.constexpr, F: gl.constexpr):
     mbarrier.wait(held.full.index(w), 0)
     one = held.one.index(w).reshape([ROWS, F.PAD])
     return one, held.other.index(w).reshape([ROWS, F.PAD_V])
-
-
-@gluon.jit
-def probabilities(s, lse2, work, F: gl.constexpr):
-    """(P of a tile, also where nothing is seen, d capped / d scaled score), from its scores."""
-    s, slope = logits(s, None, None, None, 0, work.sizes, work.modifiers, F)
-    return gl.exp2(s * log2_factor(work.modifiers, F) - lse2), slope

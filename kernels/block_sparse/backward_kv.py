@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .arguments import LaunchSizes
 from .bias import add_bias_gradient
+from .dropout import dropout_keep
 from .primitives import (
     bias_base,
-    dropout_keep,
     head_of,
     keys_of,
     load_lse,

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from .arguments import LaunchSizes
+from .dropout import dropout_keep
 from .primitives import (
     bias_base,
-    dropout_keep,
     head_of,
     keys_of,
     load_lse,

@@ -112,9 +112,8 @@ def backward_form(
     # rows of one warpgroup; wide heads spill where a program has only one
     least = 64 if max(features.PAD, features.PAD_V) <= 64 else 128
     small = features.KIND == "sparse" and min(features.BLOCK_Q, features.BLOCK_KV) < least
-    lacking = features.BIAS != "none" or features.DROPOUT
     elsewhere = configs.device_arch(query.device) != 90 or not configs.hopper_forms()
-    if elsewhere or small or lacking:
+    if elsewhere or small:
         return "pointers"
     misfit = any(_misfit(tensor) is not None for tensor in (query, key, value, dout))
     chosen = configs.pointers_in_use("backward_q", *configs.KEY_PASSES)

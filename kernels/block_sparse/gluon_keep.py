@@ -4,13 +4,13 @@ dropout. Both are found in layouts of their own, near that of a product.
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
+from .dropout import draw_words, keep_drawn
 from .gluon_loads import ROWS
-from .primitives import keep_drawn, keep_seen
+from .primitives import keep_seen
 
 
 @constexpr_function
@@ -29,8 +29,8 @@ def bits_layout(WORDS):
 
 
 @gluon.jit
-def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
-    """The scores of a tile whose bits are set, else -inf; all of them where `bits` is -1.
+def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, OTHER: gl.constexpr, F: gl.constexpr):
+    """The elements of a tile whose bits are set, else OTHER; all of them where `bits` is -1.
 
     A thread holds two columns of each eight, a pair of bits in each byte of a word. The pairs of a
     row's words are put into one register, of which one instruction makes several predicates.
@@ -63,7 +63,7 @@ def keep_bits(s, bits_ptr, bits, start_n, first_row, end_n, F: gl.constexpr):
     packed = gl.sum(pairs << (n * 2)[None, :, :], 1)
     # [ROWS, WORDS, WIDTH]
     seen = (packed[:, None, :], (1 << (c // 8 * 8 + n * 2 + c % 2))[None, :, :])
-    kept = keep_seen(seen, parts, float("-inf"), True, F)
+    kept = keep_seen(seen, parts, OTHER, True, F)
     return gl.convert_layout(gl.reshape(kept, [ROWS, F.BLOCK_N]), s.type.layout)
 
 
@@ -82,17 +82,22 @@ def quads_layout(QUADS):
 
 
 @gluon.jit
-def keep_weights(p, first_i, start_n, pair, modifiers, F: gl.constexpr):
-    """The weights of a tile that dropout keeps, else 0: as `dropout_keep`."""
+def words_across(tile, first_i, start_n, pair, modifiers, F: gl.constexpr):
+    """Dropout's words of a tile, queries down: as in `dropout_keep`."""
     QUADS: gl.constexpr = F.BLOCK_N // 4
     layout: gl.constexpr = quads_layout(QUADS)
     # [ROWS, 1], [1, QUADS]
     i2 = (first_i + gl.arange(0, ROWS, gl.SliceLayout(1, layout)))[:, None]
     quad = (start_n // 4 + gl.arange(0, QUADS, gl.SliceLayout(0, layout)))[None, :]
     # [ROWS, QUADS]
-    w0, w1, w2, w3 = tl.philox(gl.load(modifiers.seed), quad, i2, pair, 0)
+    w0, w1, w2, w3 = draw_words(modifiers.seed, quad, i2, pair)
     # [ROWS, QUADS, 2, 2], in the order of the columns
     words = gl.join(gl.join(w0, w2), gl.join(w1, w3))
     # [ROWS, BLOCK_N]
-    words = gl.convert_layout(gl.reshape(words, [ROWS, F.BLOCK_N]), p.type.layout)
+    return gl.convert_layout(gl.reshape(words, [ROWS, F.BLOCK_N]), tile.type.layout)
+
+
+@gluon.jit
+def keep_weights(words, p, modifiers):
+    """The elements of a tile that dropout keeps, else 0."""
     return keep_drawn(words, gl.cast(modifiers.threshold, gl.uint32), p)

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_keep import keep_bits, keep_weights
+from .gluon_keep import keep_bits, keep_weights, words_across
 from .gluon_loads import ROWS, get
 from .primitives import bias_base, keep_seen, log2_factor, logits, online_softmax, visible
 
@@ -78,7 +78,7 @@ def finish_scores(s, t, rings, work, MASKED: gl.constexpr, F: gl.constexpr, STAG
         end_n = get(line.end_n.index(work.slot))
     if MASKED and F.KIND == "sparse":
         bits = get(rings.bits.index(t % (STAGES + 1)))
-        s = keep_bits(s, work.problem.lists.bits, bits, n, work.first_row, end_n, F)
+        s = keep_bits(s, work.problem.lists.bits, bits, n, work.first_row, end_n, float("-inf"), F)
     elif MASKED:
         seen = visible(None, 0, n, r2, n2, end_n, sizes, MASKED, F)
         s = keep_seen(seen, s, float("-inf"), MASKED, F)
@@ -119,7 +119,8 @@ def add_tile(
         n = get(rings.starts.index(t % (STAGES + 1)))
         first_i = work.first_row - query_offset(work, F)
         pair = get(work.queries.pair.index(work.slot))
-        weights = keep_weights(weights, first_i, n, pair, work.problem.modifiers, F)
+        words = words_across(weights, first_i, n, pair, work.problem.modifiers, F)
+        weights = keep_weights(words, weights, work.problem.modifiers)
     if F.SLACK == 0 or least(alpha, work.falls) < 1.0:
         acc = acc * rows_of(alpha, acc)[:, None]
     p = operand(weights, acc, q.dtype)

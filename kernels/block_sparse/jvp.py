@@ -24,11 +24,11 @@ from . import bias as bias_gradient
 from . import passes
 from .arguments import LaunchSizes
 from .attend import add_sink, log_sum
+from .dropout import dropout_keep
 from .primitives import (
     LOG2E,
     bias_base,
     bias_tile,
-    dropout_keep,
     fall,
     head_of,
     keep_seen,

@@ -18,12 +18,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SELECT = "{ .reg .pred seen; .reg .b32 set; TEST; selp.f32 $0, $3, OTHER, seen; }"
 HAS_BIT = SELECT.replace("TEST", "and.b32 set, $1, $2; setp.ne.b32 seen, set, 0")
 COMES_BEFORE = SELECT.replace("TEST", "setp.lt.s32 seen, $1, $2")
-NOT_BELOW = SELECT.replace("TEST", "setp.hs.u32 seen, $1, $2")
 HAS_BIT_OR_ZERO = tl.constexpr(HAS_BIT.replace("OTHER", "0f00000000"))
 HAS_BIT_OR_INF = tl.constexpr(HAS_BIT.replace("OTHER", "0fFF800000"))
 BEFORE_OR_ZERO = tl.constexpr(COMES_BEFORE.replace("OTHER", "0f00000000"))
 BEFORE_OR_INF = tl.constexpr(COMES_BEFORE.replace("OTHER", "0fFF800000"))
-NOT_BELOW_OR_ZERO = tl.constexpr(NOT_BELOW.replace("OTHER", "0f00000000"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS_OF_A_TILE = tl.constexpr(128)  # at most
@@ -145,24 +143,35 @@ def visible(bits_ptr, bits, start_n, r2, n2, end_n, sizes, MASKED: tl.constexpr,
 
 
 @triton.jit
+def keep_set(word, bit, x, OTHER: tl.constexpr):
+    """The elements of a float32 tile whose bit of a word is set, OTHER in place of the rest; in PTX
+    as `keep_seen`.
+    """
+    if not INTERPRETED and is_cuda():
+        ASM: tl.constexpr = HAS_BIT_OR_ZERO if OTHER == 0.0 else HAS_BIT_OR_INF
+        kept = tl.inline_asm_elementwise(
+            ASM, "=f,r,r,f", [word, bit, x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        kept = tl.where((word & bit) != 0, x, OTHER)
+    return kept
+
+
+@triton.jit
 def keep_seen(seen, x, OTHER: tl.constexpr, MASKED: tl.constexpr, F: tl.constexpr):
     """The elements of a float32 tile that take part, OTHER in place of the rest.
 
     In PTX where it can be: the compiler collects the comparisons of a tile in words of their own,
     which costs more than the comparisons.
     """
-    BITS: tl.constexpr = MASKED and F.KIND == "sparse"
     left, right = seen
-    if not INTERPRETED and is_cuda():
-        if OTHER == 0.0:
-            ASM: tl.constexpr = HAS_BIT_OR_ZERO if BITS else BEFORE_OR_ZERO
-        else:
-            ASM: tl.constexpr = HAS_BIT_OR_INF if BITS else BEFORE_OR_INF
+    if MASKED and F.KIND == "sparse":
+        kept = keep_set(left, right, x, OTHER)
+    elif not INTERPRETED and is_cuda():
+        ASM: tl.constexpr = BEFORE_OR_ZERO if OTHER == 0.0 else BEFORE_OR_INF
         kept = tl.inline_asm_elementwise(
             ASM, "=f,r,r,f", [left, right, x], dtype=tl.float32, is_pure=True, pack=1
         )
-    elif BITS:
-        kept = tl.where((left & right) != 0, x, OTHER)
     else:
         kept = tl.where(left < right, x, OTHER)
     return kept
@@ -197,8 +206,8 @@ def bias_tile(base, strides, r2, n2, offset, sizes, F: tl.constexpr):
 
 
 @triton.jit
-def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
-    """Logits, up to the `factor` of a plain score, and d capped / d scaled score."""
+def capped(qk, modifiers, F: tl.constexpr):
+    """Logits before a bias, up to the `factor` of a plain score, and d capped / d scaled score."""
     slope = 1.0
     if F.SOFTCAP:
         t = tanh(qk * modifiers.scale)
@@ -208,6 +217,13 @@ def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
         s = qk
     else:
         s = qk * modifiers.scale
+    return s, slope
+
+
+@triton.jit
+def logits(qk, base, r2, n2, offset, sizes, modifiers, F: tl.constexpr):
+    """`capped` with the bias."""
+    s, slope = capped(qk, modifiers, F)
     if F.BIAS != "none":
         s += bias_tile(base, modifiers.bias_strides, r2, n2, offset, sizes, F)
     return s, slope
@@ -259,30 +275,13 @@ def online_softmax(
 
 
 @triton.jit
-def dropout_keep(i2, start_n, pair, modifiers, BLOCK_N: tl.constexpr):
-    """Dropout's keep mask, queries down: key j takes word j % 4 of the counter j // 4."""
-    # [BLOCK_N / 4]
-    quad = start_n // 4 + tl.arange(0, BLOCK_N // 4)
-    # [BLOCK_M, BLOCK_N / 4]
-    w0, w1, w2, w3 = tl.philox(tl.load(modifiers.seed), quad[None, :], i2, pair, 0)
-    # [BLOCK_M, BLOCK_N]
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words >= tl.cast(modifiers.threshold, tl.uint32)
-
-
-@triton.jit
-def keep_drawn(words, threshold, x):
-    """The elements of a float32 tile whose words are at least the threshold, 0 in place of the
-    rest; in PTX as `keep_seen`.
-    """
-    if not INTERPRETED and is_cuda():
-        kept = tl.inline_asm_elementwise(
-            NOT_BELOW_OR_ZERO, "=f,r,r,f", [words, threshold, x], dtype=tl.float32, is_pure=True,
-            pack=1,
-        )  # fmt: skip
+def probabilities(s, lse2, residual2, modifiers, F: tl.constexpr):
+    """P of a tile of logits."""
+    if F.NATURAL:  # the difference is exact where both are large
+        p = tl.exp2((s - lse2) * LOG2E - residual2)
     else:
-        kept = tl.where(words >= threshold, x, 0.0)
-    return kept
+        p = tl.exp2(s * log2_factor(modifiers, F) - lse2)
+    return p
 
 
 @triton.jit
@@ -308,10 +307,7 @@ def score_gradient(
 ):
     """(p after dropout, d logit, d capped / d scaled score) of a tile, from its dot products."""
     s, slope = logits(qk, base, r2, n2, offset, sizes, modifiers, F)
-    if F.NATURAL:  # the difference is exact where both are large
-        p = tl.exp2((s - lse2) * LOG2E - residual2)
-    else:
-        p = tl.exp2(s * log2_factor(modifiers, F) - lse2)
+    p = probabilities(s, lse2, residual2, modifiers, F)
     if F.DROPOUT:
         dp = tl.where(keep, dp * modifiers.keep_scale, 0.0)
     ds = p * (dp - delta2)

@@ -331,9 +331,11 @@ class Code:
         return self.let(f"{self.thing(both, 'f')}(m, {self.read(i.guard, 'pred')})")
 
     def address(self, operand: Address) -> str:
-        base = self.read(operand.base, "u64" if self._wide(operand.base) else "u32")
-        base = self.let(f"{base}.astype('i8')")
-        return self.let(f"{base} + {operand.offset}") if operand.offset else base
+        """Sum of a register and an offset, in the width of the register."""
+        width = 64 if self._wide(operand.base) else 32
+        base = self.read(operand.base, f"u{width}")
+        offset = operand.offset & ((1 << width) - 1)
+        return self.let(f"({base} + {offset}).astype('i8')" if offset else f"{base}.astype('i8')")
 
     def _wide(self, base) -> bool:
         if isinstance(base, Register):

@@ -35,6 +35,13 @@ def test_a_value_of_another_thread_through_shared_memory():
     np.testing.assert_array_equal(one(body, X, output="u4", shared=256), X[::-1])
 
 
+def test_an_address_is_a_sum_in_the_width_of_its_register():
+    """The register alone may lie below shared memory."""
+    body = f"""{AT} sub.u32 %s1, %s0, 64; st.shared.b32 [%s1+64], %x0; bar.sync 0;
+               ld.shared.b32 %y0, [%s0];"""
+    np.testing.assert_array_equal(one(body, X, output="u4", shared=1024), X)
+
+
 def test_generic_addresses_reach_shared_memory():
     body = f"""{AT} cvt.u64.u32 %d0, %s0; cvta.shared.u64 %d1, %d0; st.b32 [%d1], %x0; bar.sync 0;
                ld.b32 %y0, [%d1];"""

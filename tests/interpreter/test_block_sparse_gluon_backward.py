@@ -42,7 +42,9 @@ def form_of(call: Call) -> str:
     return forms.backward_form(*tensors, describe(call.checked()))
 
 
-def check(gluon, case: Case, device: torch.device) -> dict[str, torch.Tensor]:
+def check(
+    gluon, case: Case, device: torch.device, modes: tuple[bool, ...] = (False,)
+) -> dict[str, torch.Tensor]:
     """Gradients are as close to the definition as those of the pointer form must be."""
     case = dataclasses.replace(case, dtype=case.dtype if case.dtype != torch.float32 else HALF)
     call = Call(case, device)
@@ -50,10 +52,12 @@ def check(gluon, case: Case, device: torch.device) -> dict[str, torch.Tensor]:
         assert form_of(call) == "gluon"
     expected = call.reference()
     budget = call.budget(expected)
-    got = gradients(gluon, call, *call.forward())
-    for name, tensor in got.items():
-        error = relative_error(tensor, expected[name])
-        assert error <= budget[name], f"{name}: error {error:.2e}, allowed {budget[name]:.2e}"
+    out, lse = call.forward()
+    for deterministic in modes:
+        got = gradients(gluon, call, out, lse, deterministic)
+        for name, tensor in got.items():
+            error = relative_error(tensor, expected[name])
+            assert error <= budget[name], f"{name}: error {error:.2e}, allowed {budget[name]:.2e}"
     return got
 
 
@@ -143,16 +147,18 @@ def test_gradients_repeat_bitwise(gluon, device):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("feature", [{}, {"bias": (1, 299)}, {"dropout_p": 0.3}], ids=str)
 @pytest.mark.parametrize("name", ["causal", "window"])
-def test_what_a_query_does_not_see_changes_nothing(gluon, name, device):
+def test_what_a_query_does_not_see_changes_nothing(gluon, name, feature, device):
     """A value of the future is infinite: gradients of earlier queries, keys and values stay."""
     mask = masks.causal() if name == "causal" else masks.causal() & masks.sliding_window(40)
-    call = Call(Case(mask=mask, heads=1, q_len=150, block=64, dtype=HALF), device)
+    call = Call(Case(mask=mask, heads=1, q_len=150, block=64, dtype=HALF, **feature), device)
     out, lse = call.forward()
     before = gradients(gluon, call, out, lse)
     call.value[..., 101:, :] = float("inf")
     after = gradients(gluon, call, out, lse)
-    assert all(torch.equal(before[n][..., :101, :], after[n][..., :101, :]) for n in before)
+    of_tokens = [name for name in before if name != "d bias"]
+    assert all(torch.equal(before[n][..., :101, :], after[n][..., :101, :]) for n in of_tokens)
 
 
 @pytest.mark.parametrize("name", ["causal", "random-bits"])
@@ -195,11 +201,90 @@ def test_feature(gluon, name, device):
     check(gluon, dataclasses.replace(FEATURES[name], block=64, v_dim=24), device)
 
 
+BIASES = {
+    "relative": Case(mask=PAST, heads=4, kv_heads=2, bias=(4, 139), sinks=True),
+    "relative-of-all": Case(bias=(2, 399), q_len=200, heads=2, kv_heads=1),
+    "relative-causal": Case(mask=masks.causal(), batch=2, bias=(2, 299), q_len=150, scale=-0.3),
+    "relative-half": Case(
+        mask=WINDOW, bias=(2, 499), q_len=250, dtype=torch.bfloat16, bias_dtype=torch.bfloat16
+    ),
+    "relative-rectangular": Case(mask=WINDOW, bias=(2, 269), q_len=70, kv_len=200),
+    "relative-offset": Case(
+        mask=PAST, batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140, bias=(2, 279)
+    ),
+    "relative-everything": Case(
+        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200,
+        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, sinks=True,
+        bias=(4, 399),
+    ),
+    "relative-lengths-causal": Case(
+        mask=masks.causal(), batch=3, heads=1, q_len=150, kv_lengths=(0, 133, 150), bias=(1, 299)
+    ),
+    "dense": Case(mask=PAST, batch=2, bias=(2, 2, 70, 70)),
+    "dense-half": Case(
+        mask=masks.causal(), bias=(1, 2, 150, 150), q_len=150, kv_heads=1, dtype=torch.bfloat16,
+        bias_dtype=torch.bfloat16,
+    ),
+    "dense-of-heads": Case(mask=masks.causal(), batch=2, bias=(1, 2, 70, 70)),
+    "dense-of-samples": Case(mask=PAST, heads=4, kv_heads=2, batch=2, bias=(2, 1, 70, 70)),
+    "dense-of-keys": Case(mask=WINDOW, batch=2, q_len=200, bias=(2, 1, 1, 200)),
+    "dense-of-queries": Case(batch=2, bias=(1, 2, 70, 1)),
+    "dense-scalar": Case(mask=PAST, batch=2, bias=(1, 1, 1, 1)),
+    "dense-everything": Case(
+        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200,
+        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, bias=(1, 4, 70, 200),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_bias(gluon, name, device):
+    case = dataclasses.replace(BIASES[name], block=64)
+    assert "d bias" in check(gluon, case, device, modes=(True, False))
+
+
+DROPOUT = {
+    "sparse": Case(mask=PAST, heads=4, kv_heads=2, dropout_p=0.3, q_len=150, sinks=True),
+    "causal": Case(mask=masks.causal(), batch=2, q_len=150, dropout_p=0.5, scale=-0.3),
+    "of-all": Case(q_len=130, kv_len=200, dropout_p=0.1, dtype=torch.bfloat16),
+    "offset": Case(
+        mask=PAST, batch=2, query_offset=(3, 70), q_len=66, rows=140, kv_len=140, dropout_p=0.2
+    ),
+    "lengths": Case(
+        mask=WINDOW, batch=3, heads=1, q_len=250, kv_lengths=(0, 130, 221), dropout_p=0.2
+    ),
+    "relative": Case(mask=WINDOW, bias=(2, 499), q_len=250, kv_heads=1, dropout_p=0.2),
+    "everything": Case(
+        mask=masks.sliding_window(100), batch=2, heads=4, kv_heads=2, q_len=70, rows=200,
+        kv_len=200, query_offset=(10, 130), kv_lengths=(80, 200), softcap=3.0, bias=(1, 4, 70, 200),
+        dropout_p=0.4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout(gluon, name, device):
+    check(gluon, dataclasses.replace(DROPOUT[name], block=64), device, modes=(True, False))
+
+
+@pytest.mark.parametrize("feature", [{"bias": (2, 499)}, {"dropout_p": 0.2}], ids=str)
+def test_wide_heads(gluon, feature, device):
+    case = Case(mask=WINDOW, dim=128, q_len=250, block=128, heads=2, kv_heads=1)
+    check(gluon, dataclasses.replace(case, **feature), device, modes=(True, False))
+
+
+@pytest.mark.parametrize("bias", [(2, 299), (1, 2, 150, 150), (1, 1, 150, 150)], ids=str)
+def test_gradients_of_a_bias_repeat_bitwise(gluon, bias, device):
+    case = Case(mask=masks.causal(), kv_heads=1, q_len=150, block=64, dtype=HALF, bias=bias)
+    call = Call(case, device)
+    out, lse = call.forward()
+    first = gradients(gluon, call, out, lse, deterministic=True)
+    again = gradients(gluon, call, out, lse, deterministic=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 PLAIN = Case(mask=masks.sliding_window(30), dtype=HALF, block=64)
 WITH_POINTERS = {
-    "relative bias": {"bias": (2, 139)},
-    "dense bias": {"bias": (1, 1, 70, 70)},
-    "dropout": {"dropout_p": 0.1},
     "dtype": {"dtype": torch.float32},
     "head dimension": {"dim": 136},
     "width of a row": {"dim": 20},
