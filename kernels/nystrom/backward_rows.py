@@ -98,10 +98,10 @@ def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
     dG = dW
     if F.MASS:
         dG = factor * (dW - centre)
-    dscores = rounded_product(features, core_mm(core, dG, False, F), F)
+    less = 0.0
     if not F.MASS:  # sum over l of F dF = sum over l of W dW
-        dscores -= features * tl.sum(W * dW, 0)[None, :]
-    return dG, dscores
+        less = tl.sum(W * dW, 0)[None, :]
+    return dG, rounded_product(features, core_mm(core, dG, False, F) - less, F)
 
 
 @triton.jit
