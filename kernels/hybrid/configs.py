@@ -64,8 +64,8 @@ def choose_mass(
         tile = 64 if bfloat16 and marks <= 64 else 32
         return Config(tile, 64, 8 if wide or not bfloat16 else 4, 1)
     arch = shared.device_arch(where)
-    block = 64  # of which the core leaves room for
+    block = 64  # less where the core leaves less shared memory
     if marks > 64 and (dtype == torch.float32 or arch not in TWICE):
         block = 32 if arch in ROOMY and dtype != torch.float16 else 16
-    tile = 32 if bfloat16 and arch in TWICE else 16
+    tile = 32 if bfloat16 and marks > 32 and arch in TWICE else 16
     return Config(tile, block, 4 if bfloat16 and marks <= 64 else 8, 1)

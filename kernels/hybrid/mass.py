@@ -211,7 +211,8 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
     for chunk in tl.range(first, last, disable_licm=True):  # hoisted operands would fill registers
         line = tl.cast(pair, tl.int64) * sizes.chunks + chunk
         held, top = held_mass(inputs, line, half2, F)
-        ptrs, inside = slot_rows(inputs.R, line, 0, F.DIM_V, F.BLOCK_V, F)
+        start = line * (F.MARKS * F.DIM_V)  # so that offsets within the tile take 32 bits
+        ptrs, inside = slot_rows(inputs.R + start, 0, 0, F.DIM_V, F.BLOCK_V, F)
         # [PAD_M, BLOCK_V]
         R = operand(tl.load(ptrs, mask=inside, other=0.0), F)
         dR = zeros(F.PAD_M, F.BLOCK_V)
@@ -248,7 +249,7 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
                            F.CHUNK, F.BLOCK_D, True, True)  # fmt: skip
         dhalf -= pull
         tl.store(dL_ptr + line * F.MARKS + offs_m, pull, mask=(offs_m < F.MARKS) & (part == 0))
-        ptrs, inside = slot_rows(dR_ptr, line, 0, F.DIM_V, F.BLOCK_V, F)
+        ptrs, inside = slot_rows(dR_ptr + start, 0, 0, F.DIM_V, F.BLOCK_V, F)
         tl.store(ptrs, dR, mask=inside & (part == 0))
     out = tl.cast(pair, tl.int64) * sizes.groups + group
     ptrs, inside = slot_rows(dx_ptr, out, part, F.DIM, F.BLOCK_D, F)

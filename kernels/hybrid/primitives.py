@@ -43,5 +43,6 @@ def slot_rows(base, line, block, DIM: tl.constexpr, BLOCK: tl.constexpr, F: tl.c
     """(pointers, mask) of a block of columns of a line's slots, [PAD_M, BLOCK]."""
     offs_m = tl.arange(0, F.PAD_M)
     offs_d = block * BLOCK + tl.arange(0, BLOCK)
+    rows = (line * F.MARKS + offs_m)[:, None]
     inside = (offs_m < F.MARKS)[:, None] & (offs_d < DIM)[None, :]
-    return base + line * (F.MARKS * DIM) + (offs_m[:, None] * DIM + offs_d[None, :]), inside
+    return base + rows * DIM + offs_d[None, :], inside
