@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ..block_sparse import configs as shared
-from ..nystrom.configs import ROOMY
+from ..nystrom.configs import ROOMY, TWICE
 
 PASSES = ("forward", "backward")
 
@@ -63,5 +63,9 @@ def choose_mass(
     if pass_ == "forward":
         tile = 64 if bfloat16 and marks <= 64 else 32
         return Config(tile, 64, 8 if wide or not bfloat16 else 4, 1)
-    roomy = shared.device_arch(where) in ROOMY
-    return Config(16, 64 if marks <= 64 else 32 if roomy else 16, 8, 1)
+    arch = shared.device_arch(where)
+    block = 64  # less where the core leaves less shared memory
+    if marks > 64 and (dtype == torch.float32 or arch not in TWICE):
+        block = 32 if arch in ROOMY and dtype != torch.float16 else 16
+    tile = 32 if bfloat16 and marks > 32 and arch in TWICE else 16
+    return Config(tile, block, 4 if bfloat16 and marks <= 64 else 8, 1)

@@ -24,12 +24,19 @@ from ..nystrom.primitives import (
     mm,
     mm_acc,
     operand,
+    split,
     store_rows,
     turned_features,
-    turned_products,
     zeros,
 )
-from ..nystrom.reading import times_core
+from ..nystrom.reading import (
+    core_mm,
+    landmark_dots,
+    load_marks,
+    own_columns,
+    own_tokens,
+    times_core,
+)
 from . import configs
 from .primitives import chunk_of, slot_rows
 
@@ -81,6 +88,7 @@ class Features:
     SPLIT: bool
     PRECISION: str
     MASS: bool = True
+    SLOT: int = 1  # tokens are addressed by their times: offsets do not sit in registers
 
 
 @triton.jit
@@ -151,80 +159,101 @@ def mass_kernel(inputs, numerator_ptr, mass_ptr, reference_ptr, heads, parts, gr
             tl.store(reference_ptr + row + offs, (highest + top) * LN2, mask=first)
 
 
+@triton.jit
+def turned_parameters(inputs, b, h, F: tl.constexpr):
+    """(pointer of the landmarks, their stride, their first block of columns, core as `core_mm`
+    takes it, half2) of a pair, with a landmark a row.
+    """
+    ptr = chunk_of(inputs.landmarks, inputs.landmark_strides, b, h, 0)
+    stride = inputs.landmark_strides[2]
+    core_ptr = chunk_of(inputs.core, inputs.core_strides, b, h, 0)
+    core = load_core(core_ptr, inputs.core_strides[2], F)
+    # [PAD_M, PAD_M] twice
+    high, low = operand(core, F), 0.0
+    if F.SPLIT:
+        high, low = split(core)
+    # [PAD_M, BLOCK_D]
+    x = load_marks(ptr, stride, 0, inputs.query.dtype.element_ty, F)
+    half2 = load_vector(inputs.half2 + b * inputs.half_batch + h * F.MARKS, F)
+    return ptr, stride, x, (high, low), half2
+
+
+@triton.jit
+def over_landmarks(x, d, F: tl.constexpr):
+    """x^T d, [BLOCK_D, CHUNK], whose terms cancel where entries of the core are large."""
+    x = tl.trans(x)
+    if F.SPLIT:
+        high, low = split(d)
+        product = tl.dot(x, high, tl.dot(x, low))
+    else:
+        product = mm(x, d, F)
+    return product
+
+
 @triton.jit(do_not_specialize=LaunchSizes._fields)
 def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_ptr, dx_ptr,
                          dcore_ptr, dhalf_ptr, heads, parts, groups, units, chunks, width,
                          F: tl.constexpr):  # fmt: skip
-    """U = G held, dU = dnumerator R^T + dmass, dG = dU held, dreading = F (dG core^T)."""
+    """U = G held, dU = R dnumerator^T + dmass, dG = dU held, dreading = F (core dG)."""
     sizes = LaunchSizes(heads, parts, groups, units, chunks, width)
     part, group, pair = locate(sizes)
     b, h = pair // sizes.heads, pair % sizes.heads
-    x_ptr, x, core, half2 = parameters(inputs, b, h, F)
-    # [BLOCK_D, PAD_M]
-    own_x = load_landmarks(x_ptr, inputs.landmark_strides[2], part, tl.float32, F)
-    dx = zeros(F.BLOCK_D, F.PAD_M)
+    marks = turned_parameters(inputs, b, h, F)
+    core, half2 = marks[3], marks[4]
+    dx = zeros(F.PAD_M, F.BLOCK_D)
     # [PAD_M, PAD_M]
     dcore = zeros(F.PAD_M, F.PAD_M)
     # [PAD_M]
     dhalf = full(F.PAD_M, 0.0)
     d0 = part * F.BLOCK_D
     offs_m = tl.arange(0, F.PAD_M)
-    for chunk in range(group * sizes.units,
-                       tl.minimum((group + 1) * sizes.units, sizes.chunks)):  # fmt: skip
+    first, last = group * sizes.units, tl.minimum((group + 1) * sizes.units, sizes.chunks)
+    for chunk in tl.range(first, last, disable_licm=True):  # hoisted operands would fill registers
         line = tl.cast(pair, tl.int64) * sizes.chunks + chunk
         held, top = held_mass(inputs, line, half2, F)
-        ptrs, inside = slot_rows(inputs.R, line, 0, F.DIM_V, F.BLOCK_V, F)
+        start = line * (F.MARKS * F.DIM_V)  # so that offsets within the tile take 32 bits
+        ptrs, inside = slot_rows(inputs.R + start, 0, 0, F.DIM_V, F.BLOCK_V, F)
         # [PAD_M, BLOCK_V]
-        R = tl.load(ptrs, mask=inside, other=0.0)
+        R = operand(tl.load(ptrs, mask=inside, other=0.0), F)
+        dR = zeros(F.PAD_M, F.BLOCK_V)
         # [PAD_M]
         pull = full(F.PAD_M, 0.0)
-        # [BLOCK_V, PAD_M]
-        dR = zeros(F.BLOCK_V, F.PAD_M)
         for g in range(F.GROUP):
             q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, chunk)
+            queries = q_ptr, inputs.query_strides[3]
             row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * sizes.chunks + chunk) * sizes.width
-            for t0 in range(0, sizes.width, F.CHUNK):
-                offs = t0 + tl.arange(0, F.CHUNK)
-                there = offs < sizes.width
-                # [CHUNK, PAD_M] twice and [CHUNK]
-                e, G, highest = read_tile(q_ptr, t0, there, x, x_ptr, core, half2, inputs, F)
-                # [CHUNK, BLOCK_V]
-                dn = load_rows(dnumerator_ptr + row * F.DIM_V, t0, F.DIM_V, there, F.DIM_V, F.CHUNK,
-                               F.BLOCK_V, True)  # fmt: skip
-                # [CHUNK]
-                dm = tl.load(dmass_ptr + row + offs, mask=there, other=0.0)
-                # [CHUNK, PAD_M]
-                dU = mm(dn, tl.trans(operand(R, F)), F) + dm[:, None]
-                U = G * held[None, :]
-                pull += tl.sum(U * dU, 0)
-                # [BLOCK_V, PAD_M]
-                dR = mm_acc(tl.trans(operand(dn, F)), U, dR, F)
-                # [CHUNK, PAD_M]
-                dG = dU * held[None, :]
+            for t0 in tl.range(0, sizes.width, F.CHUNK, disable_licm=True):
+                there = t0 + tl.arange(0, F.CHUNK) < sizes.width
+                # their pointers seem to depend on t0 >= 0: else they would sit in registers
+                late = marks[0] + tl.minimum(t0, 0), marks[1], marks[2]
                 # [PAD_M, CHUNK]
-                turned = turned_products(q_ptr, t0, inputs.query_strides[3], there, x, x_ptr,
-                                         inputs.landmark_strides[2], F)  # fmt: skip
-                # [PAD_M, PAD_M]
-                dcore = mm_acc(turned_features(turned, half2, inputs, F), dG, dcore, F)
-                # [CHUNK, PAD_M]
-                dreading = e * mm(dG, tl.trans(core), F)
-                dhalf -= tl.sum(dreading, 0)
+                dots, q = landmark_dots(queries, t0, there, late, F)
+                e = turned_features(dots, half2, inputs, F)
+                U = core_mm(core, e, True, F) * held[:, None]
+                # [CHUNK, BLOCK_V] and [CHUNK]
+                dn = load_rows(dnumerator_ptr, row + t0, F.DIM_V, there, F.DIM_V, F.CHUNK,
+                               F.BLOCK_V, True, True)  # fmt: skip
+                dm = tl.load(dmass_ptr + row + t0 + tl.arange(0, F.CHUNK), mask=there, other=0.0)
+                # [PAD_M, CHUNK]
+                dU = mm(R, tl.trans(dn), F) + dm[None, :]
+                pull += tl.sum(U * dU, 1)
+                dR = mm_acc(U, dn, dR, F)
+                dG = dU * held[:, None]
+                dcore = mm_acc(e, tl.trans(operand(dG, F)), dcore, F)
+                dreading = e * core_mm(core, dG, False, F)
+                dhalf -= tl.sum(dreading, 1)
+                dx = mm_acc(dreading, own_tokens(q, queries, t0, there, part, F), dx, F)
                 # [CHUNK, BLOCK_D]
-                dq = mm(dreading, tl.trans(own_x), F) * inputs.scale
-                store_rows(dq_ptr + row * F.DIM + d0, t0, F.DIM, there, F.DIM - d0, dq, F.CHUNK,
-                           F.BLOCK_D, True)  # fmt: skip
-                # [CHUNK, BLOCK_D]
-                q = load_rows(q_ptr + d0, t0, inputs.query_strides[3], there, F.DIM - d0, F.CHUNK,
-                              F.BLOCK_D, True)  # fmt: skip
-                # [BLOCK_D, PAD_M]
-                dx = mm_acc(tl.trans(operand(q, F)), dreading * inputs.scale, dx, F)
+                dq = tl.trans(over_landmarks(own_columns(late, part, F), dreading, F))
+                store_rows(dq_ptr + d0, row + t0, F.DIM, there, F.DIM - d0, dq * inputs.scale,
+                           F.CHUNK, F.BLOCK_D, True, True)  # fmt: skip
         dhalf -= pull
         tl.store(dL_ptr + line * F.MARKS + offs_m, pull, mask=(offs_m < F.MARKS) & (part == 0))
-        ptrs, inside = slot_rows(dR_ptr, line, 0, F.DIM_V, F.BLOCK_V, F)
-        tl.store(ptrs, tl.trans(dR), mask=inside & (part == 0))
+        ptrs, inside = slot_rows(dR_ptr + start, 0, 0, F.DIM_V, F.BLOCK_V, F)
+        tl.store(ptrs, dR, mask=inside & (part == 0))
     out = tl.cast(pair, tl.int64) * sizes.groups + group
     ptrs, inside = slot_rows(dx_ptr, out, part, F.DIM, F.BLOCK_D, F)
-    tl.store(ptrs, tl.trans(dx), mask=inside)
+    tl.store(ptrs, dx * inputs.scale, mask=inside)
     ptrs, inside = slot_rows(dcore_ptr, out, 0, F.MARKS, F.PAD_M, F)
     tl.store(ptrs, dcore, mask=inside & (part == 0))
     tl.store(dhalf_ptr + out * F.MARKS + offs_m, dhalf, mask=(offs_m < F.MARKS) & (part == 0))

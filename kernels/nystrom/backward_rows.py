@@ -98,10 +98,14 @@ def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
     dG = dW
     if F.MASS:
         dG = factor * (dW - centre)
-    dscores = rounded_product(features, core_mm(core, dG, False, F), F)
-    if not F.MASS:  # sum over l of F dF = sum over l of W dW
-        dscores -= features * tl.sum(W * dW, 0)[None, :]
-    return dG, dscores
+    # sum over l of F dF = sum over l of W dW; early where W would cost a product its registers
+    less = 0.0
+    if not F.MASS and F.SLOT > 0:
+        less = tl.sum(W * dW, 0)[None, :]
+    product = core_mm(core, dG, False, F)
+    if not F.MASS and F.SLOT == 0:
+        less = tl.sum(W * dW, 0)[None, :]
+    return dG, rounded_product(features, product - less, F)
 
 
 @triton.jit

@@ -212,23 +212,6 @@ def landmark_products(x_ptr, start, stride, keep, tile, y_ptr, y_stride, F: tl.c
 
 
 @triton.jit
-def turned_products(x_ptr, start, stride, keep, tile, y_ptr, y_stride, F: tl.constexpr):
-    """`landmark_products` with a landmark a row, [PAD_M, CHUNK]."""
-    if F.BLOCKS_D == 1:
-        x = load_rows(x_ptr, start, stride, keep, F.DIM, F.CHUNK, F.BLOCK_D, F.DIM != F.BLOCK_D)
-        dots = tl.dot(tl.trans(tile), tl.trans(x), input_precision=F.PRECISION)
-    else:
-        dots = zeros(F.PAD_M, F.CHUNK)
-        BLOCKS: tl.constexpr = F.BLOCKS_D
-        for n in tl.static_range(BLOCKS):
-            x = load_rows(x_ptr + n * F.BLOCK_D, start, stride, keep, F.DIM - n * F.BLOCK_D,
-                          F.CHUNK, F.BLOCK_D, True)  # fmt: skip
-            y = load_landmarks(y_ptr, y_stride, n, x.dtype, F)
-            dots = tl.dot(tl.trans(y), tl.trans(x), dots, input_precision=F.PRECISION)
-    return dots
-
-
-@triton.jit
 def kept_tokens(keep_ptr, start, stop, F: tl.constexpr):
     """Mask of the tokens of the chunk at `start` that are there and not hidden, [CHUNK] bool."""
     offs = start + tl.arange(0, F.CHUNK)

@@ -9,8 +9,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import flashmark
-from flashmark import hybrid_attention
-from flashmark.kernels.hybrid import configs
+from flashmark import hybrid_attention, landmark_core
+from flashmark.hybrid import far_composed
+from flashmark.kernels.hybrid import configs, mass
 from tests import helpers
 from tests.hybrid.cases import Case, detached, tokens
 from tests.interpreter.running import DEVICE
@@ -77,6 +78,28 @@ def test_a_core_of_many_landmarks_whose_entries_cancel():
     arguments = case.arguments(torch.bfloat16)
     report = flashmark.check(op, **arguments)
     assert report.ok, f"\n{report}"
+
+
+def test_gradients_through_a_core_of_many_landmarks_whose_entries_cancel():
+    """The product with the core adds less than the rounding of what comes before it."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 1, 2, 16, 8).bfloat16()
+    landmarks = (0.7 * torch.randn(1, 128, 8)).bfloat16().float()
+    core = landmark_core(landmarks.double(), kind="kernel", scale=0.35).float()
+    L, R = torch.randn(1, 1, 2, 128), torch.randn(1, 1, 2, 128, 16)
+    grads = torch.randn(1, 1, 2, 16, 16), torch.randn(1, 1, 2, 16)
+
+    def exact(grads, R):
+        leaves = [x.double().requires_grad_() for x in (query, landmarks, core, L, R)]
+        read = far_composed.mass(*leaves, 0.35)[:2]
+        return torch.autograd.grad(read, leaves, [x.double() for x in grads])
+
+    given = [x.to(DEVICE) for x in (*grads, query, landmarks, core, L, R)]
+    found = mass.backward(*given, 0.35)
+    rounded = exact((grads[0].bfloat16(), grads[1]), R.bfloat16())
+    for actual, wanted, near in zip(found, exact(grads, R), rounded, strict=True):
+        allowed = 1.5 * (near - wanted).abs().max() + 2**-8 * wanted.abs().max()
+        assert (actual.cpu() - wanted).abs().max() <= allowed
 
 
 def test_a_state_carries_from_call_to_call():
