@@ -1,7 +1,7 @@
 """Predicted speed of the block-sparse kernels on an H200, from counts of their machine code. Only
 the clock comes from a measurement.
 
-python -m tests.compile.predictions writes tests/compile/predictions.csv and prints it.
+`python -m tests.compile.predictions [--only TEXT]` writes predictions.csv and prints its rows.
 
 A turn of a loop takes one tile. Each warp issues an instruction a cycle; the half-rate pipe takes
 two cycles for one, the exponential unit eight, a product N / 2 for 64 x N x 16. Groups of warps
@@ -24,7 +24,7 @@ from pathlib import Path
 from bench.offline import compiling_for, inspect
 from flashmark.kernels.block_sparse import configs
 from tests.compile import budgets, machine_code
-from tests.compile.block_sparse_launches import HALF
+from tests.compile.block_sparse_launches import HALF, Launch
 
 TABLE = Path(__file__).with_name("predictions.csv")
 PROCESSORS, CLOCK = (
@@ -159,6 +159,7 @@ IN_GLUON = (
     ("backward_kv", "backward_kv_gluon_kernel", 10),
     ("backward_q", "backward_q_gluon_kernel", 10),
 )
+ONLY_HERE = [Launch("one-pass", 64, None, feature) for feature in ("dropout", "softcap")]
 ROWS = [
     (CAUSAL, "gluon-D64-causal128-bfloat16", FORWARD, 64),
     (CAUSAL, "gluon-D128-causal128-bfloat16", FORWARD, 128),
@@ -170,6 +171,11 @@ ROWS = [
     (CAUSAL, "two-pass-bf16-D128-causal-plain", TWO_PASSES, 128),
     (CAUSAL, "gluon-backward-D64-causal128-bfloat16", IN_GLUON, 64),
     (CAUSAL, "gluon-backward-D128-causal128-bfloat16", IN_GLUON, 128),
+    (CAUSAL, "gluon-backward-D64-causal128-bfloat16-dropout", IN_GLUON, 64),
+    (CAUSAL, "one-pass-bf16-D64-causal-dropout", ONE_PASS, 64),
+    (CAUSAL, "gluon-backward-D64-causal128-bfloat16-softcap", IN_GLUON, 64),
+    (CAUSAL, "one-pass-bf16-D64-causal-softcap", ONE_PASS, 64),
+    (CAUSAL, "gluon-backward-D64-causal128-bfloat16-relative", IN_GLUON, 64),
     (WINDOW, "gluon-backward-D64-sparse128-bfloat16", IN_GLUON, 64),
     (WINDOW, "gluon-backward-D128-sparse128-bfloat16", IN_GLUON, 128),
     (WINDOW, "one-pass-bf16-D64-block128-plain", ONE_PASS, 64),
@@ -183,7 +189,7 @@ ROWS = [
 
 def predict(work: Work, name: str, passes, dim: int) -> Prediction:
     """One row, from kernels compiled now."""
-    launch = next(x for x in budgets.all_launches() if str(x) == name)
+    launch = next(x for x in [*budgets.all_launches(), *ONLY_HERE] if str(x) == name)
     kernels = []
     for pass_, kernel, _ in passes:
         gluon = name.startswith("gluon")
@@ -191,7 +197,8 @@ def predict(work: Work, name: str, passes, dim: int) -> Prediction:
         if passes is IN_GLUON:
             config = configs.hopper_backward(pass_, block)
         else:
-            config = launch.config if gluon else configs.choose(90, HALF, dim, block, pass_)
+            extras = not name.endswith("plain")
+            config = launch.config if gluon else configs.choose(90, HALF, dim, block, pass_, extras)
         asked = "forward_gluon_kernel" if gluon and passes is FORWARD else kernel
         kernels.append(kernel_of(launch, asked, config))
     flops = passes[0][2] * dim * work.seen
@@ -212,9 +219,12 @@ def table() -> dict[tuple[str, ...], Prediction]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    rows = table()
-    for row in ROWS:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose launch has this in its name")
+    only, rows = parser.parse_args().only, table()
+    for row in (row for row in ROWS if only in row[1]):
         found = predict(*row)
         rows[found.triton, found.ptxas, found.work, found.kernels] = found
         print(*dataclasses.astuple(found), flush=True)
