@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Problem
-from .backward_rows import row_gradients, turns_of, weigh
+from .backward_rows import row_gradients, weigh
 from .chunks import (
     end_of_chunk,
     exponent,
@@ -49,6 +49,7 @@ from .reading import (
 from .shares import columns_ptrs, leads, put_share
 from .slots import end_of_slot, load_held, start_of_slot
 from .states import slot_line
+from .turns import turns_of
 
 
 @triton.jit
