@@ -155,7 +155,7 @@ def add_tile(
         dp -= stages.delta.index(stage).load(layout)
     ds = (p * dp).to(q.dtype)
     # whatever Q, dO and V are where nothing is seen
-    if MASKED and F.DROPOUT:  # a weight may be 0 where something is
+    if MASKED and F.DROPOUT:  # a weight may be 0 where something is; kept, the word would spill
         word = words_of_keys(s, work.lists, start, bits, first_key, work.sizes, LAST, F)
         ds = keep(ds, word, F)
     elif MASKED:
