@@ -31,6 +31,7 @@ from ..nystrom.primitives import (
 )
 from ..nystrom.reading import (
     core_mm,
+    core_parts,
     landmark_dots,
     load_marks,
     own_columns,
@@ -167,15 +168,11 @@ def turned_parameters(inputs, b, h, F: tl.constexpr):
     ptr = chunk_of(inputs.landmarks, inputs.landmark_strides, b, h, 0)
     stride = inputs.landmark_strides[2]
     core_ptr = chunk_of(inputs.core, inputs.core_strides, b, h, 0)
-    core = load_core(core_ptr, inputs.core_strides[2], F)
-    # [PAD_M, PAD_M] twice
-    high, low = operand(core, F), 0.0
-    if F.SPLIT:
-        high, low = split(core)
+    core = core_parts(load_core(core_ptr, inputs.core_strides[2], F), F)
     # [PAD_M, BLOCK_D]
     x = load_marks(ptr, stride, 0, inputs.query.dtype.element_ty, F)
     half2 = load_vector(inputs.half2 + b * inputs.half_batch + h * F.MARKS, F)
-    return ptr, stride, x, (high, low), half2
+    return ptr, stride, x, core, half2
 
 
 @triton.jit

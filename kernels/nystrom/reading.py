@@ -50,14 +50,19 @@ def landmark_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def split_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
-    """`landmark_keys` for the backward, with the core as `core_mm` takes it: (operand, what it
-    lost)."""
-    lk = landmark_keys(marks, b, h, dtype, F)
-    high, low = operand(lk[3], F), 0.0
+def core_parts(core, F: tl.constexpr):
+    """A core as `core_mm` takes it: (operand, what it lost), [PAD_M, PAD_M] each."""
+    high, low = operand(core, F), 0.0
     if F.SPLIT:
-        high, low = split(lk[3])
-    return lk[0], lk[1], lk[2], (high, low), lk[4]
+        high, low = split(core)
+    return high, low
+
+
+@triton.jit
+def split_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
+    """`landmark_keys` for the backward, with the core as `core_mm` takes it."""
+    lk = landmark_keys(marks, b, h, dtype, F)
+    return lk[0], lk[1], lk[2], core_parts(lk[3], F), lk[4]
 
 
 @triton.jit
