@@ -25,7 +25,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 
 SOURCE = Path(__file__).with_name("stub_cuda.c")
-DEVICE = 1 << 20  # by its number Triton keeps what it has loaded; bench.offline counts from 0
+# by a device's number Triton keeps what it has loaded; bench.offline counts from 0
+DEVICE, WITHOUT_CODE = 1 << 20, (1 << 20) + 1
 CODE_OF_A_FAILURE = 719  # CUDA_ERROR_LAUNCH_FAILED
 
 
@@ -72,12 +73,13 @@ def _driver():
     class StubDriver(CudaDriver):
         def __init__(self) -> None:
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+            self.device = DEVICE
 
         def get_current_device(self) -> int:
-            return DEVICE
+            return self.device
 
         def set_current_device(self, device: int) -> None:
-            pass
+            self.device = device
 
         def get_current_stream(self, device: int | None = None) -> int:
             return 0
@@ -118,7 +120,9 @@ def _compiling_nothing() -> Iterator[None]:
         tempfile.TemporaryDirectory() as aside,
         pytest.MonkeyPatch.context() as patch,
     ):
-        triton.knobs.cache.dir = aside  # Triton 3.6's keys do not know of the hook
+        # Triton 3.6's keys do not know of the hook: a cache and a device aside
+        triton.knobs.cache.dir = aside
+        patch.setattr(_driver(), "device", WITHOUT_CODE)
         triton.knobs.runtime.add_stages_inspection_hook = _without_code
         for source in (ASTSource, GluonASTSource):
             patch.setattr(source, "make_ir", lambda self, *_: self.fn.__name__)
