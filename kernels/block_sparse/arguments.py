@@ -49,6 +49,7 @@ class Inputs(NamedTuple):
     query_strides: tuple[int, int, int]
     key_strides: tuple[int, int, int]
     value_strides: tuple[int, int, int]
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 class Lists(NamedTuple):
@@ -81,6 +82,7 @@ class Modifiers(NamedTuple):
     offsets: Tensor | None
     offset_stride: int
     lengths: Tensor | None
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 @dataclasses.dataclass(frozen=True)

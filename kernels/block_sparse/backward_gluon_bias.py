@@ -228,7 +228,7 @@ def add_elements(ds, base, start_i, start_n, gradient, sizes, F: gl.constexpr):
     """Add dS [ROWS, BLOCK_N] to a dense bias, summed first over a dimension that the bias does not
     have.
     """
-    to_i, to_n = gradient.to_i, gradient.to_j
+    to_i, to_n = gradient.strides[2], gradient.strides[3]
     # a vector in the layout of a product would be added by each register that has a copy
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     if F.BIAS_Q and F.BIAS_K:
@@ -255,8 +255,8 @@ def add_elements(ds, base, start_i, start_n, gradient, sizes, F: gl.constexpr):
 @gluon.jit
 def add_bias_gradient(ds, b, h, row0, key0, offset, gradient, sizes, F: gl.constexpr):
     """Add the gradient dS [ROWS, BLOCK_N] of a tile's logits to that of the bias."""
-    base = gradient.total + gl.cast(b, gl.int64) * gradient.to_b
-    base += gl.cast(h, gl.int64) * gradient.to_h
+    base = gradient.total + gl.cast(b, gl.int64) * gradient.strides[0]
+    base += gl.cast(h, gl.int64) * gradient.strides[1]
     if F.BIAS == "relative":
         add_diagonals(ds, base, key0 - row0 + (sizes.rows - 1), gradient, sizes, F)
     else:

@@ -53,6 +53,7 @@ class Operands(NamedTuple):
     key_strides: tuple[int, int, int]
     value_strides: tuple[int, int, int]
     dout_strides: tuple[int, int, int]
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 @triton.jit

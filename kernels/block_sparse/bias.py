@@ -24,12 +24,9 @@ class BiasGradient(NamedTuple):
     total: (
         Tensor | None
     )  # float32; int64 in fixed point; of the bias's dtype where each entry is written once
-    # strides; a tuple of them loses a 1 under Triton 3.6.0
-    to_b: int
-    to_h: int
-    to_i: int
-    to_j: int
+    strides: tuple[int, int, int, int]  # (batch, head, query, key)
     unit: Tensor | None  # fixed point only: the number that stands for 1.0, float32, one element
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 @triton.jit
@@ -72,8 +69,8 @@ def add_elements(ds_t, base, start_n, start_i, gradient, sizes, F: tl.constexpr)
     n = start_n + tl.arange(0, F.BLOCK_N)
     has_i = (i >= 0) & (i < sizes.q_len)
     has_n = n < sizes.kv_len
-    to_i = i.to(tl.int64) * gradient.to_i
-    to_n = n.to(tl.int64) * gradient.to_j
+    to_i = i.to(tl.int64) * gradient.strides[2]
+    to_n = n.to(tl.int64) * gradient.strides[3]
     if F.BIAS_Q and F.BIAS_K:
         # [BLOCK_N, BLOCK_M]
         entries = base + (to_n[:, None] + to_i[None, :])
@@ -89,8 +86,8 @@ def add_elements(ds_t, base, start_n, start_i, gradient, sizes, F: tl.constexpr)
 @triton.jit
 def add_bias_gradient(ds_t, b, h, start_n, start_r, offset, gradient, sizes, F: tl.constexpr):
     """Add the gradient of a tile's logits, ds^T [BLOCK_N, BLOCK_M], to that of the bias."""
-    base = gradient.total + tl.cast(b, tl.int64) * gradient.to_b
-    base += tl.cast(h, tl.int64) * gradient.to_h
+    base = gradient.total + tl.cast(b, tl.int64) * gradient.strides[0]
+    base += tl.cast(h, tl.int64) * gradient.strides[1]
     if F.BIAS == "relative":
         add_diagonals(ds_t, base, start_n, start_r, gradient, sizes, F)
     else:
@@ -102,7 +99,7 @@ def start(
 ) -> BiasGradient:
     """Zeroed storage for the gradient of the bias."""
     if bias is None:
-        return BiasGradient(None, 0, 0, 0, 0, None)
+        return BiasGradient(None, (0, 0, 0, 0), None)
     if call.features.BIAS_OWNED:
         total, unit = torch.zeros_like(bias, memory_format=torch.contiguous_format), None
     elif deterministic:
@@ -110,7 +107,7 @@ def start(
         unit = _unit(bias, dout, value, delta, call)
     else:
         total, unit = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device), None
-    return BiasGradient(total, *strides(total.shape, total.stride()), unit)
+    return BiasGradient(total, strides(total.shape, total.stride()), unit)
 
 
 def finish(gradient: BiasGradient, bias: Tensor | None) -> Tensor | None:

@@ -56,6 +56,7 @@ class Tangents(NamedTuple):
     key_strides: tuple[int, int, int]
     value_strides: tuple[int, int, int]
     bias_strides: tuple[int, int, int, int]
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 class Outputs(NamedTuple):

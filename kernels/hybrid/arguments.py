@@ -40,6 +40,7 @@ class Operands(NamedTuple):
     landmark_strides: tuple[int, int, int]  # the first 0 where samples share them
     scale: float
     scale2: float  # times log2(e)
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 @dataclasses.dataclass(frozen=True)

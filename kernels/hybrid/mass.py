@@ -70,6 +70,7 @@ class Operands(NamedTuple):
     half_batch: int
     scale: float
     scale2: float
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,9 +42,9 @@ class Operands(NamedTuple):
     lq_strides: tuple[int, int, int]
     lk_strides: tuple[int, int, int]
     core_strides: tuple[int, int, int]
-    gate_batch: int  # strides; a tuple of them loses a 1 under Triton 3.6.0
-    gate_head: int
+    gate_strides: tuple[int, int]
     scale2: float  # times log2(e)
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 class State(NamedTuple):
@@ -108,7 +108,7 @@ def merged(near, far, gate_ptr, inputs, F: tl.constexpr):
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if F.MERGE == "gate":
         offs_g = tl.arange(0, F.PAD_G)
-        ptrs = gate_ptr + offs_g * inputs.gate_head
+        ptrs = gate_ptr + offs_g * inputs.gate_strides[1]
         gate = tl.load(ptrs, mask=offs_g < F.GROUP, other=1.0).to(tl.float32)
         gate = tl.where(mass > 0.0, gate, 1.0)[:, None]
         out = gate * out + (1.0 - gate) * numerator
@@ -176,8 +176,8 @@ def step_kernel(inputs, state, out_ptr, heads, window, F: tl.constexpr):
     near, far = step_far(inputs, state, q, k, v, kept, features, scan, near, b, h, pair64, ends, F)
     gate_ptr = inputs.gate
     if F.MERGE == "gate":
-        gate_ptr += tl.cast(b, tl.int64) * inputs.gate_batch
-        gate_ptr += h * F.GROUP * inputs.gate_head
+        gate_ptr += tl.cast(b, tl.int64) * inputs.gate_strides[0]
+        gate_ptr += h * F.GROUP * inputs.gate_strides[1]
     out = merged(near, far, gate_ptr, inputs, F)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows)
     hold_token(held_k, k, inside, window, ends, F.DIM, F.PAD_D, F)
@@ -258,8 +258,7 @@ def operands_of(call: Call, active: Tensor | None) -> Operands:
         lq_strides=_by_sample(call.landmark_queries),
         lk_strides=_by_sample(call.landmark_keys),
         core_strides=(0, 0, 0) if call.core is None else _by_sample(call.core),
-        gate_batch=0 if gate is None else gate.stride(0),
-        gate_head=0 if gate is None else gate.stride(1),
+        gate_strides=(0, 0) if gate is None else gate.stride()[:2],
         scale2=call.scale * LOG2E,
     )
 

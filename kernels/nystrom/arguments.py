@@ -56,6 +56,7 @@ class Parameters(NamedTuple):
     half_strides: tuple[int, int]
     scale: float
     scale2: float  # times log2(e)
+    end: None = None  # Triton 3.6.0 loses a 1 in the tuples above unless None follows them
 
 
 class Saved(NamedTuple):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable
 
 import pytest
@@ -156,3 +159,23 @@ def test_another_mask_compiles_nothing(asked):
         seen.append(set(asked))
     assert len(seen[0]) == 4
     assert all(kernels == seen[0] for kernels in seen)
+
+
+def nested() -> list[type]:
+    """Tuples of a kernel's arguments that hold tuples of integers."""
+    found = {
+        member
+        for package in (block_sparse, hybrid, nystrom, routed)
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        for _, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
+        if issubclass(member, tuple) and not member.__name__.startswith("_")
+        if any("tuple[int" in str(kind) for kind in member.__annotations__.values())
+    }
+    return sorted(found, key=lambda member: (member.__module__, member.__name__))
+
+
+@pytest.mark.parametrize("arguments", nested(), ids=lambda x: f"{x.__module__}.{x.__name__}")
+def test_a_stride_of_one_reaches_the_kernel(arguments):
+    """Triton 3.6.0 takes the 1 of an inner tuple for None unless a None ends the outer one."""
+    assert arguments._fields[-1] == "end"
+    assert arguments._field_defaults["end"] is None
