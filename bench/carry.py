@@ -1,19 +1,23 @@
 """Compile the kernels for compute capability 9.0 here, to spare a machine with a GPU the time:
 
-python -m bench.carry PTXAS [--out build/gpu.tar.xz] [--forward] [--seconds 120]
+python -m bench.carry pack PTXAS [--out build/gpu.tar.xz] [--forward] [--seconds 120]
+python -m bench.carry unpack build/gpu.tar.xz
 
-Makes one archive of that ptxas and of Triton's cache, which serves the version of Python and of
-Triton that made it. A kernel that takes ptxas longer than the limit is left out, and named. As many
-launches are compiled side by side as there are processors.
+The first makes one archive of that ptxas and of the machine code in Triton's cache, which serves
+the version of Python and of Triton that made it. A kernel that takes ptxas longer than the limit is
+left out, and named. As many launches are compiled side by side as there are processors. The second,
+on the other machine, unpacks it beside the archive and prints what to export.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import tarfile
 import tempfile
@@ -87,42 +91,80 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
 
 
+def pack(ptxas: Path, out: Path, forward: bool, seconds: int) -> None:
+    """Compile, and write the archive."""
+    folder = out.parent / "carried"
+    (folder / "cache").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ptxas, folder / "ptxas")
+    with tempfile.TemporaryDirectory() as aside:
+        limited = Path(aside) / "ptxas"  # Triton's key holds a version, not a path
+        limited.write_text(
+            f'#!/bin/sh\nexec timeout {seconds} "{(folder / "ptxas").resolve()}" "$@"\n'
+        )
+        limited.chmod(0o755)
+        # before Triton is imported
+        os.environ |= environment(folder, limited)
+        import triton
+
+        print(f"for Python {platform.python_version()}, Triton {triton.__version__}", flush=True)
+        work, missing = list(launches(forward)), []
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            done = pool.imap_unordered(compile_kernels, work)
+            for count, (launch, failed, took) in enumerate(done, 1):
+                which = f"{count} of {len(work)}, {took:.1f} s: {launch}"
+                print(which, *failed.values(), flush=True)
+                missing += [f"{kernel} of {launch}: {why}" for kernel, why in failed.items()]
+    with tarfile.open(out, "w:xz", preset=2) as archive:
+        archive.add(folder, "carried", filter=what_runs)
+    print("missing:", *(missing or ["nothing"]), sep="\n  ")
+    print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def what_runs(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Machine code of a kernel and its description, not what it was made from; None leaves out."""
+    runs = member.isdir() or member.name.endswith((".cubin", ".json", "/ptxas"))
+    return member if runs else None
+
+
+def unpack(archive: Path) -> None:
+    """Unpack beside the archive, where Triton will find it."""
+    folder = archive.parent / "carried"
+    with tarfile.open(archive) as packed:
+        packed.extractall(archive.parent, filter="data")
+    for group in folder.glob("cache/*/__grp__*"):  # holds the paths of where it was made
+        children = json.loads(group.read_text())["child_paths"]
+        here = {name: str((group.parent / name).resolve()) for name in children}
+        group.write_text(json.dumps({"child_paths": here}))
+    for name, value in environment(folder, folder / "ptxas").items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def environment(folder: Path, ptxas: Path) -> dict[str, str]:
+    """The variables by which Triton finds what is carried in a folder."""
+    return {
+        "TRITON_CACHE_DIR": str((folder / "cache").resolve()),
+        "TRITON_PTXAS_PATH": str(ptxas.resolve()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.carry",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ptxas", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("build/gpu.tar.xz"))
-    parser.add_argument("--forward", action="store_true", help="forward kernels alone")
-    parser.add_argument("--seconds", type=int, default=120, help="of ptxas for one kernel")
-    given = parser.parse_args()
-    folder = given.out.parent / "carried"
-    (folder / "cache").mkdir(parents=True, exist_ok=True)
-    shutil.copy(given.ptxas, folder / "ptxas")
-    with tempfile.TemporaryDirectory() as aside:
-        limited = Path(aside) / "ptxas"  # Triton's key holds a version, not a path
-        ptxas = (folder / "ptxas").resolve()
-        limited.write_text(f'#!/bin/sh\nexec timeout {given.seconds} "{ptxas}" "$@"\n')
-        limited.chmod(0o755)
-        # before Triton is imported
-        os.environ["TRITON_CACHE_DIR"] = str((folder / "cache").resolve())
-        os.environ["TRITON_PTXAS_PATH"] = str(limited)
-        import triton
-
-        print(f"for Python {platform.python_version()}, Triton {triton.__version__}", flush=True)
-        work, missing = list(launches(given.forward)), []
-        with multiprocessing.get_context("spawn").Pool() as pool:
-            done = pool.imap_unordered(compile_kernels, work)
-            for count, (launch, failed, seconds) in enumerate(done, 1):
-                which = f"{count} of {len(work)}, {seconds:.1f} s: {launch}"
-                print(which, *failed.values(), flush=True)
-                missing += [f"{kernel} of {launch}: {why}" for kernel, why in failed.items()]
-    with tarfile.open(given.out, "w:xz") as archive:
-        archive.add(folder, "carried")
-    print("missing:", *(missing or ["nothing"]), sep="\n  ")
-    print(f"{given.out}: {given.out.stat().st_size / 2**20:.1f} MiB")
+    command = parser.add_subparsers(required=True)
+    packs = command.add_parser("pack")
+    packs.set_defaults(run=pack)
+    packs.add_argument("ptxas", type=Path)
+    packs.add_argument("--out", type=Path, default=Path("build/gpu.tar.xz"))
+    packs.add_argument("--forward", action="store_true", help="forward kernels alone")
+    packs.add_argument("--seconds", type=int, default=120, help="of ptxas for one kernel")
+    unpacks = command.add_parser("unpack")
+    unpacks.set_defaults(run=unpack)
+    unpacks.add_argument("archive", type=Path)
+    given = vars(parser.parse_args())
+    given.pop("run")(**given)
 
 
 if __name__ == "__main__":
