@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Literal, Unpack, overload
 
 import torch
@@ -171,7 +172,7 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
                 f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
             )
         return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, int | numbers.Integral):
         raise TypeError(f"dropout_seed: expected an int or a tensor, got {type(seed).__name__}")
-    wrapped = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits, as a signed integer
+    wrapped = (int(seed) + 2**63) % 2**64 - 2**63  # the same 64 bits, as a signed integer
     return torch.full((1,), wrapped, dtype=torch.int64, device=device)
