@@ -9,6 +9,7 @@ import torch
 
 from flashmark import (
     block_sparse_attention,
+    block_topk_attention,
     generation,
     hybrid_attention,
     masks,
@@ -57,6 +58,18 @@ def test_a_scalar_of_numpy_is_one_of_python(name):
 def test_is_causal_is_a_truth_value(value):
     with pytest.raises(TypeError, match="is_causal: expected a bool, got "):
         nystrom_attention(*helpers.qkv(1, 2, 8, 16), LANDMARKS, is_causal=value)
+
+
+@pytest.mark.parametrize("value", ["no", 1, 0.0, np.int64(1)], ids=repr)
+def test_deterministic_is_a_truth_value(value):
+    query, key, value_ = helpers.qkv(1, 2, 8, 16)
+    chosen = torch.full((1, 2, 8, 1), -1)
+    for call in (
+        lambda: block_sparse_attention(query, key, value_, deterministic=value),
+        lambda: block_topk_attention(query, key, value_, chosen, deterministic=value),
+    ):
+        with pytest.raises(TypeError, match="deterministic: expected a bool, got "):
+            call()
 
 
 SMALL = models.DecoderConfig(vocab_size=20, width=32, layers=1, heads=4)

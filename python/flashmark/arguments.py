@@ -110,6 +110,13 @@ def flag(name: str, value) -> bool:
     return bool(value)
 
 
+def deterministic_or_default(deterministic) -> bool:
+    """Whether gradients must repeat bitwise: torch's setting where the caller has none."""
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    return flag("deterministic", deterministic)
+
+
 def check_count(name: str, value, least: int = 1) -> int:
     """An int >= `least` of Python, also where NumPy's came."""
     if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):

@@ -17,6 +17,7 @@ from flashmark.arguments import (
     check_qkv,
     check_query_offset,
     check_sinks,
+    deterministic_or_default,
     finite,
 )
 from flashmark.autograd import refuse_tracing, transformed, transforms, under_autocast, unit_stride
@@ -148,8 +149,7 @@ def block_sparse_attention(
             scale=scale, softcap=softcap or None, sinks=sinks, dropout_p=dropout_p,
             dropout_seed=dropout_seed, return_lse=return_lse,
         )  # fmt: skip
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = deterministic_or_default(deterministic)
     compiled = block_mask_for
     if not torch.compiler.is_compiling() and transformed():
         compiled = transforms().mask_of
