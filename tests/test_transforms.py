@@ -244,7 +244,7 @@ COMPOSED = {
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_a_mask_made_under_a_transform_serves_later_calls(name):
-    """What is remembered for its sizes holds no tensor of a transform that has ended."""
+    """Masks remembered for their sizes hold no tensor of a transform that has ended."""
     attend, length = COMPOSED[name], 7 + list(COMPOSED).index(name)  # sizes of its own
     landmarks = helpers.randn(1, 3, 8, dtype=torch.float64)
     query, key, value = helpers.qkv(1, 1, length, 8, dtype=torch.float64, grad=False)
