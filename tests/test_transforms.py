@@ -232,6 +232,31 @@ def test_deepcopied_and_pickled_masks_and_states_work():
         assert torch.equal(flashmark.block_sparse_attention(query, key, value, again), wanted)
 
 
+COMPOSED = {
+    "slots": lambda q, k, v, x: flashmark.hybrid_attention(q, k, v, x, window=3),
+    "mass": lambda q, k, v, x: flashmark.hybrid_attention(q, k, v, x, window=3, merge="mass"),
+    "segment": lambda q, k, v, x: flashmark.variants.segment_attention(q, k, v, segment=3),
+    "window": lambda q, k, v, x: flashmark.block_sparse_attention(
+        q, k, v, masks.causal() & masks.sliding_window(3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_mask_made_under_a_transform_serves_later_calls(name):
+    """Masks remembered for their sizes hold no tensor of a transform that has ended."""
+    attend, length = COMPOSED[name], 7 + list(COMPOSED).index(name)  # sizes of its own
+    landmarks = helpers.randn(1, 3, 8, dtype=torch.float64)
+    query, key, value = helpers.qkv(1, 1, length, 8, dtype=torch.float64, grad=False)
+
+    def loss(x):
+        return attend(torch.cat([x, query[..., 1:]], -1), key, value, landmarks).square().sum()
+
+    first, again = (torch.func.hessian(loss)(query[..., :1]) for _ in range(2))
+    helpers.assert_identical(again, first)
+    helpers.assert_close(loss(query[..., :1].clone().requires_grad_()), loss(query[..., :1]), 1e-12)
+
+
 def test_a_training_step_of_a_mean_flow(monkeypatch):
     """The example's loss and gradients are those of the reference."""
     from examples import meanflow

@@ -102,7 +102,7 @@ class Features:
     BIAS: str  # "none", "relative" or "dense"
     BIAS_Q: bool  # a dense bias has a query dimension
     BIAS_K: bool
-    BIAS_OWNED: bool  # each score has an entry of its own
+    BIAS_OWNED: bool  # each score has an entry of its own, and so has each element of a tile
     LINEAR: bool  # the logit is the score times a positive factor
     DROPOUT: bool
     OFFSET: bool
@@ -227,7 +227,7 @@ def _fixed(
         BIAS=kind_of_bias,
         BIAS_Q=kind_of_bias == "dense" and bias.shape[2] > 1,
         BIAS_K=kind_of_bias == "dense" and bias.shape[3] > 1,
-        BIAS_OWNED=bias is not None and bias.shape == (*query[:3], kv_len),
+        BIAS_OWNED=bias is not None and bias.shape == (*query[:3], kv_len) and q_len > 1 < kv_len,
         LINEAR=scale > 0.0 and not softcap and bias is None,
         DROPOUT=dropout_p > 0.0,
         OFFSET=offset,

@@ -110,12 +110,19 @@ def flag(name: str, value) -> bool:
     return bool(value)
 
 
-def check_count(name: str, value) -> int:
-    """An int >= 1 of Python, also where NumPy's came."""
+def deterministic_or_default(deterministic) -> bool:
+    """Whether gradients must repeat bitwise: torch's setting where the caller has none."""
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    return flag("deterministic", deterministic)
+
+
+def check_count(name: str, value, least: int = 1) -> int:
+    """An int >= `least` of Python, also where NumPy's came."""
     if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
-        raise TypeError(f"{name}: expected an int >= 1, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+        raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value}")
     # torch.compile may trace an int as a symbol, which must stay one
     return value if isinstance(value, int) else operator.index(value)
 

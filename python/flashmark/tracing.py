@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -23,6 +24,9 @@ def constant_when_traced(function: Function) -> Function:
 
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """Run without the modes around (fake tensors, tracing, counting): tensors inside are plain."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
+    """Run without the modes around (fake tensors, tracing, counting) and without the transforms of
+    torch.func: tensors inside are plain.
+    """
+    transforms = temporarily_clear_interpreter_stack()
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), transforms:
         yield

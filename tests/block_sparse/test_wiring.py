@@ -208,6 +208,18 @@ def test_meta_tensors_have_shapes_and_flops():
     )
 
 
+def test_meta_tensors_with_a_mask_of_positions():
+    query = torch.empty(1, 2, 70, 16, device="meta", requires_grad=True)
+    mask = masks.causal() & masks.sliding_window(9)
+    out = flashmark.block_sparse_attention(query, query, query, mask)
+    out.sum().backward()
+    assert out.shape == query.grad.shape and query.grad.device.type == "meta"
+    ids = torch.zeros(70, dtype=torch.long)
+    for other in (masks.documents(ids), masks.mask_mod(lambda b, h, i, j: i >= j)):
+        with pytest.raises(NotImplementedError, match="mask: expected an expression of positions "):
+            flashmark.block_sparse_attention(query, query, query, other)
+
+
 @pytest.mark.parametrize("name", ["causal", "window", "relative-bias"])
 def test_no_allocation_is_quadratic(op, name):
     n = 2048

@@ -124,6 +124,7 @@ COVERING = [
         Case(70, 8, 5, merge, batch=2, kv_heads=2, landmarks="batched"),
         Case(PACKED, 8, 5, merge, packed=True, group=2),
         Case(PACKED, 8, 5, merge, packed=True, padding=(5, 30)),
+        Case(PACKED, 8, 5, merge, packed=True, kv_heads=2, landmarks="batched"),
     )
 ] + [
     Case(70, 8, 5, "slots", landmarks="pair"),

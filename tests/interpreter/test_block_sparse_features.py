@@ -156,6 +156,23 @@ def test_dropout_keeps_what_the_definition_says(device):
         assert torch.equal(out > 0, keep & mask.to_dense())
 
 
+# tiles past a call's end add nothing to entries that other tiles have summed
+AS_MANY_AS_SCORES = {
+    "one-query": Case(mask=masks.sliding_window(30), q_len=1, kv_len=70, bias=(1, 2, 1, 70)),
+    "one-key": Case(
+        mask=masks.dense(torch.ones(150, 1, dtype=torch.bool)), q_len=150, kv_len=1,
+        bias=(1, 2, 150, 1), sinks=True,
+    ),
+    "one-score": Case(q_len=1, kv_len=1, bias=(1, 2, 1, 1), sinks=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("name", AS_MANY_AS_SCORES)
+def test_a_bias_with_an_entry_for_each_score(name, block, device):
+    check(dataclasses.replace(AS_MANY_AS_SCORES[name], block=block), device)
+
+
 @pytest.mark.parametrize(
     "bias", [None, (4, 139), (1, 4, 1, 70)], ids=["no-bias", "relative", "dense"]
 )

@@ -17,6 +17,7 @@ from tests.helpers import relative_error
 from tests.interpreter import gluon_backward
 from tests.interpreter.attention_cases import Call, Case
 from tests.interpreter.running import INTERPRETED
+from tests.interpreter.test_block_sparse_features import AS_MANY_AS_SCORES
 from tests.interpreter.test_block_sparse_forms import MASKS, random_bits
 
 HALF = torch.float16
@@ -260,6 +261,13 @@ DROPOUT = {
         dropout_p=0.4,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [64, 128, (64, 128)], ids=str)
+@pytest.mark.parametrize("name", AS_MANY_AS_SCORES)
+def test_a_bias_with_an_entry_for_each_score(gluon, name, block, device):
+    case = dataclasses.replace(AS_MANY_AS_SCORES[name], block=block)
+    check(gluon, case, device, modes=(True, False))
 
 
 @pytest.mark.parametrize("name", DROPOUT)

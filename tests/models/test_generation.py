@@ -346,7 +346,7 @@ def small(**options):
             lambda: generate(model(), ids(2, 5), -1),
             "max_new_tokens: expected an int >= 0, got -1",
         ),
-        (small(chunk=0), "chunk: expected an int >= 1 or None, got 0"),
+        (small(chunk=0), "chunk: expected an int >= 1, got 0"),
         (small(temperature=-1.0), "temperature: expected a number >= 0, got -1.0"),
         (small(temperature=1.0, top_k=0), "top_k: expected an int >= 1, got 0"),
         (small(temperature=1.0, top_p=0.0), r"top_p: expected a number in \(0, 1\], got 0.0"),

@@ -168,7 +168,7 @@ def test_a_cache_refuses_gradients(module):
 @pytest.mark.parametrize("name", ["exact", "routed"])
 @pytest.mark.parametrize("max_length", [0, None, 2.0])
 def test_the_size_of_a_cache_of_keys(name, max_length):
-    with pytest.raises(ValueError, match="max_length: expected an int >= 1"):
+    with pytest.raises((ValueError, TypeError), match="max_length: expected an int >= 1"):
         made(name).init_cache(1, max_length)
 
 

@@ -65,6 +65,17 @@ def heads(x, module, part):
     return (x @ weight.mT).unflatten(-1, (groups[part], module.head_dim)).transpose(1, 2)
 
 
+@pytest.mark.parametrize("kind", [BlockSparseAttention, NystromAttention, HybridAttention])
+def test_shapes_on_the_meta_device(kind):
+    options = {BlockSparseAttention: (), NystromAttention: (3,), HybridAttention: (3,)}[kind]
+    chunks = {"window": 4} if kind is HybridAttention else {}
+    module = kind(32, 4, *options, **chunks).to("meta")
+    x = torch.ones(2, 19, 32, device="meta")
+    out = module(x)
+    out.sum().backward()
+    assert out.shape == x.shape and all(p.grad is not None for p in module.parameters())
+
+
 def test_exact_is_causal_attention_of_the_projections():
     module, x = BlockSparseAttention(WIDTH, 4, num_kv_heads=2), helpers.randn(2, N, WIDTH)
     query, key, value = (heads(x, module, part) for part in range(3))

@@ -117,13 +117,13 @@ def test_the_routing_loss_trains_landmarks_alone():
     [
         ({"landmarks": 0}, "landmarks: expected an int >= 1, got 0"),
         ({"block_size": 0}, "block_size: expected an int >= 1, got 0"),
-        ({"block_size": 4.0}, "block_size: expected an int >= 1, got 4.0"),
+        ({"block_size": 4.0}, "block_size: expected an int >= 1, got float"),
         ({"top_k": -1}, "top_k: expected an int >= 0, got -1"),
-        ({"near": True}, "near: expected an int >= 0, got True"),
+        ({"near": True}, "near: expected an int >= 0, got bool"),
         ({"rotary": True}, "rotary: expected False or the base"),
     ],
     ids=lambda x: None if isinstance(x, str) else str(x),
 )
 def test_bad_options(options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         made(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Literal, Unpack, overload
 
 import torch
@@ -16,6 +17,7 @@ from flashmark.arguments import (
     check_qkv,
     check_query_offset,
     check_sinks,
+    deterministic_or_default,
     finite,
 )
 from flashmark.autograd import refuse_tracing, transformed, transforms, under_autocast, unit_stride
@@ -147,8 +149,7 @@ def block_sparse_attention(
             scale=scale, softcap=softcap or None, sinks=sinks, dropout_p=dropout_p,
             dropout_seed=dropout_seed, return_lse=return_lse,
         )  # fmt: skip
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = deterministic_or_default(deterministic)
     compiled = block_mask_for
     if not torch.compiler.is_compiling() and transformed():
         compiled = transforms().mask_of
@@ -171,7 +172,7 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
                 f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
             )
         return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, int | numbers.Integral):
         raise TypeError(f"dropout_seed: expected an int or a tensor, got {type(seed).__name__}")
-    wrapped = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits, as a signed integer
+    wrapped = (int(seed) + 2**63) % 2**64 - 2**63  # the same 64 bits, as a signed integer
     return torch.full((1,), wrapped, dtype=torch.int64, device=device)

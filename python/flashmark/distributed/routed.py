@@ -7,11 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flashmark.arguments import check_count
 from flashmark.autograd import under_autocast, without_autocast
 from flashmark.distributed.collectives import exchange_keys, gather, process_group
 from flashmark.distributed.plan import Exchange
 from flashmark.routed.attention import run
-from flashmark.routed.checks import check_call, check_landmarks, check_least
+from flashmark.routed.checks import check_call, check_landmarks
 from flashmark.routed.choice import Choice, choose_by
 from flashmark.routed.summaries import RoutedState, summarize
 
@@ -63,7 +64,7 @@ def context_parallel_routed_attention(
         query, key, value, block_size, near, scale, softcap, sinks, None, None, key_mask, None,
         "eager" if backend == "reference" else backend,
     )  # fmt: skip
-    check_least("top_k", top_k)
+    check_count("top_k", top_k, 0)
     check_landmarks(landmarks, query, key)
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"key: expected length {query.shape[2]} like query, got {key.shape[2]}")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashmark.arguments import check_count
 from flashmark.generation.choice import Choice
 from flashmark.generation.prompts import CachedModel, Ends, aligned, check_prompts, read
 
@@ -52,9 +53,8 @@ def generate_assisted(
     values are taken back at no cost; a state is computed again from an older one, over at most
     2 (ahead + 1) tokens.
     """
-    check_prompts(input_ids, max_new_tokens, key_mask, chunk)
-    if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
-        raise ValueError(f"ahead: expected an int >= 1, got {ahead!r}")
+    max_new_tokens, chunk = check_prompts(input_ids, max_new_tokens, key_mask, chunk)
+    ahead = check_count("ahead", ahead)
     choose, ends = Choice(temperature, top_k, top_p, generator), Ends(end_token, padding_token)
     prompts, lengths = aligned(input_ids, key_mask)
     batch, longest = prompts.shape
@@ -63,7 +63,7 @@ def generate_assisted(
     room = longest + max_new_tokens - 1
     caches = [x.init_cache(batch, room, rollback=ahead + 1) for x in (model, draft)]
     logits, _ = (
-        read(x, prompts, lengths, chunk or longest, cache)
+        read(x, prompts, lengths, chunk, cache)
         for x, cache in zip((model, draft), caches, strict=True)
     )
 

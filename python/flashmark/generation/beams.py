@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashmark.arguments import finite
+from flashmark.arguments import check_count, finite
 from flashmark.generation.prompts import CachedModel, Ends, aligned, check_prompts, read
 
 
@@ -50,9 +50,8 @@ def beam_search(
     The prompt is read once; each further token costs one step of B * beams samples and a copy of
     their caches in the new order.
     """
-    check_prompts(input_ids, max_new_tokens, key_mask, chunk)
-    if isinstance(beams, bool) or not isinstance(beams, int) or beams < 1:
-        raise ValueError(f"beams: expected an int >= 1, got {beams!r}")
+    max_new_tokens, chunk = check_prompts(input_ids, max_new_tokens, key_mask, chunk)
+    beams = check_count("beams", beams)
     penalty, ends = finite("length_penalty", length_penalty), Ends(end_token, padding_token)
     prompts, lengths = aligned(input_ids, key_mask)
     batch, device = prompts.shape[0], prompts.device
@@ -66,7 +65,7 @@ def beam_search(
         return Beams(tokens, scores)
 
     cache = model.init_cache(batch, prompts.shape[1] + max_new_tokens - 1)
-    logits = read(model, prompts, lengths, chunk or prompts.shape[1], cache)
+    logits = read(model, prompts, lengths, chunk, cache)
     first_row = torch.arange(batch, device=device)[:, None] * beams
     cache.select(torch.arange(batch, device=device).repeat_interleave(beams))
     logits = logits.repeat_interleave(beams, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashmark.arguments import finite
+from flashmark.arguments import check_count, finite
 
 
 class Choice:
@@ -21,8 +21,8 @@ class Choice:
         self.temperature = finite("temperature", temperature)
         if self.temperature < 0:
             raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k: expected an int >= 1, got {top_k}")
+        if top_k is not None:
+            top_k = check_count("top_k", top_k)
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
         self.top_k, self.top_p, self.generator = top_k, top_p, generator

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flashmark.arguments import check_count
 from flashmark.models.layers import check_key_mask
 
 
@@ -28,8 +30,8 @@ class Ends:
     def __init__(self, end_token: int | Sequence[int] | None, padding_token: int | None):
         if end_token is None:
             ends: list[int] = []
-        elif isinstance(end_token, int):
-            ends = [end_token]
+        elif isinstance(end_token, numbers.Integral):
+            ends = [int(end_token)]
         else:
             ends = [int(x) for x in end_token]
         self.tokens = ends
@@ -72,19 +74,19 @@ def read(model: CachedModel, prompts: Tensor, lengths: Tensor, chunk: int, cache
     return last
 
 
-def check_prompts(input_ids, max_new_tokens, key_mask, chunk) -> None:
+def check_prompts(input_ids, max_new_tokens, key_mask, chunk) -> tuple[int, int]:
+    """Check the arguments; returns `max_new_tokens` and the tokens of a chunk."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids: expected a tensor of shape (B, N), got {got}")
     if not input_ids.shape[1]:
         raise ValueError("input_ids: expected at least one token, got none")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: expected an int >= 0, got {max_new_tokens}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: expected an int >= 1 or None, got {chunk}")
+    max_new_tokens = check_count("max_new_tokens", max_new_tokens, 0)
+    chunk = input_ids.shape[1] if chunk is None else check_count("chunk", chunk)
     check_key_mask("key_mask", key_mask, input_ids)
     if key_mask is not None and not bool(key_mask.any(1).all()):
         raise ValueError("key_mask: expected at least one token in every prompt, got none in one")
+    return max_new_tokens, chunk
 
 
 def check_room(cache, batch: int, needed: int) -> None:

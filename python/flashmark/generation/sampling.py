@@ -72,7 +72,7 @@ def generate(
     holds each sample's prompt and new tokens but the last (the end token, if it has one): the next
     turn of a conversation begins with that token.
     """
-    check_prompts(input_ids, max_new_tokens, key_mask, chunk)
+    max_new_tokens, chunk = check_prompts(input_ids, max_new_tokens, key_mask, chunk)
     if cuda_graph:
         check_graph(input_ids.device, cache)
     choose, ends = Choice(temperature, top_k, top_p, generator), Ends(end_token, padding_token)
@@ -110,7 +110,7 @@ def stream(
     Arguments are those of `generate`, checked at once. After an early stop the cache holds all
     tokens but the last one yielded.
     """
-    check_prompts(input_ids, max_new_tokens, key_mask, chunk)
+    max_new_tokens, chunk = check_prompts(input_ids, max_new_tokens, key_mask, chunk)
     choose, ends = Choice(temperature, top_k, top_p, generator), Ends(end_token, padding_token)
     return _steps(model, input_ids, key_mask, max_new_tokens, choose, ends, chunk, cache, 1, False)
 
@@ -123,7 +123,6 @@ def _steps(
     check_room(cache, prompts.shape[0], needed)
     if cache is None:
         cache = model.init_cache(prompts.shape[0], needed)
-    chunk = chunk or prompts.shape[1]
     return _tokens(model, prompts, lengths, count, choose, ends, chunk, cache, every, cuda_graph)
 
 

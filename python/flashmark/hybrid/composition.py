@@ -36,7 +36,7 @@ def run(call: Call, parts: tuple[str, str]) -> tuple[Tensor, HybridState | None]
     Packed sequences are spread over rows of the longest length, which waits for a GPU.
     """
     near, backend = parts
-    far = Far(call.merge, call.landmark_queries, call.landmark_keys, call.core, call.scale, backend)
+    far = _far_of(call, backend)
     query, key, value, gate, key_mask = call.query, call.key, call.value, call.gate, call.key_mask
     lengths: int | Tensor = query.shape[2]
     packed = None
@@ -62,6 +62,15 @@ def run(call: Call, parts: tuple[str, str]) -> tuple[Tensor, HybridState | None]
     keys = None if tied else call.landmark_keys
     out = reached(out, call.landmark_queries, keys, call.core, call.gate)
     return out, state
+
+
+def _far_of(call: Call, backend: str) -> Far:
+    """The far field's parameters. Packed sequences, a batch of one, share those of its sample."""
+    lq, lk, core = call.landmark_queries, call.landmark_keys, call.core
+    tied = lk is lq
+    if call.cu_seqlens is not None:
+        lq, lk, core = (x[0] if x is not None and x.dim() == 4 else x for x in (lq, lk, core))
+    return Far(call.merge, lk if tied else lq, lk, core, call.scale, backend)
 
 
 def _state_of(call: Call, key: Tensor, value: Tensor) -> HybridState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -81,10 +82,23 @@ def compile_mask(
         leading = mask.dims(batch, heads)
         if reads_only_blocks(mask):
             return compile_with_capacity(mask, grid, leading, _compile)
+        if grid.device.type == "meta":
+            return _without_values(mask, grid, leading)
         visible = whole_tensor(mask)
         if visible is not None and native.preferred(grid.device):
             return _compile_dense(visible, grid)
         return _compile(mask, grid, leading, plain_kind(mask) or "sparse")
+
+
+def _without_values(mask: Mask, grid: Grid, leading: tuple[int, int]) -> BlockMask:
+    """BlockMask for tensors without values: its lists are as long as anywhere else."""
+    if mask.formula is None:
+        raise NotImplementedError(
+            "mask: expected an expression of positions for tensors on meta, got one that reads "
+            "tensors or calls a function"
+        )
+    elsewhere = dataclasses.replace(grid, device=torch.device("cpu"))
+    return _compile(mask, elsewhere, leading, plain_kind(mask) or "sparse").to(grid.device)
 
 
 def _compile(mask: Mask, grid: Grid, leading: tuple[int, int], kind: str = "sparse") -> BlockMask:

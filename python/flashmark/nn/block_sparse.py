@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashmark.arguments import check_count
 from flashmark.autograd import check_no_derivative, reached
 from flashmark.block_sparse import block_sparse_attention
 from flashmark.hybrid.layout import PackedRows
@@ -89,8 +90,7 @@ class BlockSparseAttention(ProjectedAttention):
         """
         if self.mask is None:
             raise ValueError("cache: expected a causal module, got is_causal=False")
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-            raise ValueError(f"max_length: expected an int >= 1, got {max_length!r}")
+        max_length = check_count("max_length", max_length)
         place = self._place(dtype, device)
         sizes = batch, self.num_heads, max_length, max_length
         mask = compiled(self.mask, *sizes, place["device"])

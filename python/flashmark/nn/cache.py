@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from flashmark.arguments import check_count
 from flashmark.masks import BlockMask
 from flashmark.masks.block_mask import TileLists
 from flashmark.nn.rollback import Consume, Rollback, selected
@@ -107,9 +109,7 @@ class StateCache:
         That is a second state and the keys and values of 2 `tokens` tokens; each token then passes
         the attention operator twice.
         """
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise ValueError(f"tokens: expected an int >= 1, got {tokens!r}")
-        self._rollback = Rollback(tokens, self.state, self.length)
+        self._rollback = Rollback(check_count("tokens", tokens), self.state, self.length)
 
     def select(self, index: Tensor) -> None:
         """Keep samples `index` (B',) in this order; one may be repeated (beams)."""
@@ -161,7 +161,7 @@ def kept_lengths(held: Tensor, length: Tensor | int) -> Tensor:
             raise ValueError(
                 f"length: expected an int or shape {tuple(held.shape)}, got {tuple(length.shape)}"
             )
-    elif isinstance(length, bool) or not isinstance(length, int):
+    elif isinstance(length, bool) or not isinstance(length, numbers.Integral):
         raise TypeError(f"length: expected an int or a tensor, got {type(length).__name__}")
     wanted = torch.as_tensor(length, device=held.device, dtype=held.dtype)
     if bool((wanted < 0).any()):

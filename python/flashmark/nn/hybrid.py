@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmark.arguments import readable
+from flashmark.arguments import check_count, readable
 from flashmark.autograd import check_no_derivative, reached, without_autocast
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.call import MERGES
@@ -84,13 +84,11 @@ class HybridAttention(ProjectedAttention):
             raise ValueError(f"merge: expected one of {', '.join(MERGES)}, got {merge!r}")
         if gate not in GATES:
             raise ValueError(f"gate: expected 'token' or 'head', got {gate!r}")
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: expected an int >= 1, got {window!r}")
         if rotary_dim is None:
             rotary_dim = self.head_dim // 4 * 2
         check_rotary(rotary, rotary_dim, self.head_dim)
         self.rotary, self.rotary_dim = rotary, 0 if rotary is False else rotary_dim
-        self.window, self.merge = window, merge
+        self.window, self.merge = check_count("window", window), merge
         free = self.head_dim - self.rotary_dim
         if not free:
             if merge != "slots" or 2 * self.head_dim > MAX_HEAD_DIM:

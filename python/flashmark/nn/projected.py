@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor, nn
+
+from flashmark.arguments import check_count
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # to compute in
 
@@ -24,11 +28,13 @@ class ProjectedAttention(nn.Module):
         bias: bool,
     ):
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": kv_heads}
-        for name, size in (sizes | ({} if head_dim is None else {"head_dim": head_dim})).items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
+        embed_dim = check_count("embed_dim", embed_dim)
+        num_heads = check_count("num_heads", num_heads)
+        kv_heads = num_heads
+        if num_kv_heads is not None:
+            kv_heads = check_count("num_kv_heads", num_kv_heads)
+        if head_dim is not None:
+            head_dim = check_count("head_dim", head_dim)
         if num_heads % kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {kv_heads}")
         if head_dim is None and embed_dim % num_heads:
@@ -72,7 +78,7 @@ class ProjectedAttention(nn.Module):
 def check_rotary(rotary: float | bool, rotary_dim: int, largest: int) -> None:
     if rotary is False:
         return
-    if isinstance(rotary, bool) or not isinstance(rotary, int | float) or not rotary > 0:
+    if isinstance(rotary, bool) or not isinstance(rotary, numbers.Real) or not rotary > 0:
         raise ValueError(f"rotary: expected False or the base of wavelengths > 0, got {rotary!r}")
     if rotary_dim % 2 or not 0 < rotary_dim <= largest:
         raise ValueError(f"rotary_dim: expected an even int from 2 to {largest}, got {rotary_dim}")

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flashmark.arguments import check_count
 from flashmark.autograd import check_no_derivative, reached
 from flashmark.nn.cache import KeyValueCache, check_cache
 from flashmark.nn.projected import ProjectedAttention, check_rotary
@@ -125,15 +126,11 @@ class RoutedAttention(ProjectedAttention):
         sinks: bool = False,
     ):
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, bias)
-        for name, size, least in (
-            ("block_size", block_size, 1), ("top_k", top_k, 0), ("near", near, 0)
-        ):  # fmt: skip
-            if isinstance(size, bool) or not isinstance(size, int) or size < least:
-                raise ValueError(f"{name}: expected an int >= {least}, got {size!r}")
+        self.block_size = check_count("block_size", block_size)
+        self.top_k, self.near = check_count("top_k", top_k, 0), check_count("near", near, 0)
         self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         check_rotary(rotary, self.rotary_dim, self.head_dim)
         self.rotary, self.softcap = rotary, softcap
-        self.block_size, self.top_k, self.near = block_size, top_k, near
         self.landmarks: nn.Parameter | None = None
         if landmarks is not None:
             self.landmarks = mark_landmarks(
@@ -155,8 +152,7 @@ class RoutedAttention(ProjectedAttention):
         2 * batch * num_kv_heads * max_length * head_dim numbers, and for each block (head_dim + 1)
         a landmark and key head.
         """
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
-            raise ValueError(f"max_length: expected an int >= 1, got {max_length!r}")
+        max_length = check_count("max_length", max_length)
         marks = 1 if self.landmarks is None else self.landmarks.shape[1]
         return RoutedCache(
             batch, self.num_kv_heads, max_length, self.head_dim, block_size=self.block_size,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flashmark import reference
+from flashmark.arguments import deterministic_or_default
 from flashmark.autograd import refuse_tracing, under_autocast, unit_stride
 from flashmark.routed.call import Call
 from flashmark.routed.checks import Checked, check_call, check_indices
@@ -111,8 +111,7 @@ def run(
     query, key, value, indices, block_size, near, sinks, key_mask, checked: Checked, deterministic
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of checked arguments."""
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = deterministic_or_default(deterministic)
     call = Call(
         unit_stride(query), unit_stride(key), unit_stride(value), indices, int(block_size),
         int(near), checked.scale, sinks, checked.query_offset, checked.kv_lengths, key_mask,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -63,7 +62,7 @@ def check_call(
     softcap = 0.0 if softcap is None else finite("softcap", softcap, negative=False)
     if check_count("block_size", block_size) > 1024:
         raise ValueError(f"block_size: expected 1 to 1024 keys, got {block_size}")
-    check_least("near", near)
+    check_count("near", near, 0)
     if sinks is not None:
         check_sinks(sinks, heads, device)
     if query_offset is not None:
@@ -83,13 +82,6 @@ def check_call(
         inside = torch.arange(kv_len, device=device) < kv_lengths[:, None]
         keep = inside if key_mask is None else inside & key_mask
     return Checked(backend, scale, softcap, query_offset, kv_lengths, cu_seqlens, starts, keep)
-
-
-def check_least(name: str, value, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
-        raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected an int >= {least}, got {value}")
 
 
 def check_indices(indices, query, key, block_size, near, checked: Checked) -> Tensor:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from flashmark import reference
+from flashmark.arguments import check_count
 from flashmark.autograd import refuse_tracing, under_autocast, without_autocast
 from flashmark.routed.attention import run
 from flashmark.routed.checks import (
     Checked,
     check_call,
     check_landmarks,
-    check_least,
     check_scores,
     check_state,
 )
@@ -173,7 +173,7 @@ def routed_attention(
         query, key, value, block_size, near, scale, softcap, sinks,
         query_offset, kv_lengths, key_mask, cu_seqlens, backend,
     )  # fmt: skip
-    check_least("top_k", top_k)
+    top_k = check_count("top_k", top_k, 0)
     check_landmarks(landmarks, query, key)
     check_scores(scores, landmarks, query, key, block_size)
     if (state is not None or return_state) and cu_seqlens is not None:

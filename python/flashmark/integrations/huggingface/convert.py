@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from flashmark.arguments import check_count
 from flashmark.integrations.huggingface.attention import register
 from flashmark.integrations.huggingface.converted import (
     FIELD,
@@ -80,16 +82,16 @@ def to_hybrid(
     Returns:
         the model.
     """
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window: expected an int >= 1, got {window!r}")
-    return _convert(model, "hybrid", landmarks, layers, window)
+    return _convert(model, "hybrid", landmarks, layers, check_count("window", window))
 
 
 def _convert(
     model: Any, kind: str, landmarks: int, layers: Iterable[int] | None, window: int | None
 ) -> nn.Module:
-    if isinstance(landmarks, bool) or not isinstance(landmarks, int) or not 1 <= landmarks <= 256:
+    integral = isinstance(landmarks, numbers.Integral) and not isinstance(landmarks, bool)
+    if not integral or not 1 <= landmarks <= 256:
         raise ValueError(f"landmarks: expected an int from 1 to 256, got {landmarks!r}")
+    landmarks = int(landmarks)
     found = list(attention_modules(model))
     if not found or not hasattr(model, "set_attn_implementation"):
         raise ValueError(
