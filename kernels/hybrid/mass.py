@@ -87,6 +87,7 @@ class Features:
     GROUP: int
     BFLOAT16: bool
     SPLIT: bool
+    RIGHT: bool  # whether the core is the right operand of products with either side of it
     PRECISION: str
     MASS: bool = True
     SLOT: int = 1  # tokens are addressed by their times: offsets do not sit in registers
@@ -176,10 +177,23 @@ def turned_parameters(inputs, b, h, F: tl.constexpr):
 
 
 @triton.jit
+def turned_core_mm(core, b, F: tl.constexpr):
+    """core^T b."""
+    if F.RIGHT:
+        high, low = core
+        b_high, b_low = split(tl.trans(b))
+        product = tl.dot(b_high, low, tl.dot(b_low, high))
+        product = tl.trans(tl.dot(b_high, high, product))
+    else:
+        product = core_mm(core, b, True, F)
+    return product
+
+
+@triton.jit
 def over_landmarks(x, d, F: tl.constexpr):
     """x^T d, [BLOCK_D, CHUNK], whose terms cancel where entries of the core are large."""
     x = tl.trans(x)
-    if F.SPLIT:
+    if F.BFLOAT16:
         high, low = split(d)
         product = tl.dot(x, high, tl.dot(x, low))
     else:
@@ -226,7 +240,7 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
                 # [PAD_M, CHUNK]
                 dots, q = landmark_dots(queries, t0, there, late, F)
                 e = turned_features(dots, half2, inputs, F)
-                U = core_mm(core, e, True, F) * held[:, None]
+                U = turned_core_mm(core, e, F) * held[:, None]
                 # [CHUNK, BLOCK_V] and [CHUNK]
                 dn = load_rows(dnumerator_ptr, row + t0, F.DIM_V, there, F.DIM_V, F.CHUNK,
                                F.BLOCK_V, True, True)  # fmt: skip
@@ -351,6 +365,7 @@ def _features(x: Operands, config: configs.Config) -> Features:
         CHUNK=min(config.tile, padded(x.query.shape[3])),
         GROUP=x.query.shape[1] // x.L.shape[1],
         BFLOAT16=x.query.dtype == torch.bfloat16,
-        SPLIT=x.query.dtype == torch.bfloat16,
+        SPLIT=x.query.dtype == torch.bfloat16 or config.right,
+        RIGHT=config.right,
         PRECISION=dot_precision(x.query.dtype),
     )
