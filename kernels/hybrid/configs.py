@@ -21,6 +21,9 @@ class Config(shared.Runnable):
     num_warps: int
     num_stages: int
     reload: bool = False  # landmarks for every tile: more than shared memory holds
+    # core^T x is (x^T core)^T, in bfloat16 whatever the dtype: products of a warp that read a core
+    # from either side need it twice in shared memory
+    right: bool = False
 
 
 def choose(pass_: str, where: torch.device, dtype: torch.dtype, marks: int, dim: int) -> Config:
@@ -61,19 +64,9 @@ def choose_step(dtype: torch.dtype, marks: int, dim: int) -> StepConfig:
 PROGRAMS = 1024  # of a backward: each leaves a share of the gradients of parameters
 
 
-@dataclasses.dataclass(frozen=True)
-class MassConfig(Config):
-    """Its `reload` is not used. `right`: core^T x is taken as (x^T core)^T, in bfloat16 products, whatever the dtype.
-
-    Products of a warp need a core in shared memory a second time if they read it from both sides.
-    """
-
-    right: bool = False
-
-
 def choose_mass(
     pass_: str, where: torch.device, dtype: torch.dtype, marks: int, dim: int, v_dim: int
-) -> MassConfig:
+) -> Config:
     """The config of a pass that reads the far field of merge="mass"; widths are padded."""
     bfloat16, wide = dtype == torch.bfloat16, max(marks, dim, v_dim) > 64
     arch = shared.device_arch(where)
@@ -83,10 +76,10 @@ def choose_mass(
     if pass_ == "forward":
         tile = 64 if bfloat16 and marks <= 64 else 16 if tight and dtype == torch.float32 else 32
         block = 16 if tight and dtype == torch.float32 else 32 if tight else 64
-        return MassConfig(tile, block, 8 if wide or not bfloat16 else 4, 1)
+        return Config(tile, block, 8 if wide or not bfloat16 else 4, 1)
     block = 64  # less where the core leaves less shared memory
     if marks > 64 and (dtype == torch.float32 or arch not in TWICE):
         block = 32 if arch in ROOMY and dtype != torch.float16 else 16
     tile = 32 if bfloat16 and marks > 32 and arch in TWICE else 16
     warps = 4 if bfloat16 and marks <= 64 else 8
-    return MassConfig(tile, block, warps, 1, right=tight and dtype != torch.float32)
+    return Config(tile, block, warps, 1, right=tight and dtype != torch.float32)

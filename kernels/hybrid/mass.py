@@ -230,13 +230,16 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
         # [PAD_M]
         pull = full(F.PAD_M, 0.0)
         for g in range(F.GROUP):
-            q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, chunk)
-            queries = q_ptr, inputs.query_strides[3]
-            row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * sizes.chunks + chunk) * sizes.width
             for t0 in tl.range(0, sizes.width, F.CHUNK, disable_licm=True):
                 there = t0 + tl.arange(0, F.CHUNK) < sizes.width
-                # their pointers seem to depend on t0 >= 0: else they would sit in registers
-                late = marks[0] + tl.minimum(t0, 0), marks[1], marks[2]
+                # pointers seem to depend on t0 >= 0: else they would sit in registers
+                none = tl.minimum(t0, 0)
+                late, at = (marks[0] + none, marks[1], marks[2]), chunk
+                if F.PAD_M > 64:
+                    at += none
+                q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, at)
+                queries = q_ptr, inputs.query_strides[3]
+                row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * sizes.chunks + at) * sizes.width
                 # [PAD_M, CHUNK]
                 dots, q = landmark_dots(queries, t0, there, late, F)
                 e = turned_features(dots, half2, inputs, F)
@@ -271,8 +274,8 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
 
 
 def forward(query, landmarks, core, L, R, scale) -> tuple[Tensor, Tensor, Tensor]:
-    x = _operands(query, landmarks, core, L, R, scale)
     config = _choose("forward", query, landmarks, R)
+    x = _operands(query, landmarks, core, L, R, scale, config)
     F = _features(x, config)
     numerator = L.new_empty(*query.shape[:4], F.DIM_V)
     mass, reference = L.new_empty(query.shape[:4]), L.new_empty(query.shape[:4])
@@ -301,7 +304,7 @@ def backward(dnumerator, dmass, query, landmarks, core, L, R, scale) -> tuple[Te
 
 
 def _backward(dnumerator, dmass, query, landmarks, core, L, R, scale, config):
-    x = _operands(query, landmarks, core, L, R, scale)
+    x = _operands(query, landmarks, core, L, R, scale, config)
     F = _features(x, config)
     batch, heads, chunks, marks = L.shape
     units = max(1, batch * heads * chunks // configs.PROGRAMS)
@@ -328,8 +331,10 @@ def _choose(pass_: str, query: Tensor, landmarks: Tensor, R: Tensor) -> configs.
     return configs.choose_mass(pass_, query.device, query.dtype, *widths)
 
 
-def _operands(query, landmarks, core, L, R, scale) -> Operands:
+def _operands(query, landmarks, core, L, R, scale, config) -> Operands:
     half2 = landmarks.float().square().sum(-1) * (0.5 * scale * LOG2E.value)
+    if query.shape[4] > config.block:  # every tile loads them again: as products take them
+        landmarks = landmarks.to(query.dtype)
     return Operands(
         query=query,
         landmarks=landmarks,
