@@ -32,6 +32,8 @@ LAUNCHES = [
       for t in (BF16, FP16)),
     *(block_sparse_launches.Launch(p, d, 128, f, t) for p in block_sparse_launches.PASSES
       for d in (128, 256) for f in ("plain", "relative") for t in (BF16, FP32)),
+    *(block_sparse_launches.Launch(p, 256, 128, "dense", FP32, "high")
+      for p in block_sparse_launches.PASSES if p != "jvp"),
     *(routed_launches.Launch(p, d) for p in ("forward", "backward", "atomic", "decode")
       for d in (128, 256)),
 ]  # fmt: skip
