@@ -286,7 +286,8 @@ def fit(config: Config, arch: int | str, width: int, dtype: torch.dtype) -> Conf
         return config
     if arch == 80:
         return dataclasses.replace(config, num_stages=min(config.num_stages, 2))
-    small = 32 if width > 64 or dtype == torch.float32 else 64
+    single = dtype == torch.float32
+    small = 16 if single and width > 128 else 32 if single or width > 64 else 64
     return Config(min(config.block_m, small), min(config.block_n, small), 4, 1)
 
 

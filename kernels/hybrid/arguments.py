@@ -57,6 +57,7 @@ class Features:
     BLOCKS_V: int
     CHUNK: int  # tokens of a tile
     KEEP: bool
+    RELOAD: bool  # whether landmarks are loaded for every tile
     BFLOAT16: bool
     PRECISION: str
 
@@ -76,8 +77,8 @@ def operands(key, value, landmarks, keep, scale) -> Operands:
     )
 
 
-def features(x: Operands, block: int, tile: int) -> Features:
-    """Columns in blocks of at most `block`, tokens in tiles of at most `tile`."""
+def features(x: Operands, config: configs.Config) -> Features:
+    block = config.block
     dim, dim_v, marks = x.key.shape[4], x.value.shape[4], x.landmarks.shape[-2]
     block_d, block_v = (min(block, padded(n)) for n in (dim, dim_v))
     return Features(
@@ -89,8 +90,9 @@ def features(x: Operands, block: int, tile: int) -> Features:
         DIM_V=dim_v,
         BLOCK_V=block_v,
         BLOCKS_V=triton.cdiv(dim_v, block_v),
-        CHUNK=min(tile, padded(x.key.shape[3])),
+        CHUNK=min(config.tile, padded(x.key.shape[3])),
         KEEP=x.keep is not None,
+        RELOAD=config.reload,
         BFLOAT16=x.key.dtype == torch.bfloat16,
         PRECISION=dot_precision(x.key.dtype),
     )
@@ -111,4 +113,5 @@ def sizes_of(x: Operands, F: Features, units: int = 1) -> LaunchSizes:
 
 def choose_config(pass_: str, x: Operands) -> configs.Config:
     dim = max(x.key.shape[4], x.value.shape[4])
-    return configs.choose(pass_, x.key.dtype, padded(x.landmarks.shape[-2]), padded(dim))
+    marks = padded(x.landmarks.shape[-2])
+    return configs.choose(pass_, x.key.device, x.key.dtype, marks, padded(dim))

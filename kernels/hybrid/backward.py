@@ -101,7 +101,7 @@ def backward(dn, dK, dV, key, value, landmarks, keep, scale) -> tuple[Tensor, Te
     """(dkey, dvalue, dlandmarks), as `flashmark.hybrid.eager.backward`: every run the same bits."""
     x = args.operands(key, value, landmarks, keep, scale)
     config = args.choose_config("backward", x)
-    F = args.features(x, config.block, config.tile)
+    F = args.features(x, config)
     (batch, heads, chunks), marks = key.shape[:3], landmarks.shape[-2]
     sizes = args.sizes_of(x, F, max(1, batch * heads * chunks // configs.PROGRAMS))
     dkey, dvalue = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (key, value))

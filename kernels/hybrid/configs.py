@@ -20,17 +20,26 @@ class Config(shared.Runnable):
     block: int
     num_warps: int
     num_stages: int
+    reload: bool = False  # landmarks for every tile: more than shared memory holds
+    # core^T x is (x^T core)^T, in bfloat16 whatever the dtype: products of a warp that read a core
+    # from either side need it twice in shared memory
+    right: bool = False
 
 
-def choose(pass_: str, dtype: torch.dtype, marks: int, dim: int) -> Config:
+def choose(pass_: str, where: torch.device, dtype: torch.dtype, marks: int, dim: int) -> Config:
     """The config of a pass of `PASSES`. `marks`, and `dim` as the wider of keys and values, are
     padded to powers of two >= 16.
     """
     bfloat16, wide = dtype == torch.bfloat16, max(marks, dim) > 64
+    arch = shared.device_arch(where)
+    tight = arch not in ROOMY or dtype == torch.float32 and arch not in TWICE
     if pass_ == "forward":
+        if tight and marks * dim > 64 * 128:
+            reload = dtype == torch.float32 and marks * dim > 128 * 128 and arch not in ROOMY
+            return Config(32 if bfloat16 else 16, 64, 8, 1, reload)
         block = 128 if bfloat16 and marks <= 64 else 64
         return Config(64 if bfloat16 else 32, block, 8 if wide or not bfloat16 else 4, 2)
-    block = 32 if dim > 128 or (marks > 64 and dim > 64) else 64
+    block = 32 if dim > 128 or (marks > 64 and (dim > 64 or tight)) else 64
     tile = (32 if wide else 64) if bfloat16 else 16
     return Config(tile, block, 8, 1)
 
@@ -60,12 +69,17 @@ def choose_mass(
 ) -> Config:
     """The config of a pass that reads the far field of merge="mass"; widths are padded."""
     bfloat16, wide = dtype == torch.bfloat16, max(marks, dim, v_dim) > 64
-    if pass_ == "forward":
-        tile = 64 if bfloat16 and marks <= 64 else 32
-        return Config(tile, 64, 8 if wide or not bfloat16 else 4, 1)
     arch = shared.device_arch(where)
+    tight = (
+        marks > 64 and arch not in ROOMY
+    )  # a core in bfloat16 and what it lost take 64 of 99 KiB
+    if pass_ == "forward":
+        tile = 64 if bfloat16 and marks <= 64 else 16 if tight and dtype == torch.float32 else 32
+        block = 16 if tight and dtype == torch.float32 else 32 if tight else 64
+        return Config(tile, block, 8 if wide or not bfloat16 else 4, 1)
     block = 64  # less where the core leaves less shared memory
     if marks > 64 and (dtype == torch.float32 or arch not in TWICE):
         block = 32 if arch in ROOMY and dtype != torch.float16 else 16
     tile = 32 if bfloat16 and marks > 32 and arch in TWICE else 16
-    return Config(tile, block, 4 if bfloat16 and marks <= 64 else 8, 1)
+    warps = 4 if bfloat16 and marks <= 64 else 8
+    return Config(tile, block, warps, 1, right=tight and dtype != torch.float32)

@@ -61,7 +61,7 @@ def forward(key, value, landmarks, keep, scale) -> tuple[Tensor, Tensor, Tensor]
     """(n, K, V), in the shapes and dtypes of `flashmark.hybrid.eager.forward`."""
     x = args.operands(key, value, landmarks, keep, scale)
     config = args.choose_config("forward", x)
-    F = args.features(x, config.block, config.tile)
+    F = args.features(x, config)
     n = torch.empty(*key.shape[:3], F.MARKS, dtype=torch.float32, device=key.device)
     K, V = n.new_empty(*n.shape, F.DIM), n.new_empty(*n.shape, F.DIM_V)
     sizes = args.sizes_of(x, F)

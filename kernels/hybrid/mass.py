@@ -88,6 +88,7 @@ class Features:
     GROUP: int
     BFLOAT16: bool
     SPLIT: bool
+    RIGHT: bool  # whether the core is the right operand of products with either side of it
     PRECISION: str
     MASS: bool = True
     SLOT: int = 1  # tokens are addressed by their times: offsets do not sit in registers
@@ -177,10 +178,23 @@ def turned_parameters(inputs, b, h, F: tl.constexpr):
 
 
 @triton.jit
+def turned_core_mm(core, b, F: tl.constexpr):
+    """core^T b."""
+    if F.RIGHT:
+        high, low = core
+        b_high, b_low = split(tl.trans(b))
+        product = tl.dot(b_high, low, tl.dot(b_low, high))
+        product = tl.trans(tl.dot(b_high, high, product))
+    else:
+        product = core_mm(core, b, True, F)
+    return product
+
+
+@triton.jit
 def over_landmarks(x, d, F: tl.constexpr):
     """x^T d, [BLOCK_D, CHUNK], whose terms cancel where entries of the core are large."""
     x = tl.trans(x)
-    if F.SPLIT:
+    if F.BFLOAT16:
         high, low = split(d)
         product = tl.dot(x, high, tl.dot(x, low))
     else:
@@ -217,17 +231,20 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
         # [PAD_M]
         pull = full(F.PAD_M, 0.0)
         for g in range(F.GROUP):
-            q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, chunk)
-            queries = q_ptr, inputs.query_strides[3]
-            row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * sizes.chunks + chunk) * sizes.width
             for t0 in tl.range(0, sizes.width, F.CHUNK, disable_licm=True):
                 there = t0 + tl.arange(0, F.CHUNK) < sizes.width
-                # their pointers seem to depend on t0 >= 0: else they would sit in registers
-                late = marks[0] + tl.minimum(t0, 0), marks[1], marks[2]
+                # pointers seem to depend on t0 >= 0: else they would sit in registers
+                none = tl.minimum(t0, 0)
+                late, at = (marks[0] + none, marks[1], marks[2]), chunk
+                if F.PAD_M > 64:
+                    at += none
+                q_ptr = chunk_of(inputs.query, inputs.query_strides, b, h * F.GROUP + g, at)
+                queries = q_ptr, inputs.query_strides[3]
+                row = ((tl.cast(pair, tl.int64) * F.GROUP + g) * sizes.chunks + at) * sizes.width
                 # [PAD_M, CHUNK]
                 dots, q = landmark_dots(queries, t0, there, late, F)
                 e = turned_features(dots, half2, inputs, F)
-                U = core_mm(core, e, True, F) * held[:, None]
+                U = turned_core_mm(core, e, F) * held[:, None]
                 # [CHUNK, BLOCK_V] and [CHUNK]
                 dn = load_rows(dnumerator_ptr, row + t0, F.DIM_V, there, F.DIM_V, F.CHUNK,
                                F.BLOCK_V, True, True)  # fmt: skip
@@ -258,8 +275,8 @@ def mass_backward_kernel(inputs, dnumerator_ptr, dmass_ptr, dq_ptr, dL_ptr, dR_p
 
 
 def forward(query, landmarks, core, L, R, scale) -> tuple[Tensor, Tensor, Tensor]:
-    x = _operands(query, landmarks, core, L, R, scale)
     config = _choose("forward", query, landmarks, R)
+    x = _operands(query, landmarks, core, L, R, scale, config)
     F = _features(x, config)
     numerator = L.new_empty(*query.shape[:4], F.DIM_V)
     mass, reference = L.new_empty(query.shape[:4]), L.new_empty(query.shape[:4])
@@ -288,7 +305,7 @@ def backward(dnumerator, dmass, query, landmarks, core, L, R, scale) -> tuple[Te
 
 
 def _backward(dnumerator, dmass, query, landmarks, core, L, R, scale, config):
-    x = _operands(query, landmarks, core, L, R, scale)
+    x = _operands(query, landmarks, core, L, R, scale, config)
     F = _features(x, config)
     batch, heads, chunks, marks = L.shape
     units = max(1, batch * heads * chunks // configs.PROGRAMS)
@@ -315,8 +332,10 @@ def _choose(pass_: str, query: Tensor, landmarks: Tensor, R: Tensor) -> configs.
     return configs.choose_mass(pass_, query.device, query.dtype, *widths)
 
 
-def _operands(query, landmarks, core, L, R, scale) -> Operands:
+def _operands(query, landmarks, core, L, R, scale, config) -> Operands:
     half2 = landmarks.float().square().sum(-1) * (0.5 * scale * LOG2E.value)
+    if query.shape[4] > config.block:  # every tile loads them again: as products take them
+        landmarks = landmarks.to(query.dtype)
     return Operands(
         query=query,
         landmarks=landmarks,
@@ -352,6 +371,7 @@ def _features(x: Operands, config: configs.Config) -> Features:
         CHUNK=min(config.tile, padded(x.query.shape[3])),
         GROUP=x.query.shape[1] // x.L.shape[1],
         BFLOAT16=x.query.dtype == torch.bfloat16,
-        SPLIT=x.query.dtype == torch.bfloat16,
+        SPLIT=x.query.dtype == torch.bfloat16 or config.right,
+        RIGHT=config.right,
         PRECISION=dot_precision(x.query.dtype),
     )

@@ -23,6 +23,8 @@ def tile_of(k_ptr, keep_ptr, x_ptr, x, t0, key_stride, inputs, sizes, F: tl.cons
     """
     # [CHUNK]
     keep = kept_tokens(keep_ptr, t0, sizes.width, F)
+    if F.RELOAD:  # the pointer seems to depend on t0 >= 0: else they would stay in shared memory
+        x_ptr += tl.minimum(t0, 0)
     # [CHUNK, PAD_M]
     s = landmark_products(k_ptr, t0, key_stride, keep, x, x_ptr, inputs.landmark_strides[2], F)
     s = tl.where((tl.arange(0, F.PAD_M) < F.MARKS)[None, :], s * inputs.scale2, float("-inf"))

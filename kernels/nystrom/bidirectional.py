@@ -186,6 +186,8 @@ def bidirectional_forward(call: args.Inputs) -> tuple[Tensor, args.Ends]:
     query = call.query
     _, ends = start_states(call, key_stretches(call))
     out = args.new_output(call)
+    if not query.shape[2]:  # the states alone are wanted
+        return out, ends
     config = args.choose_config("read", call)
     F, stretches = features(call, config), args.cut(call, configs.READ_SPAN, query.shape[2])
     problem = args.problem_of(
@@ -225,14 +227,18 @@ def bidirectional_sweep(call: args.Inputs, dout: Tensor, dL, dR, wide: bool) -> 
     keys = new_key_partials(query, pairs, key_problem.groups, F)
     pull, G = outgoing(call, ends, dL, dR, F)
     with on_device(query):
-        for takes in configs.launches("rows", row_config.shares):
-            own = problem if takes["TAKES_QUERIES"] else problem._replace(parts=1)
-            read_backward_kernel[(pairs * own.groups * own.parts,)](
-                query, dout, grads["query"], strides(query), strides(dout), call.marks, ends,
-                reverse, rows, stretches.table, *own, features(call, row_config, **takes),
-                **row_config.options,
-            )  # fmt: skip
-        reverse_scan(call, reverse, pull, G, stretches, problem, F)
+        if query.shape[2]:
+            for takes in configs.launches("rows", row_config.shares):
+                own = problem if takes["TAKES_QUERIES"] else problem._replace(parts=1)
+                read_backward_kernel[(pairs * own.groups * own.parts,)](
+                    query, dout, grads["query"], strides(query), strides(dout), call.marks, ends,
+                    reverse, rows, stretches.table, *own, features(call, row_config, **takes),
+                    **row_config.options,
+                )  # fmt: skip
+            reverse_scan(call, reverse, pull, G, stretches, problem, F)
+        else:
+            for shares in rows:
+                shares.zero_()
         reverse = reverse._replace(pull=pull, G=G)
         for takes in configs.launches("keys", key_config.shares):
             own = key_problem if takes["TAKES_KEYS"] else key_problem._replace(parts=1)

@@ -71,8 +71,8 @@ def choose(
         block_d, block_v = 64 if width == 128 else 128, 64
     elif pass_ == "forward" and width == 128 and head_dim > 128:
         block_d = 64
-    if pass_ == "rows" and width == 128 and arch == 80:
-        block_d = 32  # the core lies in 128 KiB of shared memory
+    if width == 128 and arch == 80 and (pass_ == "rows" or pass_ == "keys" and not bfloat16):
+        block_d = 32  # the core, or float32 states, lie in 128 KiB of shared memory
     block_d, block_v = min(head_dim, block_d), min(v_dim, block_v)
     if backward and bfloat16 and not wide:
         chunk = 64

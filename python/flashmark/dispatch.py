@@ -15,6 +15,11 @@ from flashmark.tracing import constant_when_traced
 BACKENDS = ("auto", "triton", "cpu", "eager", "reference")
 #: landmarks on a GPU, in half precision and in float32: a program holds all of them at once
 MOST_TRITON_LANDMARKS = {"nystrom": (128, 64), "hybrid": (128, 128)}
+#: the same in half precision where gradients follow and a program has 99 KiB of shared memory: that
+#: of Nyström attention keeps a core twice, in products from either side
+MOST_IN_LITTLE_MEMORY = {"nystrom": 64}
+#: compute capabilities with 163 KiB of shared memory to a program, or more
+ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
 #: operators with C++ kernels for CPUs, and what their calls leave to plain PyTorch
 CPU_KERNELS = {
     "block_sparse": "",
@@ -54,16 +59,21 @@ def _is_installed(module: str) -> bool:
 
 
 def can_run_triton(
-    operator: str, query: Tensor, *, landmarks: int = 0, raise_error: bool = False
+    operator: str,
+    query: Tensor,
+    *,
+    landmarks: int = 0,
+    gradients: bool = False,
+    raise_error: bool = False,
 ) -> bool:
     """Triton kernels: a GPU of compute capability 8.0 or later, or the interpreter on the CPU."""
-    reason = _why_not_triton(operator, query.device, query.dtype, landmarks)
+    reason = _why_not_triton(operator, query.device, query.dtype, landmarks, gradients)
     return _answer(reason, "triton", raise_error)
 
 
 @constant_when_traced
 def _why_not_triton(
-    operator: str, device: torch.device, dtype: torch.dtype, landmarks: int
+    operator: str, device: torch.device, dtype: torch.dtype, landmarks: int, gradients: bool
 ) -> str | None:
     if not _is_installed("triton"):
         return "Triton is not installed"
@@ -83,11 +93,24 @@ def _why_not_triton(
         most = MOST_TRITON_LANDMARKS[operator][dtype == torch.float32]
         if landmarks > most:
             return f"its kernels take at most {most} landmarks in {dtype} on a GPU, not {landmarks}"
+    if gradients and landmarks > MOST_IN_LITTLE_MEMORY.get(operator, landmarks):
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability not in ROOMY:
+            return (
+                f"its kernels take at most {MOST_IN_LITTLE_MEMORY[operator]} landmarks with "
+                f"gradients on a GPU of compute capability {capability[0]}.{capability[1]}, not "
+                f"{landmarks}"
+            )
     return None
 
 
 def can_run_cpu(
-    operator: str, query: Tensor, *, landmarks: int = 0, raise_error: bool = False
+    operator: str,
+    query: Tensor,
+    *,
+    landmarks: int = 0,
+    gradients: bool = False,
+    raise_error: bool = False,
 ) -> bool:
     """C++ kernels: the extension was built, tensors on the CPU, half or single precision."""
     return _answer(_why_not_cpu(operator, query.device, query.dtype), "cpu", raise_error)
@@ -105,7 +128,12 @@ def _why_not_cpu(operator: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def can_run_eager(
-    operator: str, query: Tensor, *, landmarks: int = 0, raise_error: bool = False
+    operator: str,
+    query: Tensor,
+    *,
+    landmarks: int = 0,
+    gradients: bool = False,
+    raise_error: bool = False,
 ) -> bool:
     """Tiled PyTorch runs on every device, in float16, bfloat16, float32 and float64."""
     known = query.dtype in (*HALF_OR_SINGLE, torch.float64)
@@ -121,10 +149,13 @@ def check_backend_name(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose_backend(operator: str, backend: str, query: Tensor, *, landmarks: int = 0) -> str:
+def choose_backend(
+    operator: str, backend: str, query: Tensor, *, landmarks: int = 0, gradients: bool = False
+) -> str:
     """The backend that will run. "auto" takes the fastest that can; a named one runs or raises.
 
-    `landmarks` is their number, for operators whose kernels have a limit.
+    `landmarks` is their number, for operators whose kernels have a limit; `gradients` says that
+    some may follow.
 
     Raises:
         ValueError: an unknown name.
@@ -138,8 +169,11 @@ def choose_backend(operator: str, backend: str, query: Tensor, *, landmarks: int
     if backend == "reference":
         return backend
     if backend != "auto":
-        CAN_RUN[backend](operator, query, landmarks=landmarks, raise_error=True)
+        CAN_RUN[backend](
+            operator, query, landmarks=landmarks, gradients=gradients, raise_error=True
+        )
         return backend
-    if query.device.type == "cuda" and can_run_triton(operator, query, landmarks=landmarks):
-        return "triton"
+    if query.device.type == "cuda":
+        if can_run_triton(operator, query, landmarks=landmarks, gradients=gradients):
+            return "triton"
     return "eager"

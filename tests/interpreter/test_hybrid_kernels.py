@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 import flashmark
 from flashmark import hybrid_attention, landmark_core
 from flashmark.hybrid import far_composed
+from flashmark.kernels.block_sparse import configs as shared
 from flashmark.kernels.hybrid import configs, mass
 from tests import helpers
 from tests.hybrid.cases import Case, detached, tokens
@@ -71,6 +72,26 @@ def test_half_precision_is_as_good_as_plain_pytorch(case, dtype):
     check(case, dtype)
 
 
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Configs of a GPU with 99 KiB of shared memory to a program."""
+    monkeypatch.setattr(shared, "device_arch", lambda where: 86)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(20, 8, 70, dim=150, v_dim=17), torch.float32),
+        (Case(24, 8, 70, "mass", group=2), torch.bfloat16),
+        (Case(24, 8, 70, "mass", dim=40, v_dim=40), torch.float16),
+        (Case(20, 8, 70, "mass"), torch.float32),
+    ],
+    ids=str,
+)
+def test_many_landmarks_in_little_shared_memory(case, dtype, little_memory):
+    check(case, dtype)
+
+
 def test_a_core_of_many_landmarks_whose_entries_cancel():
     """One product in bfloat16 loses two digits of the output's three."""
     torch.manual_seed(0)
@@ -80,8 +101,11 @@ def test_a_core_of_many_landmarks_whose_entries_cancel():
     assert report.ok, f"\n{report}"
 
 
-def test_gradients_through_a_core_of_many_landmarks_whose_entries_cancel():
+@pytest.mark.parametrize("memory", [None, "little_memory"], ids=str)
+def test_gradients_through_a_core_of_many_landmarks_whose_entries_cancel(memory, request):
     """The product with the core adds less than the rounding of what comes before it."""
+    if memory:
+        request.getfixturevalue(memory)
     torch.manual_seed(0)
     query = torch.randn(1, 1, 2, 16, 8).bfloat16()
     landmarks = (0.7 * torch.randn(1, 128, 8)).bfloat16().float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
 from torch import Tensor
 
 from flashmark.arguments import check_count, check_same, check_tensor, one_or
@@ -92,7 +93,8 @@ def parts_of(backend: str, merge: str, query: Tensor, marks: int) -> tuple[str, 
         return near, "eager"
     far = "eager"
     if merge != "slots":
-        far = choose_backend("nystrom", backend, query, landmarks=marks)
+        reads = merge == "gate" and torch.is_grad_enabled()  # by Nyström's kernels, then backward
+        far = choose_backend("nystrom", backend, query, landmarks=marks, gradients=reads)
     if merge == "slots" or (merge == "mass" and far == "triton"):  # its reader is not Nyström's
         far = choose_backend("hybrid", backend, query, landmarks=marks)
     return near, far

@@ -136,7 +136,9 @@ def nystrom_attention(
     tied = isinstance(landmarks, Tensor)
     lq, lk = check_landmarks(landmarks, query, key)
     marks = lq.shape[-2]
-    backend = choose_backend("nystrom", backend, query, landmarks=marks)
+    backend = choose_backend(
+        "nystrom", backend, query, landmarks=marks, gradients=torch.is_grad_enabled()
+    )
     check_core(core, query.shape[0], key.shape[1], marks, query.device)
     _check_decay(decay, is_causal, (key.shape[1], marks), query.device)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)

@@ -10,7 +10,9 @@ from torch._subclasses import FakeTensorMode
 
 import flashmark
 from flashmark import dispatch, masks
+from flashmark.hybrid.call import parts_of
 from flashmark.kernels.block_sparse import configs
+from flashmark.kernels.nystrom import configs as nystrom_configs
 from tests.compile.driver import stub
 
 needs_stub = pytest.mark.skipif(stub.why_not() is not None, reason=str(stub.why_not()))
@@ -61,6 +63,25 @@ def test_a_call_with_too_many_landmarks_is_refused(on_cuda):
     landmarks, core = query.new_empty(4, 200, 64), query.new_empty(4, 200, 200)
     with pytest.raises(dispatch.BackendUnavailable, match="at most 128 landmarks"):
         flashmark.nystrom_attention(query, query, query, landmarks, core=core, backend="triton")
+
+
+def test_a_core_that_little_shared_memory_does_not_hold_twice_is_refused(on_cuda):
+    query, choose = on_cuda((8, 9)), dispatch.choose_backend
+    for operator, gradients in (("nystrom", False), ("hybrid", True)):
+        assert choose(operator, "auto", query, landmarks=128, gradients=gradients) == "triton"
+    assert choose("nystrom", "auto", query, landmarks=64, gradients=True) == "triton"
+    assert choose("nystrom", "auto", query, landmarks=65, gradients=True) == "eager"
+    with pytest.raises(dispatch.BackendUnavailable, match="at most 64 landmarks with gradients"):
+        choose("nystrom", "triton", query, landmarks=65, gradients=True)
+    assert parts_of("auto", "gate", query, 65) == ("triton", "eager")
+    assert parts_of("auto", "mass", query, 128) == ("triton", "triton")
+    with torch.no_grad():
+        assert parts_of("auto", "gate", query, 128) == ("triton", "triton")
+    assert choose("nystrom", "auto", on_cuda((8, 0)), landmarks=128, gradients=True) == "triton"
+
+
+def test_gpus_with_little_shared_memory_are_those_of_the_configs():
+    assert {10 * a + b for a, b in dispatch.ROOMY} | {"cpu"} == set(nystrom_configs.ROOMY)
 
 
 @pytest.mark.parametrize(
