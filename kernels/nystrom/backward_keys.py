@@ -117,17 +117,17 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         features, W, factor, q = turned_weights(head, t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
-        # [PAD_M, CHUNK]
-        norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
         # [CHUNK, BLOCK_V]
         dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW, True)
         if F.TAKES_KEYS:
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, t0, F, F)
+            # [PAD_M, CHUNK]
+            wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v, 0, F, F)
             pulls = rounded_product(wt, centre, F)
             own_pull += tl.sum(pulls, 1)
             ds = mm_acc(wt, tl.trans(pairs), ds, F)
             ds = less_later_sums(ds, pulls, F)
         else:
+            norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
             wt = W * inverse
         wt = operand(wt, F)
         if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
@@ -313,19 +313,19 @@ def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, 
     """`sums` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
     v0 = piece * F.BLOCK_V
     place = stored, reverse, rises, line, slot, v0, piece
-    ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
+    ref, tot = start_of_slot(stored, slot, F)
     held, back = zeros(F.PAD_M, F.BLOCK_V), (0.0, 0.0)
     if F.STEEP or F.CHUNK < F.SLOT:
         back = end_of_slot(place, F)
     if F.TAKES_KEYS:
-        held = load_held(place, past, new, F)
+        held = load_held(place, F)
     back, sums, until = slot_keys(
         queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot, held),
         back, place, sums, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
     )  # fmt: skip
     if F.TAKES_KEYS:
         if F.DECAY:  # the slot's length times the gradient of L at its start
-            R = load_held(place, past, new, F) * reciprocal(tot)[:, None]
+            R = load_held(place, F) * reciprocal(tot)[:, None]
             dL = tl.sum(rounded_product(back[0], R, F), 1) - back[1]
             sums = (sums[0], sums[1] - (until - t0).to(tl.float32) * dL)
     return sums

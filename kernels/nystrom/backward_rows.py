@@ -48,7 +48,7 @@ from .reading import (
     turned_weights,
 )
 from .shares import leads, new_sums, store_sums
-from .slots import end_of_stretch, load_held, share_left, start_of_slot
+from .slots import load_held, start_of_slot
 from .states import slot_line
 from .turns import turns_of
 
@@ -60,22 +60,6 @@ def centre_of(W, dW, F: tl.constexpr):
     if F.MASS:
         centre = tl.sum(W * dW, 0)[None, :] + zeros(F.PAD_M, F.CHUNK)
     return centre
-
-
-@triton.jit
-def row_gradients(W, inverse, P, R0, dout, v, t0, q0, H: tl.constexpr,
-                  F: tl.constexpr):  # fmt: skip
-    """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key of the chunk at t0 a row, a
-    query of the H.CHUNK from q0 on a column.
-
-    dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
-    """
-    # [F.CHUNK, H.CHUNK]
-    pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
-    pairs = operand(tl.where(upper(t0, q0, F.CHUNK, H.CHUNK), pairs, 0.0), F)
-    # [PAD_M, H.CHUNK]
-    dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F) * inverse
-    return W * inverse, dW, centre_of(W, dW, H), pairs
 
 
 @triton.jit
@@ -91,6 +75,25 @@ def weigh(P, ref, tot, decay2, first, H: tl.constexpr, F: tl.constexpr):
         cum = running_sums(P, tl.maximum(tot, TINY), first, H, F)
         share = inverse(cum)
     return norms(ref, cum, decay2, first, H), share
+
+
+@triton.jit
+def row_gradients(W, state, P, R0, decay2, dout, v, first, H: tl.constexpr,
+                  F: tl.constexpr):  # fmt: skip
+    """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key of a chunk a row, a query of
+    the H.CHUNK from number `first` of the chunk on a column.
+
+    dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
+    """
+    # [F.CHUNK, H.CHUNK]
+    pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
+    pairs = operand(tl.where(upper(0, first, F.CHUNK, H.CHUNK), pairs, 0.0), F)
+    # [PAD_M, H.CHUNK]
+    dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F)
+    # not earlier: a tile of registers
+    norm, inverse = weigh(P, state[0], state[1], decay2, first, H, F)
+    dW = dW * inverse + 0.0  # a difference from it would else be computed from both factors
+    return W * inverse, dW, centre_of(W, dW, H), pairs
 
 
 @triton.jit
@@ -170,8 +173,9 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         there, rows = times < stop, times < t0 + length
         if F.STEEP:
             rows = rows & (times >= since)
-        # [PAD_M, H.CHUNK]
-        norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
+        norm = 0.0
+        if F.MASS:
+            norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
         for g in range(F.GROUP):
             head = head_of(queries, g)
             reading = turned_weights(head, q0, there, lk, norm, marks, H)
@@ -182,7 +186,8 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
             W = reading[1]
             if F.MASS:
                 W = tl.where(rows[None, :], W, 0.0)
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, q0, H, F)
+            wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v,
+                                                  c * H.CHUNK, H, F)  # fmt: skip
             if F.TAKES_STATES:
                 wt *= ratio[:, None]
                 G = mm_acc(wt, dout, G, F)
@@ -237,11 +242,11 @@ def add_to(ptrs, x, F: tl.constexpr):
 
 @triton.jit
 def nothing_back(F: tl.constexpr):
-    """(G, pull, e^{L - L at the stretch's end}, ref, tot) of no slot yet: zeros."""
+    """(G, pull) of no slot yet: zeros."""
     G = 0.0
     if F.TAKES_STATES:
         G = zeros(F.PAD_M, F.BLOCK_V)
-    return G, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0), full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
+    return G, full(F.PAD_M, 0.0)
 
 
 @triton.jit
@@ -250,34 +255,29 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
              H: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """(back, sums) after the slot at t0 of a stretch, from those after the slot behind it.
 
-    `back` holds what the rest of the stretch adds to the reverse state, and the state there.
+    `back`, (G, pull), is what the rest of the stretch adds to the reverse state.
     """
-    G, pull, ratio, end_ref, end_tot = back
+    G, pull = back
     v0 = piece * F.BLOCK_V
     slot, end = slot_line(line, t0 - start, problem, F), tl.minimum(t0 + F.SLOT, stop)
-    if end == stop:
-        G, pull, ratio, end_ref, end_tot = nothing_back(F)
-        ratio += 1.0
-        end_ref, end_tot = end_of_stretch(stored, line, stop - start, decay2, F)
-    ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
     if F.TAKES_STATES:
+        if end == stop:
+            G, pull = nothing_back(F)
         add_to(state_ptrs(reverse.slots.G, slot, v0, F), G, F)
         add_to(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F), pull, F)
-        if not F.STEEP and (F.SLICES == 1 or piece == 0):
-            tl.store(vector_ptrs(reverse.slots.ratio, slot, F), ratio)
-        fall = share_left(ref, tot, end_ref, end_tot, end - t0, decay2, F)
-        G *= fall[:, None]
-        pull *= fall
-        ratio *= fall
+        left = tl.load(vector_ptrs(stored.joined.left, slot, F))
+        G *= left[:, None]
+        pull *= left
     since, own = t0, True
     if F.STEEP:
         since = tl.load(rises + slot)
         own = since < end
     if own:
         place = stored, reverse, rises, line, slot, v0, piece
+        ref, tot = start_of_slot(stored, slot, F)
         handed, sums, rise = slot_rows(
             queries, keys, values, douts, keep_ptr, dq_ptr, since, t0, end,
-            (ref, tot, load_held(place, past, new, F)), (G, pull, tot), sums, lq, lk, decay2, part,
+            (ref, tot, load_held(place, F)), (G, pull, tot), sums, lq, lk, decay2, part,
             F.DIM_V - v0, marks, problem, H, F,
         )  # fmt: skip
         G, pull = handed[0], handed[1]
@@ -288,9 +288,7 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
         if t0 == start:
             add_to(state_ptrs(reverse.G, line, v0, F), G, F)
             add_to(vector_ptrs(reverse.pull, line * F.SLICES + piece, F), pull, F)
-            if not F.STEEP and (F.SLICES == 1 or piece == 0):
-                tl.store(vector_ptrs(reverse.ratio, line, F), ratio)
-    return (G, pull, ratio, ref, tot), sums
+    return (G, pull), sums
 
 
 @triton.jit(do_not_specialize=Problem._fields)
