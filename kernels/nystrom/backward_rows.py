@@ -50,7 +50,7 @@ from .reading import (
 from .shares import leads, new_sums, store_sums
 from .slots import load_held, start_of_slot
 from .states import slot_line
-from .turns import turns_of
+from .turns import share_of, turn_after, turns_of
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def weigh(P, ref, tot, decay2, first, H: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def row_gradients(W, state, P, R0, decay2, dout, v, first, H: tl.constexpr,
+def row_gradients(W, state, P, R0, decay2, dout, v, t0, first, H: tl.constexpr,
                   F: tl.constexpr):  # fmt: skip
     """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key of a chunk a row, a query of
     the H.CHUNK from number `first` of the chunk on a column.
@@ -87,7 +87,7 @@ def row_gradients(W, state, P, R0, decay2, dout, v, first, H: tl.constexpr,
     """
     # [F.CHUNK, H.CHUNK]
     pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
-    pairs = operand(tl.where(upper(0, first, F.CHUNK, H.CHUNK), pairs, 0.0), F)
+    pairs = operand(tl.where(upper(t0, t0 + first, F.CHUNK, H.CHUNK), pairs, 0.0), F)
     # [PAD_M, H.CHUNK]
     dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F)
     # not earlier: a tile of registers
@@ -102,13 +102,14 @@ def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
     dG = dW
     if F.MASS:
         dG = factor * (dW - centre)
-    # sum over l of F dF = sum over l of W dW; early where W would cost a product its registers
-    less = 0.0
-    if not F.MASS and F.SLOT > 0:
-        less = tl.sum(W * dW, 0)[None, :]
     product = core_mm(core, dG, False, F)
-    if not F.MASS and F.SLOT == 0:
-        less = tl.sum(W * dW, 0)[None, :]
+    less = 0.0
+    if not F.MASS:
+        # sum over l of F dF = sum over l of W dW: the one that costs fewer registers
+        if F.SLOT > 0:
+            less = tl.sum(features * product, 0)[None, :]
+        else:
+            less = tl.sum(W * dW, 0)[None, :]
     return dG, rounded_product(features, product - less, F)
 
 
@@ -142,25 +143,28 @@ def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, 
 
 
 @triton.jit
-def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
-               sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
+def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, place,
+               handed, sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
                F: tl.constexpr):  # fmt: skip
     """(state, handed, sums, end) of the chunk or piece at t0, by its rows at or after `since`.
 
     `stop` is the slot's end; `handed` holds (G, pull) and e^{L at the slot's start} over 2^ref.
+    The state of a chunk that is the whole slot is loaded late.
     """
     ref, tot, acc = state
     G, pull, ratio = handed
-    # [PAD_M, BLOCK_V]
-    R0 = operand(acc, F)
     keep = kept_tokens(keep_ptr, t0, stop, F)
     # [PAD_M, CHUNK]
     k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
-    if F.STEEP or F.DECAY:
-        acc *= share[:, None]
-        R0 = operand(acc, F)
-        ratio *= share
     P = operand(P, F)
+    # [PAD_M, BLOCK_V]
+    held = acc
+    if not (F.STEEP or F.CHUNK < F.SLOT):
+        held = load_held(place, F)
+    if F.STEEP or F.DECAY:
+        held *= share[:, None]
+        ratio *= share
+    R0 = operand(held, F)
     length = tl.minimum(stop - t0, first)
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
@@ -187,35 +191,37 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
             if F.MASS:
                 W = tl.where(rows[None, :], W, 0.0)
             wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v,
-                                                  c * H.CHUNK, H, F)  # fmt: skip
+                                                  0, c * H.CHUNK, H, F)  # fmt: skip
             if F.TAKES_STATES:
                 wt *= ratio[:, None]
-                G = mm_acc(wt, dout, G, F)
                 pull += tl.sum(rounded_product(wt, centre, F), 1)
+                G = mm_acc(wt, dout, G, F)
             sums = take_rows(head, dq_ptr + g * head_size, q0, stop - q0, rows, part, lk, reading,
                              dW, centre, sums, marks, H)  # fmt: skip
     if F.STEEP or F.CHUNK < F.SLOT:
         own = P
         if F.STEEP:
             own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], P, 0.0)
-        ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
+        ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, held, decay2, length, F)
         ratio *= fall
     return (ref, tot, acc), (G, pull, ratio), sums, t0 + length
 
 
 @triton.jit
-def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, handed,
-              sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
+def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, place,
+              handed, sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
               F: tl.constexpr):  # fmt: skip
     """(handed, sums, first token that rises too far) after a slot."""
     rise = stop
     if F.STEEP:
+        # no `while`: what it needs of landmarks and core would be kept in registers
         t0 = start
-        while t0 < stop:
-            state, handed, sums, t0 = chunk_rows(
-                queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
-                sums, lq, lk, decay2, part, width, marks, problem, H, F,
-            )  # fmt: skip
+        for _ in tl.range(start, stop, disable_licm=True):
+            if t0 < stop:
+                state, handed, sums, t0 = chunk_rows(
+                    queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, place,
+                    handed, sums, lq, lk, decay2, part, width, marks, problem, H, F,
+                )  # fmt: skip
     else:
         CHUNKS: tl.constexpr = F.SLOT // F.CHUNK
         for c in tl.range(CHUNKS, disable_licm=True):
@@ -223,8 +229,8 @@ def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop
             # no row of a slot after a rise
             state, handed, sums, end = chunk_rows(
                 queries, keys, values, douts, keep_ptr, dq_ptr, t0, t0,
-                tl.where(rise < stop, t0, stop), state, handed, sums, lq, lk, decay2, part, width,
-                marks, problem, H, F,
+                tl.where(rise < stop, t0, stop), state, place, handed, sums, lq, lk, decay2, part,
+                width, marks, problem, H, F,
             )  # fmt: skip
             if (rise == stop) & (end < tl.minimum(t0 + F.CHUNK, stop)):
                 rise = end
@@ -275,10 +281,13 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
     if own:
         place = stored, reverse, rises, line, slot, v0, piece
         ref, tot = start_of_slot(stored, slot, F)
+        held = 0.0
+        if F.STEEP or F.CHUNK < F.SLOT:
+            held = load_held(place, F)
         handed, sums, rise = slot_rows(
             queries, keys, values, douts, keep_ptr, dq_ptr, since, t0, end,
-            (ref, tot, load_held(place, F)), (G, pull, tot), sums, lq, lk, decay2, part,
-            F.DIM_V - v0, marks, problem, H, F,
+            (ref, tot, held), place, (G, pull, tot), sums, lq, lk, decay2, part, F.DIM_V - v0,
+            marks, problem, H, F,
         )  # fmt: skip
         G, pull = handed[0], handed[1]
         if not F.STEEP and (F.SLICES == 1 or piece == 0):
@@ -321,7 +330,7 @@ def rows_kernel(
 ):
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
-    part, piece = part // F.SLICES, part % F.SLICES
+    part, piece = share_of(part, F.TAKES_QUERIES, F)
     b, h = pair // problem.heads, pair % problem.heads
     v0 = piece * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -340,11 +349,11 @@ def rows_kernel(
     sums = new_sums(F)
     back = nothing_back(F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers
-    for n in tl.range(turns, disable_licm=True):
-        stretch = first + (turns - 1 - n) // slots
+    stretch, place = first + (turns - 1) // slots, (turns - 1) % slots
+    for _ in tl.range(turns, disable_licm=True):
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        t0 = start + (turns - 1 - n) % slots * F.SLOT
+        t0 = start + place * F.SLOT
         due = True
         if F.PACKED:
             due = t0 < stop
@@ -353,6 +362,7 @@ def rows_kernel(
                 queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, stored, reverse,
                 rises, line, piece, back, sums, lq, lk, decay2, part, marks, problem, H, F,
             )  # fmt: skip
+        stretch, place = turn_after(stretch, place, slots, -1)
     if F.STEEP:
         if taken:
             store_sums(partial, group, share, part, sums, problem, F)

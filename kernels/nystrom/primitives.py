@@ -259,7 +259,7 @@ def turned_features(dots, half2, marks, F: tl.constexpr):
     f = turned_scores(dots, half2, marks, F)
     e = tl.exp2(f - tl.max(f, 0)[None, :])
     if not F.MASS:
-        e = e * inverse(tl.sum(e, 0))[None, :] + 0.0
+        e = e * inverse(tl.sum(e, 0))[None, :]
     return e
 
 
