@@ -67,6 +67,16 @@ class Saved(NamedTuple):
     acc: Tensor  # (lines, PAD_M, PAD_V)
 
 
+class Joined(NamedTuple):
+    """Numbers a landmark of each slot, a line a slot: (lines, PAD_M)."""
+
+    ref: Tensor  # of the state at its start
+    tot: Tensor
+    past: Tensor  # factors of `acc`: at the start of its stretch,
+    new: Tensor  # and of what the stretch holds by itself
+    left: Tensor  # e^{L at its start - L at its end}
+
+
 class Stored(NamedTuple):
     """States of a backward. A slot is some tokens of a stretch."""
 
@@ -74,6 +84,7 @@ class Stored(NamedTuple):
     ref: Tensor  # of each stretch by itself, (lines, PAD_M)
     tot: Tensor
     slots: Saved | None  # what a stretch holds by itself at the start of each slot
+    joined: Joined | None
 
 
 class Ends(NamedTuple):

@@ -21,6 +21,7 @@ from .gradients import (
     parameter_gradients,
     reverse_scan,
 )
+from .slots import join_slots
 from .states import slot_states
 
 
@@ -67,6 +68,7 @@ def causal_backward(
     if not tokens:  # no slot, whose turn it would be to write them
         reverse.pull.zero_(), reverse.G.zero_(), reverse.ratio.fill_(1.0)
     reverse = reverse._replace(slots=new_reverse(query, lines * (span // slot), F, dtype))
+    join_slots(call, stored, reverse, stretches, F)
     rows = new_row_partials(query, pairs, problem.groups, F)
     keys = new_key_partials(query, pairs, problem.groups, F)
     rises = args.new_rises(call, stretches, span // slot)

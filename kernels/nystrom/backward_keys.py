@@ -46,10 +46,10 @@ from .reading import (
     split_keys,
     turned_weights,
 )
-from .shares import columns_ptrs, leads, put_share
+from .shares import columns_ptrs, leads, line_of, put_share
 from .slots import end_of_slot, load_held, start_of_slot
 from .states import slot_line
-from .turns import turns_of
+from .turns import share_of, turn_after, turns_of
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
 
     A whole slot in which a score rises too far is noted and left out: then `until` is t0.
     `state` is that before them, and no score rises far above it; the slot ends at `stop`. Where
-    they are the whole slot, `reverse` is not read, but loaded late.
+    they are the whole slot, `reverse` and what `state` holds are not read, but loaded late.
 
     ds_lj = e^{s_lj - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il D_lj(i) (dO_i . v_j - centre_il)
     dv_j  = sum_l e^{s_lj - rho} G_l + sum_{i >= j} sum_l W_il D_lj(i) dO_i
@@ -78,8 +78,6 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     ref, tot = state[0], state[1]
     NARROW: tl.constexpr = F.DIM_V % F.BLOCK_V != 0
     keep = kept_tokens(keep_ptr, t0, until, F)
-    # [PAD_M, BLOCK_V]
-    R0 = operand(state[2], F)
     # [PAD_M, CHUNK]
     if F.STEEP:
         k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
@@ -87,8 +85,6 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     else:
         k, P, ref, tot, moved = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
                                                 F)  # fmt: skip
-    if F.STEEP or F.DECAY:
-        R0 = operand(state[2] * moved[:, None], F)
     total = tot + tl.sum(P, 1)
     P = operand(P, F)
     calm = True
@@ -105,6 +101,15 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
         own_G = zeros(F.PAD_M, F.BLOCK_V)
     if F.TAKES_KEYS:
+        # [PAD_M, BLOCK_V]
+        if F.STEEP or F.CHUNK < F.SLOT:
+            R0 = state[2]
+        else:
+            R0 = load_held(place, F)
+        if F.STEEP or F.DECAY:
+            R0 = R0 * moved[:, None]
+        R0 = operand(R0, F)
+        # [PAD_M, CHUNK]
         ds = zeros(F.PAD_M, F.CHUNK)
     if F.TAKES_VALUES:
         # [CHUNK, BLOCK_V]
@@ -117,17 +122,19 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
         features, W, factor, q = turned_weights(head, t0, there, lk, norm, marks, F)
         if F.MASS:
             W = tl.where(there[None, :], W, 0.0)
-        # [PAD_M, CHUNK]
-        norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
         # [CHUNK, BLOCK_V]
         dout = load_rows(dhead[0], t0, dhead[1], there, width, F.CHUNK, F.BLOCK_V, NARROW, True)
         if F.TAKES_KEYS:
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, t0, F, F)
+            # [PAD_M, CHUNK]
+            wt, dW, centre, pairs = row_gradients(
+                W, (ref, tot), P, R0, decay2, dout, v, t0, 0, F, F
+            )
             pulls = rounded_product(wt, centre, F)
             own_pull += tl.sum(pulls, 1)
             ds = mm_acc(wt, tl.trans(pairs), ds, F)
             ds = less_later_sums(ds, pulls, F)
         else:
+            norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
             wt = W * inverse
         wt = operand(wt, F)
         if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
@@ -176,52 +183,74 @@ def take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F: tl.
 
 
 @triton.jit
-def walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, width, marks,
+def walk_to(keys, values, keep_ptr, start, until, stop, most, state, lq, decay2, width, marks,
             F: tl.constexpr):  # fmt: skip
-    """(t0, state): the start of the chunk or piece that ends at `until`, and the state there."""
+    """(t0, state, steps): the start of the chunk or piece that ends at `until`, the state there,
+    and the steps of a walk in pieces, `most` at most; one in chunks takes `most`.
+    """
     ref, tot, acc = state
-    t0 = start
-    before = t0 < until
-    while before:
-        keep = kept_tokens(keep_ptr, t0, stop, F)
-        k, P, first, top, total, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
-        length = tl.minimum(stop - t0, first)
-        before = t0 + length < until
+    t0, steps, before = start, 0, True
+    if F.STEEP:
+        before = t0 < until
+    for _ in tl.range(most, disable_licm=True):
         if before:
-            v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
-                          F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
-            own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], operand(P, F), 0.0)
-            held = zeros(F.PAD_M, F.BLOCK_V)
-            if F.TAKES_KEYS:
-                held += acc
-                if F.STEEP or F.DECAY:
-                    held *= share[:, None]
-            ref, tot, held, fall = end_of_chunk(own, v, top, total, held, decay2, length, F)
-            if F.TAKES_KEYS:
-                acc = held
-            t0 += length
-    return t0, (ref, tot, acc)
+            keep = kept_tokens(keep_ptr, t0, stop, F)
+            k, P, first, top, total, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
+                                                        F)  # fmt: skip
+            length = tl.minimum(stop - t0, first)
+            if F.STEEP:
+                steps += 1
+                before = t0 + length < until
+            if before:
+                v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
+                              F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
+                own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], operand(P, F), 0.0)
+                held = zeros(F.PAD_M, F.BLOCK_V)
+                if F.TAKES_KEYS:
+                    held += acc
+                    if F.STEEP or F.DECAY:
+                        held *= share[:, None]
+                ref, tot, held, fall = end_of_chunk(own, v, top, total, held, decay2, length, F)
+                if F.TAKES_KEYS:
+                    acc = held
+                t0 += length
+    return t0, (ref, tot, acc), steps
 
 
 @triton.jit
-def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, state,
+def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, totals,
               reverse, place, sums, lq, lk, decay2, part, width, marks,
               F: tl.constexpr):  # fmt: skip
-    """(reverse state, sums, until) before the tokens [start, until) of a slot, none or all."""
+    """(reverse state, sums, until) before the tokens [start, until) of a slot, none or all.
+
+    `totals` are those before it; what it holds is loaded where it is read, for registers.
+    """
     if F.STEEP or F.CHUNK < F.SLOT:
-        last = until
-        while until > start:
-            t0, own = walk_to(keys, values, keep_ptr, start, until, stop, state, lq, decay2, width,
-                              marks, F)  # fmt: skip
-            reverse, sums, end = chunk_keys(
-                queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, own,
-                reverse, place, sums, lq, lk, decay2, part, width, marks, F,
-            )  # fmt: skip
-            until = t0
-        until = last
+        # no `while`, and a condition: what chunks share would else be kept in registers
+        end, rounds = until, tl.cdiv(until - start, F.CHUNK)
+        if F.STEEP:
+            rounds = until - start  # at most
+        most = rounds
+        for n in tl.range(rounds, disable_licm=True):
+            if end > start:
+                if not F.STEEP:
+                    most = rounds - 1 - n
+                held = 0.0
+                if F.TAKES_KEYS:
+                    held = load_held(place, F)
+                state = totals[0], totals[1], held
+                t0, own, steps = walk_to(keys, values, keep_ptr, start, end, stop, most, state, lq,
+                                         decay2, width, marks, F)  # fmt: skip
+                reverse, sums, end = chunk_keys(
+                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, end, stop, own,
+                    reverse, place, sums, lq, lk, decay2, part, width, marks, F,
+                )  # fmt: skip
+                end = t0
+                if F.STEEP:
+                    most = steps
     else:
         reverse, sums, until = chunk_keys(
-            queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, state,
+            queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, totals,
             reverse, place, sums, lq, lk, decay2, part, width, marks, F,
         )  # fmt: skip
     return reverse, sums, until
@@ -257,7 +286,7 @@ def keys_kernel(
 ):
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
-    part, piece = part // F.SLICES, part % F.SLICES
+    part, piece = share_of(part, F.TAKES_KEYS, F)
     b, h = pair // problem.heads, pair % problem.heads
     v0 = piece * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -279,11 +308,11 @@ def keys_kernel(
         sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
     slots, first, turns, taken = turns_of(rises, group, b, pair, problem, table, F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers
-    for n in tl.range(turns, disable_licm=True):
-        stretch = first + n // slots
+    stretch, place = first, 0
+    for _ in tl.range(turns, disable_licm=True):
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        t0 = start + n % slots * F.SLOT
+        t0 = start + place * F.SLOT
         slot = slot_line(line, t0 - start, problem, F)
         end = tl.minimum(t0 + F.SLOT, stop)
         due = True
@@ -299,6 +328,7 @@ def keys_kernel(
                     queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, end, start,
                     stored, reverse, rises, line, slot, piece, sums, lq, lk, decay2, part, marks, F,
                 )  # fmt: skip
+        stretch, place = turn_after(stretch, place, slots, 1)
     if F.STEEP:
         if taken:
             store_key_sums(partial, group, share, part, sums, problem, F)
@@ -313,19 +343,17 @@ def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, 
     """`sums` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
     v0 = piece * F.BLOCK_V
     place = stored, reverse, rises, line, slot, v0, piece
-    ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
-    held, back = zeros(F.PAD_M, F.BLOCK_V), (0.0, 0.0)
+    ref, tot = start_of_slot(stored, slot, F)
+    back = 0.0, 0.0
     if F.STEEP or F.CHUNK < F.SLOT:
         back = end_of_slot(place, F)
-    if F.TAKES_KEYS:
-        held = load_held(place, past, new, F)
     back, sums, until = slot_keys(
-        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot, held),
+        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot),
         back, place, sums, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
     )  # fmt: skip
     if F.TAKES_KEYS:
         if F.DECAY:  # the slot's length times the gradient of L at its start
-            R = load_held(place, past, new, F) * reciprocal(tot)[:, None]
+            R = load_held(place, F) * reciprocal(tot)[:, None]
             dL = tl.sum(rounded_product(back[0], R, F), 1) - back[1]
             sums = (sums[0], sums[1] - (until - t0).to(tl.float32) * dL)
     return sums
@@ -335,7 +363,7 @@ def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, 
 def store_key_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
     """This program's share of the gradients, a place of its own, as in `store_sums`."""
     if F.TAKES_KEYS:
-        line = tl.cast(share, tl.int64) * problem.groups + group
+        line = line_of(group, share, problem, F)
         put_share(columns_ptrs(partial.dlq, line, part, F), sums[0], F)
         if leads(part, F):
             put_share(vector_ptrs(partial.ddecay, line, F), sums[1], F)

@@ -48,9 +48,9 @@ from .reading import (
     turned_weights,
 )
 from .shares import leads, new_sums, store_sums
-from .slots import end_of_stretch, load_held, share_left, start_of_slot
+from .slots import load_held, start_of_slot
 from .states import slot_line
-from .turns import turns_of
+from .turns import share_of, turn_after, turns_of
 
 
 @triton.jit
@@ -60,22 +60,6 @@ def centre_of(W, dW, F: tl.constexpr):
     if F.MASS:
         centre = tl.sum(W * dW, 0)[None, :] + zeros(F.PAD_M, F.CHUNK)
     return centre
-
-
-@triton.jit
-def row_gradients(W, inverse, P, R0, dout, v, t0, q0, H: tl.constexpr,
-                  F: tl.constexpr):  # fmt: skip
-    """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key of the chunk at t0 a row, a
-    query of the H.CHUNK from q0 on a column.
-
-    dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
-    """
-    # [F.CHUNK, H.CHUNK]
-    pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
-    pairs = operand(tl.where(upper(t0, q0, F.CHUNK, H.CHUNK), pairs, 0.0), F)
-    # [PAD_M, H.CHUNK]
-    dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F) * inverse
-    return W * inverse, dW, centre_of(W, dW, H), pairs
 
 
 @triton.jit
@@ -94,18 +78,38 @@ def weigh(P, ref, tot, decay2, first, H: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def row_gradients(W, state, P, R0, decay2, dout, v, t0, first, H: tl.constexpr,
+                  F: tl.constexpr):  # fmt: skip
+    """(W e^{ref-L}, dW, centre, dO . v selected): a landmark or a key of a chunk a row, a query of
+    the H.CHUNK from number `first` of the chunk on a column.
+
+    dW_il = dO_i . R_l(i) = e^{L0-L} dO R0^T + [(dO V^T) selected where j <= i] D
+    """
+    # [F.CHUNK, H.CHUNK]
+    pairs = tl.dot(v, tl.trans(dout), input_precision=F.PRECISION)
+    pairs = operand(tl.where(upper(t0, t0 + first, F.CHUNK, H.CHUNK), pairs, 0.0), F)
+    # [PAD_M, H.CHUNK]
+    dW = mm_acc(P, pairs, mm(R0, tl.trans(dout), F), F)
+    # not earlier: a tile of registers
+    norm, inverse = weigh(P, state[0], state[1], decay2, first, H, F)
+    dW = dW * inverse + 0.0  # a difference from it would else be computed from both factors
+    return W * inverse, dW, centre_of(W, dW, H), pairs
+
+
+@triton.jit
 def reading_gradients(features, W, factor, dW, centre, core, F: tl.constexpr):
     """(d of features core, d of the query's scores): [PAD_M, CHUNK] each."""
     dG = dW
     if F.MASS:
         dG = factor * (dW - centre)
-    # sum over l of F dF = sum over l of W dW; early where W would cost a product its registers
-    less = 0.0
-    if not F.MASS and F.SLOT > 0:
-        less = tl.sum(W * dW, 0)[None, :]
     product = core_mm(core, dG, False, F)
-    if not F.MASS and F.SLOT == 0:
-        less = tl.sum(W * dW, 0)[None, :]
+    less = 0.0
+    if not F.MASS:
+        # sum over l of F dF = sum over l of W dW: the one that costs fewer registers
+        if F.SLOT > 0:
+            less = tl.sum(features * product, 0)[None, :]
+        else:
+            less = tl.sum(W * dW, 0)[None, :]
     return dG, rounded_product(features, product - less, F)
 
 
@@ -139,25 +143,28 @@ def take_rows(queries, dq_ptr, t0, length, rows, part, lk, reading, dW, centre, 
 
 
 @triton.jit
-def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
-               sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
+def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, place,
+               handed, sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
                F: tl.constexpr):  # fmt: skip
     """(state, handed, sums, end) of the chunk or piece at t0, by its rows at or after `since`.
 
     `stop` is the slot's end; `handed` holds (G, pull) and e^{L at the slot's start} over 2^ref.
+    The state of a chunk that is the whole slot is loaded late.
     """
     ref, tot, acc = state
     G, pull, ratio = handed
-    # [PAD_M, BLOCK_V]
-    R0 = operand(acc, F)
     keep = kept_tokens(keep_ptr, t0, stop, F)
     # [PAD_M, CHUNK]
     k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
-    if F.STEEP or F.DECAY:
-        acc *= share[:, None]
-        R0 = operand(acc, F)
-        ratio *= share
     P = operand(P, F)
+    # [PAD_M, BLOCK_V]
+    held = acc
+    if not (F.STEEP or F.CHUNK < F.SLOT):
+        held = load_held(place, F)
+    if F.STEEP or F.DECAY:
+        held *= share[:, None]
+        ratio *= share
+    R0 = operand(held, F)
     length = tl.minimum(stop - t0, first)
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
@@ -170,8 +177,9 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         there, rows = times < stop, times < t0 + length
         if F.STEEP:
             rows = rows & (times >= since)
-        # [PAD_M, H.CHUNK]
-        norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
+        norm = 0.0
+        if F.MASS:
+            norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
         for g in range(F.GROUP):
             head = head_of(queries, g)
             reading = turned_weights(head, q0, there, lk, norm, marks, H)
@@ -182,35 +190,38 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
             W = reading[1]
             if F.MASS:
                 W = tl.where(rows[None, :], W, 0.0)
-            wt, dW, centre, pairs = row_gradients(W, inverse, P, R0, dout, v, t0, q0, H, F)
+            wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v,
+                                                  0, c * H.CHUNK, H, F)  # fmt: skip
             if F.TAKES_STATES:
                 wt *= ratio[:, None]
-                G = mm_acc(wt, dout, G, F)
                 pull += tl.sum(rounded_product(wt, centre, F), 1)
+                G = mm_acc(wt, dout, G, F)
             sums = take_rows(head, dq_ptr + g * head_size, q0, stop - q0, rows, part, lk, reading,
                              dW, centre, sums, marks, H)  # fmt: skip
     if F.STEEP or F.CHUNK < F.SLOT:
         own = P
         if F.STEEP:
             own = tl.where((tl.arange(0, F.CHUNK) < length)[None, :], P, 0.0)
-        ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, acc, decay2, length, F)
+        ref, tot, acc, fall = end_of_chunk(own, v, ref, tot, held, decay2, length, F)
         ratio *= fall
     return (ref, tot, acc), (G, pull, ratio), sums, t0 + length
 
 
 @triton.jit
-def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, handed,
-              sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
+def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop, state, place,
+              handed, sums, lq, lk, decay2, part, width, marks, problem, H: tl.constexpr,
               F: tl.constexpr):  # fmt: skip
     """(handed, sums, first token that rises too far) after a slot."""
     rise = stop
     if F.STEEP:
+        # no `while`: what it needs of landmarks and core would be kept in registers
         t0 = start
-        while t0 < stop:
-            state, handed, sums, t0 = chunk_rows(
-                queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, handed,
-                sums, lq, lk, decay2, part, width, marks, problem, H, F,
-            )  # fmt: skip
+        for _ in tl.range(start, stop, disable_licm=True):
+            if t0 < stop:
+                state, handed, sums, t0 = chunk_rows(
+                    queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, place,
+                    handed, sums, lq, lk, decay2, part, width, marks, problem, H, F,
+                )  # fmt: skip
     else:
         CHUNKS: tl.constexpr = F.SLOT // F.CHUNK
         for c in tl.range(CHUNKS, disable_licm=True):
@@ -218,8 +229,8 @@ def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop
             # no row of a slot after a rise
             state, handed, sums, end = chunk_rows(
                 queries, keys, values, douts, keep_ptr, dq_ptr, t0, t0,
-                tl.where(rise < stop, t0, stop), state, handed, sums, lq, lk, decay2, part, width,
-                marks, problem, H, F,
+                tl.where(rise < stop, t0, stop), state, place, handed, sums, lq, lk, decay2, part,
+                width, marks, problem, H, F,
             )  # fmt: skip
             if (rise == stop) & (end < tl.minimum(t0 + F.CHUNK, stop)):
                 rise = end
@@ -237,11 +248,11 @@ def add_to(ptrs, x, F: tl.constexpr):
 
 @triton.jit
 def nothing_back(F: tl.constexpr):
-    """(G, pull, e^{L - L at the stretch's end}, ref, tot) of no slot yet: zeros."""
+    """(G, pull) of no slot yet: zeros."""
     G = 0.0
     if F.TAKES_STATES:
         G = zeros(F.PAD_M, F.BLOCK_V)
-    return G, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0), full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
+    return G, full(F.PAD_M, 0.0)
 
 
 @triton.jit
@@ -250,35 +261,33 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
              H: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """(back, sums) after the slot at t0 of a stretch, from those after the slot behind it.
 
-    `back` holds what the rest of the stretch adds to the reverse state, and the state there.
+    `back`, (G, pull), is what the rest of the stretch adds to the reverse state.
     """
-    G, pull, ratio, end_ref, end_tot = back
+    G, pull = back
     v0 = piece * F.BLOCK_V
     slot, end = slot_line(line, t0 - start, problem, F), tl.minimum(t0 + F.SLOT, stop)
-    if end == stop:
-        G, pull, ratio, end_ref, end_tot = nothing_back(F)
-        ratio += 1.0
-        end_ref, end_tot = end_of_stretch(stored, line, stop - start, decay2, F)
-    ref, tot, past, new = start_of_slot(stored, line, slot, t0 - start, decay2, F)
     if F.TAKES_STATES:
+        if end == stop:
+            G, pull = nothing_back(F)
         add_to(state_ptrs(reverse.slots.G, slot, v0, F), G, F)
         add_to(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F), pull, F)
-        if not F.STEEP and (F.SLICES == 1 or piece == 0):
-            tl.store(vector_ptrs(reverse.slots.ratio, slot, F), ratio)
-        fall = share_left(ref, tot, end_ref, end_tot, end - t0, decay2, F)
-        G *= fall[:, None]
-        pull *= fall
-        ratio *= fall
+        left = tl.load(vector_ptrs(stored.joined.left, slot, F))
+        G *= left[:, None]
+        pull *= left
     since, own = t0, True
     if F.STEEP:
         since = tl.load(rises + slot)
         own = since < end
     if own:
         place = stored, reverse, rises, line, slot, v0, piece
+        ref, tot = start_of_slot(stored, slot, F)
+        held = 0.0
+        if F.STEEP or F.CHUNK < F.SLOT:
+            held = load_held(place, F)
         handed, sums, rise = slot_rows(
             queries, keys, values, douts, keep_ptr, dq_ptr, since, t0, end,
-            (ref, tot, load_held(place, past, new, F)), (G, pull, tot), sums, lq, lk, decay2, part,
-            F.DIM_V - v0, marks, problem, H, F,
+            (ref, tot, held), place, (G, pull, tot), sums, lq, lk, decay2, part, F.DIM_V - v0,
+            marks, problem, H, F,
         )  # fmt: skip
         G, pull = handed[0], handed[1]
         if not F.STEEP and (F.SLICES == 1 or piece == 0):
@@ -288,9 +297,7 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
         if t0 == start:
             add_to(state_ptrs(reverse.G, line, v0, F), G, F)
             add_to(vector_ptrs(reverse.pull, line * F.SLICES + piece, F), pull, F)
-            if not F.STEEP and (F.SLICES == 1 or piece == 0):
-                tl.store(vector_ptrs(reverse.ratio, line, F), ratio)
-    return (G, pull, ratio, ref, tot), sums
+    return (G, pull), sums
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -323,7 +330,7 @@ def rows_kernel(
 ):
     problem = Problem(heads, parts, groups, stretches, units, span, tokens)
     part, group, pair = locate(problem)
-    part, piece = part // F.SLICES, part % F.SLICES
+    part, piece = share_of(part, F.TAKES_QUERIES, F)
     b, h = pair // problem.heads, pair % problem.heads
     v0 = piece * F.BLOCK_V
     queries = tokens_of(q_ptr, q_strides, b, h * F.GROUP)
@@ -342,11 +349,11 @@ def rows_kernel(
     sums = new_sums(F)
     back = nothing_back(F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers
-    for n in tl.range(turns, disable_licm=True):
-        stretch = first + (turns - 1 - n) // slots
+    stretch, place = first + (turns - 1) // slots, (turns - 1) % slots
+    for _ in tl.range(turns, disable_licm=True):
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
-        t0 = start + (turns - 1 - n) % slots * F.SLOT
+        t0 = start + place * F.SLOT
         due = True
         if F.PACKED:
             due = t0 < stop
@@ -355,6 +362,7 @@ def rows_kernel(
                 queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, stored, reverse,
                 rises, line, piece, back, sums, lq, lk, decay2, part, marks, problem, H, F,
             )  # fmt: skip
+        stretch, place = turn_after(stretch, place, slots, -1)
     if F.STEEP:
         if taken:
             store_sums(partial, group, share, part, sums, problem, F)

@@ -38,6 +38,16 @@ def leads(part, F: tl.constexpr):
 
 
 @triton.jit
+def line_of(group, share, problem, F: tl.constexpr):
+    """Line of a program's shares. Its own number where it has all columns: no register is held."""
+    if F.SLICES == 1 and F.BLOCKS_D == 1:
+        line = tl.cast(tl.program_id(0), tl.int64)
+    else:
+        line = tl.cast(share, tl.int64) * problem.groups + group
+    return line
+
+
+@triton.jit
 def columns_ptrs(base, line, part, F: tl.constexpr):
     """Pointers to a program's columns of line `line` of (lines, PAD_M, columns)."""
     rows = line * F.PAD_M + tl.arange(0, F.PAD_M)
@@ -51,7 +61,7 @@ def store_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
     and slices of columns.
     """
     dcore, dlk, dhalf, ddecay = sums
-    line = tl.cast(share, tl.int64) * problem.groups + group
+    line = line_of(group, share, problem, F)
     offs_m = tl.arange(0, F.PAD_M)
     marks = line * F.PAD_M + offs_m
     if F.TAKES_CORE:

@@ -209,10 +209,11 @@ def slot_states(
     F = args.features(call, config, SLOT=slot)
     parts, (batch, heads) = F.PAD_V // F.BLOCK_V, call.key.shape[:2]
     lines = batch * heads * stretches.count
-    own, slots = args.new_states(call, lines, F), None
+    own, slots, joined = args.new_states(call, lines, F), None, None
     if slot:
         dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
         slots = args.new_states(call, lines * (stretches.span // slot), F, dtype)
+        joined = args.Joined(*own.ref.new_empty(5, *slots.ref.shape))
     saved = own._replace(ref=torch.empty_like(own.ref), tot=torch.empty_like(own.tot))
     ends = args.new_ends(call)
     problem = args.problem_of(call, stretches, parts)
@@ -227,4 +228,4 @@ def slot_states(
             *problem._replace(parts=parts, groups=call.rows), configs.SCAN_ROWS, F,
             num_warps=max(1, F.BLOCK_V // 64),
         )  # fmt: skip
-    return args.Stored(saved, own.ref, own.tot, slots), ends
+    return args.Stored(saved, own.ref, own.tot, slots, joined), ends

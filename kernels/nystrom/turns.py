@@ -12,6 +12,19 @@ from .states import slot_line
 
 
 @triton.jit
+def share_of(part, TAKES_COLUMNS: tl.constexpr, F: tl.constexpr):
+    """(block of columns of queries and keys, slice of those of values) of a program. All blocks
+    have a program of their own where it takes gradients of those columns.
+    """
+    block, piece = 0, 0
+    if F.SLICES > 1:
+        piece = part % F.SLICES
+    if TAKES_COLUMNS and F.BLOCKS_D > 1:
+        block = part // F.SLICES
+    return block, piece
+
+
+@triton.jit
 def risen(rises, start, stop, line, slots, F: tl.constexpr):
     """Does any score of a stretch rise too far, by the notes of its slots from `line` on?"""
     MOST: tl.constexpr = 16
@@ -49,3 +62,16 @@ def turns_of(rises, group, b, pair, problem, table, F: tl.constexpr):
         taken = any_risen(rises, first, count, b, pair, problem, table, F)
         turns = tl.where(taken, turns, 0)
     return slots, first, turns, taken
+
+
+@triton.jit
+def turn_after(stretch, place, slots, STEP: tl.constexpr):
+    """(stretch, number of the slot within it) of the next turn: one on, or one back."""
+    place += STEP
+    if STEP > 0:
+        over = place == slots
+        place = tl.where(over, 0, place)
+    else:
+        over = place < 0
+        place = tl.where(over, slots - 1, place)
+    return tl.where(over, stretch + STEP, stretch), place

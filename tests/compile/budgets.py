@@ -25,7 +25,10 @@ from tests.compile import machine_code
 
 TABLE = Path(__file__).with_name("budgets.csv")
 # no matrix products in them
-SMALL = ("delta_kernel", "merge_kernel", "scan_kernel", "reverse_scan_kernel", "tokens_kernel")
+SMALL = (
+    "delta_kernel", "merge_kernel", "scan_kernel", "reverse_scan_kernel", "tokens_kernel",
+    "join_slots_kernel",
+)  # fmt: skip
 ONE_FORM = "output_kernel"  # its second loop is rare, and no form of the first
 HEADLINES = (
     "forward-bf16-D64-causal-plain", "forward-bf16-D64-block128-plain",

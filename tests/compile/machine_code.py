@@ -137,7 +137,7 @@ class Code:
 
     def _loop(self, first: int, last: int) -> Loop:
         """The loop of these instructions. A long stretch that a branch may jump over is rare: it is
-        left out.
+        left out, unless it has all products of the loop.
         """
         body, i = [], first
         while i <= last:
@@ -145,6 +145,9 @@ class Code:
             body.append(x)
             to = self.target(x)
             jumps = to is not None and x.predicated and i + LEAST < to <= last
+            if jumps:
+                rest = Loop(self.instructions[i:last]).products
+                jumps = not rest or Loop(self.instructions[i:to]).products < rest
             i = to if jumps else i + 1
         return Loop(body)
 

@@ -33,6 +33,7 @@ SCAN, REVERSE_SCAN = 696, 496
 # bytes a token and head: query, key, value, output; and all but the output twice, with dO
 FLOOR = {"forward": 8 * SIZE, "backward": 14 * SIZE}
 STATE = 4 * SIZE * SIZE  # bytes in float32
+JOINED = 10 * 4 * SIZE  # bytes of a slot that its kernel reads and writes
 # Its kernels. Forward: gates summed; keys, values, gates to states; queries, keys, gates to scores
 # of a chunk; queries, values, gates, states, scores to the output. Backward: states again, in
 # float32; their gradients; dV; the gradient of scores; dQ and dK within chunks, and in all; both
@@ -67,11 +68,13 @@ class Prediction:
 
 
 def kernels(pass_: str) -> dict[str, Kernel]:
-    """The kernels of a call that is cut into stretches, but for scans, compiled now and counted."""
+    """The kernels of a call that is cut into stretches, but for small ones, compiled now and
+    counted.
+    """
 
     def counts(name: str, args: tuple) -> bool:
         features = [x for x in args if isinstance(x, Features)]
-        return "scan" not in name and not features[-1].STEEP  # that one is for rises
+        return name not in budgets.SMALL and not features[-1].STEEP  # that one is for rises
 
     with compiling_for(90, counts) as launches:
         Launch(pass_, SIZE, SIZE).run()
@@ -133,13 +136,14 @@ def backward(found: dict[str, Kernel], heads: int, tokens: int, p: float) -> flo
     states = seconds(found["states_kernel"], heads * stretches, span // min(chunk, slot),
                      4 * SIZE * all_tokens + state + slots, p)  # fmt: skip
     scans = sum(max(x * stretches / CLOCK, 2 * state / COPY) for x in (SCAN, REVERSE_SCAN))
+    join = JOINED * heads * -(-tokens // slot) / COPY
     inputs = 8 * SIZE * all_tokens + 2 * state + 2 * slots
     sides = (
         seconds(found[name], programs, units * span // slot,
                 inputs + results * 2 * SIZE * all_tokens + shares * STATE * programs, p)
         for name, results, shares in (("rows_kernel", 1, 2), ("keys_kernel", 2, 1))
     )  # fmt: skip
-    return states + scans + sum(sides)
+    return states + scans + join + sum(sides)
 
 
 def predict() -> list[Prediction]:

@@ -32,7 +32,7 @@ STANDING = [  # for their siblings, which are compiled where targets are named: 
     *(Launch(p, 64, 64) for p in ("backward", "decode", "bidirectional")),
     Launch("forward", 32, 32, dtype=SINGLE),
 ]
-SCANS = ("scan_kernel", "reverse_scan_kernel")  # sums only
+SCANS = ("scan_kernel", "reverse_scan_kernel", "join_slots_kernel")  # sums only
 CUT = ("output_kernel", "rows_kernel", "keys_kernel")  # launched for chunks, then for pieces
 
 
