@@ -25,13 +25,13 @@ from .primitives import chunk_of, load_columns, slot_rows, tile_of
 
 
 @triton.jit
-def add_pull(da, x_ptr, t0, stride, keep, dX_ptr, line, DIM: tl.constexpr, BLOCK: tl.constexpr,
+def add_pull(da, x_ptr, t0, stride, keep, dX_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr,
              BLOCKS: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """da_jl + x_j . dX_l over all columns."""
     for block in tl.static_range(BLOCKS):
         # [CHUNK, BLOCK]
         x = load_columns(x_ptr, t0, stride, keep, block, DIM, BLOCK, F)
-        ptrs, inside = slot_rows(dX_ptr, line, block, DIM, BLOCK, F)
+        ptrs, inside = slot_rows(dX_ptr, 0, block, DIM, BLOCK, F)
         # [PAD_M, BLOCK]
         dX = tl.load(ptrs, mask=inside, other=0.0)
         # [CHUNK, PAD_M]
@@ -63,8 +63,10 @@ def sums_backward_kernel(inputs, dn_ptr, dK_ptr, dV_ptr, dk_ptr, dv_ptr, partial
             keep_ptr += tl.cast(b, tl.int64) * sizes.keep_tokens + chunk * sizes.width
         # [PAD_M]
         dn = load_vector(dn_ptr + line * F.MARKS, F)
-        K_ptrs, K_inside = slot_rows(dK_ptr, line, part, F.DIM, F.BLOCK_D, F)
-        V_ptrs, V_inside = slot_rows(dV_ptr, line, part, F.DIM_V, F.BLOCK_V, F)
+        # offsets within the slots of a chunk take 32 bits
+        chunk_dK, chunk_dV = dK_ptr + line * (F.MARKS * F.DIM), dV_ptr + line * (F.MARKS * F.DIM_V)
+        K_ptrs, K_inside = slot_rows(chunk_dK, 0, part, F.DIM, F.BLOCK_D, F)
+        V_ptrs, V_inside = slot_rows(chunk_dV, 0, part, F.DIM_V, F.BLOCK_V, F)
         # [PAD_M, BLOCK_D]
         dK = tl.load(K_ptrs, mask=K_inside, other=0.0)
         # [PAD_M, BLOCK_V]
@@ -74,9 +76,9 @@ def sums_backward_kernel(inputs, dn_ptr, dK_ptr, dV_ptr, dk_ptr, dv_ptr, partial
             keep, a = tile_of(k_ptr, keep_ptr, x_ptr, x, t0, key_stride, inputs, sizes, F)
             # [CHUNK, PAD_M]
             da = zeros(F.CHUNK, F.PAD_M) + dn[None, :]
-            da = add_pull(da, k_ptr, t0, key_stride, keep, dK_ptr, line, F.DIM, F.BLOCK_D,
+            da = add_pull(da, k_ptr, t0, key_stride, keep, chunk_dK, F.DIM, F.BLOCK_D,
                           F.BLOCKS_D, F)  # fmt: skip
-            da = add_pull(da, v_ptr, t0, value_stride, keep, dV_ptr, line, F.DIM_V, F.BLOCK_V,
+            da = add_pull(da, v_ptr, t0, value_stride, keep, chunk_dV, F.DIM_V, F.BLOCK_V,
                           F.BLOCKS_V, F)  # fmt: skip
             # [CHUNK, PAD_M]
             ds = a * (da - tl.sum(a * da, 1)[:, None]) * inputs.scale

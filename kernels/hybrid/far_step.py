@@ -190,6 +190,28 @@ def load_far(state, pair, n, m0, F: tl.constexpr):
 
 
 @triton.jit
+def move_states(state, s, v, pair, m0, ends, F: tl.constexpr):
+    """As `move_sums` for states: a token of scores s, [BLOCK_M], joins the current chunk's."""
+    known = m0 + tl.arange(0, F.BLOCK_M) < F.MARKS
+    inside = known[:, None] & (tl.arange(0, F.PAD_V) < F.DIM_V)[None, :]
+    L_ptrs, own_L, R_ptrs, own_R = load_far(state, pair, 2, m0, F)
+    own_L, own_R = joined(own_L, own_R, s, v.to(tl.float32)[None, :])
+    if ends:
+        before_L_ptrs, before_L, before_R_ptrs, before_R = load_far(state, pair, 1, m0, F)
+        past_L_ptrs, L, past_R_ptrs, R = load_far(state, pair, 0, m0, F)
+        L, R = joined(L, R, before_L, before_R)
+        tl.debug_barrier()  # several threads read an element that one of them overwrites
+        tl.store(past_L_ptrs, L, mask=known)
+        tl.store(past_R_ptrs, R, mask=inside)
+        tl.store(before_L_ptrs, own_L, mask=known)
+        tl.store(before_R_ptrs, own_R, mask=inside)
+        own_L, own_R = full(F.BLOCK_M, float("-inf")), tl.zeros_like(own_R)
+    tl.debug_barrier()
+    tl.store(L_ptrs, own_L, mask=known)
+    tl.store(R_ptrs, own_R, mask=inside)
+
+
+@triton.jit
 def step_states(inputs, state, k, v, kept, features, scan, b, h, pair, ends, F: tl.constexpr):
     """(reference, mass, numerator) of the far field; with "gate" mass tells if there is one."""
     e, highest = features
@@ -204,7 +226,7 @@ def step_states(inputs, state, k, v, kept, features, scan, b, h, pair, ends, F: 
         core = tl.load(ptrs, mask=(offs_m < F.MARKS)[:, None] & known[None, :], other=0.0)
         # [PAD_G, BLOCK_M]
         W = tl.dot(e, core.to(tl.float32), input_precision=F.PRECISION)
-        L_ptrs, L, R_ptrs, R = load_far(state, pair, 0, m0, F)
+        _, L, _, R = load_far(state, pair, 0, m0, F)
         if F.MERGE == "mass":
             held = L * LOG2E - halves(inputs, m0, b, h, F)
             W = W * tl.exp2(held - scan[0])[None, :]
@@ -212,23 +234,8 @@ def step_states(inputs, state, k, v, kept, features, scan, b, h, pair, ends, F: 
         else:
             mass += tl.sum(tl.where(L > float("-inf"), 1.0, 0.0), 0)
         numerator = mm_acc(W, R, numerator, F)
-        # the token joins the current chunk
         s = tl.where(kept, routing(inputs, k, m0, b, h, F) * LN2, float("-inf"))
-        cL_ptrs, own_L, cR_ptrs, own_R = load_far(state, pair, 2, m0, F)
-        own_L, own_R = joined(own_L, own_R, s, v.to(tl.float32)[None, :])
-        inside = known[:, None] & (tl.arange(0, F.PAD_V) < F.DIM_V)[None, :]
-        if ends:
-            bL_ptrs, before_L, bR_ptrs, before_R = load_far(state, pair, 1, m0, F)
-            L, R = joined(L, R, before_L, before_R)
-            tl.debug_barrier()  # several threads read an element that one of them overwrites
-            tl.store(L_ptrs, L, mask=known)
-            tl.store(R_ptrs, R, mask=inside)
-            tl.store(bL_ptrs, own_L, mask=known)
-            tl.store(bR_ptrs, own_R, mask=inside)
-            own_L, own_R = full(F.BLOCK_M, float("-inf")), tl.zeros_like(own_R)
-        tl.debug_barrier()
-        tl.store(cL_ptrs, own_L, mask=known)
-        tl.store(cR_ptrs, own_R, mask=inside)
+        move_states(state, s, v, pair, m0, ends, F)
     return highest + scan[0], mass, numerator
 
 

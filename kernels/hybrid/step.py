@@ -116,21 +116,25 @@ def merged(near, far, gate_ptr, inputs, F: tl.constexpr):
 
 
 @triton.jit
-def hold_token(held_ptr, x, inside, window, ends, DIM: tl.constexpr, PAD: tl.constexpr,
-               F: tl.constexpr):  # fmt: skip
-    """Hold row x, [PAD]. At a chunk's end the current chunk becomes the one before."""
+def store_output(out_ptr, pair, out, F: tl.constexpr):
+    """Store the output of a group of heads, [PAD_G, PAD_V]."""
+    offs_g, offs_v = tl.arange(0, F.PAD_G), tl.arange(0, F.PAD_V)
+    ptrs = out_ptr + (pair * F.GROUP + offs_g)[:, None] * F.DIM_V + offs_v[None, :]
+    inside = (offs_g < F.GROUP)[:, None] & (offs_v < F.DIM_V)[None, :]
+    tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def end_chunk(held_ptr, window, DIM: tl.constexpr, PAD: tl.constexpr, F: tl.constexpr):
+    """Held tokens at a chunk's end: the current chunk becomes the one before."""
     offs, cols = tl.arange(0, F.BLOCK), tl.arange(0, PAD)
-    if ends:
-        tl.debug_barrier()  # all have read the chunk before
-        for r0 in range(0, window - 1, F.BLOCK):
-            rows = r0 + offs
-            at = rows.to(tl.int64)[:, None] * DIM + cols[None, :]
-            there = (rows < window - 1)[:, None] & (cols < DIM)[None, :]
-            # [BLOCK, PAD]
-            chunk = tl.load(held_ptr + window * DIM + at, mask=there, other=0.0)
-            tl.store(held_ptr + at, chunk, mask=there)
-    row = tl.where(ends, window - 1, window + inside).to(tl.int64)
-    tl.store(held_ptr + row * DIM + cols, x, mask=cols < DIM)
+    for r0 in range(0, window, F.BLOCK):
+        rows = r0 + offs
+        at = rows.to(tl.int64)[:, None] * DIM + cols[None, :]
+        there = (rows < window)[:, None] & (cols < DIM)[None, :]
+        # [BLOCK, PAD]
+        chunk = tl.load(held_ptr + window * DIM + at, mask=there, other=0.0)
+        tl.store(held_ptr + at, chunk, mask=there)
 
 
 @triton.jit(do_not_specialize=["heads", "window"])
@@ -138,13 +142,10 @@ def step_kernel(inputs, state, out_ptr, heads, window, F: tl.constexpr):
     pair = tl.program_id(0)
     b, h = pair // heads, pair % heads
     pair64 = tl.cast(pair, tl.int64)
-    offs_g, offs_d, offs_v = tl.arange(0, F.PAD_G), tl.arange(0, F.PAD_D), tl.arange(0, F.PAD_V)
-    out_ptrs = out_ptr + (pair64 * F.GROUP + offs_g)[:, None] * F.DIM_V + offs_v[None, :]
-    rows = (offs_g < F.GROUP)[:, None] & (offs_v < F.DIM_V)[None, :]
+    offs_d, offs_v = tl.arange(0, F.PAD_D), tl.arange(0, F.PAD_V)
     if F.ACTIVE:
         if tl.load(inputs.active + b) == 0:
-            nothing = zeros(F.PAD_G, F.PAD_V)
-            tl.store(out_ptrs, nothing.to(out_ptr.dtype.element_ty), mask=rows)
+            store_output(out_ptr, pair64, zeros(F.PAD_G, F.PAD_V), F)
             return
     position = tl.load(state.position + b)
     inside = (position % window).to(tl.int32)
@@ -168,9 +169,16 @@ def step_kernel(inputs, state, out_ptr, heads, window, F: tl.constexpr):
     acc = v.to(tl.float32)[None, :] + zeros(F.PAD_G, F.PAD_V)
     held_k = state.key + pair64 * 2 * window * F.DIM
     held_v = state.value + pair64 * 2 * window * F.DIM_V
+    row = (window + inside).to(tl.int64)  # after those that are read
+    tl.store(held_k + row * F.DIM + offs_d, k, mask=offs_d < F.DIM)
+    tl.store(held_v + row * F.DIM_V + offs_v, v, mask=offs_v < F.DIM_V)
     keep_ptr = state.keep + tl.cast(b, tl.int64) * 2 * window
     near = add_keys(q, held_k, held_v, keep_ptr, tl.where(position < window, window, 0),
                     window + inside, (top, total, acc), inputs.scale2, F)  # fmt: skip
+    if ends:
+        tl.debug_barrier()  # all have read the chunk before, and the token is held
+        end_chunk(held_k, window, F.DIM, F.PAD_D, F)
+        end_chunk(held_v, window, F.DIM_V, F.PAD_V, F)
     features = read_features(inputs, b, h, F)
     scan = scan_landmarks(inputs, state, k, b, h, pair64, F)
     near, far = step_far(inputs, state, q, k, v, kept, features, scan, near, b, h, pair64, ends, F)
@@ -178,10 +186,7 @@ def step_kernel(inputs, state, out_ptr, heads, window, F: tl.constexpr):
     if F.MERGE == "gate":
         gate_ptr += tl.cast(b, tl.int64) * inputs.gate_strides[0]
         gate_ptr += h * F.GROUP * inputs.gate_strides[1]
-    out = merged(near, far, gate_ptr, inputs, F)
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows)
-    hold_token(held_k, k, inside, window, ends, F.DIM, F.PAD_D, F)
-    hold_token(held_v, v, inside, window, ends, F.DIM_V, F.PAD_V, F)
+    store_output(out_ptr, pair64, merged(near, far, gate_ptr, inputs, F), F)
 
 
 @triton.jit(do_not_specialize=["window"])
