@@ -75,6 +75,7 @@ class Joined(NamedTuple):
     past: Tensor  # factors of `acc`: at the start of its stretch,
     new: Tensor  # and of what the stretch holds by itself
     left: Tensor  # e^{L at its start - L at its end}
+    empty: Tensor  # (lines,): 1 where any landmark holds nothing at its start
 
 
 class Stored(NamedTuple):

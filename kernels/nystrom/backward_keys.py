@@ -47,7 +47,7 @@ from .reading import (
     turned_weights,
 )
 from .shares import columns_ptrs, leads, line_of, put_share
-from .slots import end_of_slot, load_held, start_of_slot
+from .slots import end_of_slot, is_empty, load_held, start_of_slot
 from .states import slot_line
 from .turns import share_of, turn_after, turns_of
 
@@ -80,11 +80,12 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     keep = kept_tokens(keep_ptr, t0, until, F)
     # [PAD_M, CHUNK]
     if F.STEEP:
-        k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+        k, P, first, ref, tot, moved = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
+                                                      is_empty(place), F)  # fmt: skip
         P = cut_operand(P, F)
     else:
-        k, P, ref, tot, moved = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
-                                                F)  # fmt: skip
+        k, P, ref, tot, moved = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
+                                                is_empty(place), True, F)  # fmt: skip
     total = tot + tl.sum(P, 1)
     P = operand(P, F)
     calm = True
@@ -183,8 +184,8 @@ def take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F: tl.
 
 
 @triton.jit
-def walk_to(keys, values, keep_ptr, start, until, stop, most, state, lq, decay2, width, marks,
-            F: tl.constexpr):  # fmt: skip
+def walk_to(keys, values, keep_ptr, start, until, stop, most, state, place, lq, decay2, width,
+            marks, F: tl.constexpr):  # fmt: skip
     """(t0, state, steps): the start of the chunk or piece that ends at `until`, the state there,
     and the steps of a walk in pieces, `most` at most; one in chunks takes `most`.
     """
@@ -196,7 +197,7 @@ def walk_to(keys, values, keep_ptr, start, until, stop, most, state, lq, decay2,
         if before:
             keep = kept_tokens(keep_ptr, t0, stop, F)
             k, P, first, top, total, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
-                                                        F)  # fmt: skip
+                                                        is_empty(place), F)  # fmt: skip
             length = tl.minimum(stop - t0, first)
             if F.STEEP:
                 steps += 1
@@ -239,8 +240,8 @@ def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, unt
                 if F.TAKES_KEYS:
                     held = load_held(place, F)
                 state = totals[0], totals[1], held
-                t0, own, steps = walk_to(keys, values, keep_ptr, start, end, stop, most, state, lq,
-                                         decay2, width, marks, F)  # fmt: skip
+                t0, own, steps = walk_to(keys, values, keep_ptr, start, end, stop, most, state,
+                                         place, lq, decay2, width, marks, F)  # fmt: skip
                 reverse, sums, end = chunk_keys(
                     queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, end, stop, own,
                     reverse, place, sums, lq, lk, decay2, part, width, marks, F,

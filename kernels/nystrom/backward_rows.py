@@ -48,7 +48,7 @@ from .reading import (
     turned_weights,
 )
 from .shares import leads, new_sums, store_sums
-from .slots import load_held, start_of_slot
+from .slots import is_empty, load_held, start_of_slot
 from .states import slot_line
 from .turns import share_of, turn_after, turns_of
 
@@ -155,7 +155,8 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
     G, pull, ratio = handed
     keep = kept_tokens(keep_ptr, t0, stop, F)
     # [PAD_M, CHUNK]
-    k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+    k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
+                                                 is_empty(place), F)  # fmt: skip
     P = operand(P, F)
     # [PAD_M, BLOCK_V]
     held = acc

@@ -64,11 +64,10 @@ def middle(decay2, F: tl.constexpr):
 
 
 @triton.jit
-def first_reference(s, keep, ref, tot, shift, F: tl.constexpr):
-    """`ref`, or where nothing is held the first kept key's score plus `shift`, [PAD_M]."""
-    due = True
-    if F.SLOT > 0:  # a column is dear to pick; but the forward has no registers for a branch
-        due = tl.min(tot, 0) == 0.0
+def first_reference(s, keep, ref, tot, shift, due, F: tl.constexpr):
+    """`ref`, or where nothing is held the first kept key's score plus `shift`, [PAD_M]. `due` is
+    True if anything holds nothing: a column is dear to pick.
+    """
     if due:
         head = 0
         if F.KEEP:
@@ -78,7 +77,7 @@ def first_reference(s, keep, ref, tot, shift, F: tl.constexpr):
 
 
 @triton.jit
-def exponentials(s, keep, ref, tot, shift, F: tl.constexpr):
+def exponentials(s, keep, ref, tot, shift, due, F: tl.constexpr):
     """(ref, P = 2^(s - ref), first token that rises more than RISE above it, CHUNK if none).
 
     The reference is never one that a later token can change. P is 0 where it would rise further,
@@ -86,7 +85,7 @@ def exponentials(s, keep, ref, tot, shift, F: tl.constexpr):
     rest is NaN, in pieces of any length.
     """
     offs = tl.arange(0, F.CHUNK)
-    ref = first_reference(s, keep, ref, tot, shift, F)
+    ref = first_reference(s, keep, ref, tot, shift, due, F)
     x = s - ref[:, None]
     calm = x <= RISE  # false for NaN
     if F.STEEP:
@@ -201,25 +200,26 @@ def may_have_risen(highest):
 
 
 @triton.jit
-def open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, HIDES: tl.constexpr,
+def open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, due, HIDES: tl.constexpr,
                     F: tl.constexpr):  # fmt: skip
     """(keys, P, ref, tot, factor that totals moved by), scores not being looked at one by one.
 
     P = e^{s-ref}, [PAD_M, CHUNK], is at most 2^97, which a NaN gives as well: so rows before a
-    steep rise are right, and totals tell of it. Hidden tokens have 0 if HIDES.
+    steep rise are right, and totals tell of it. Hidden tokens have 0 if HIDES. `due` is that of
+    `first_reference`.
     """
     s, k = all_scores(keys, t0, keep, lq, decay2, marks, F)
     if HIDES:
         s = tl.where(keep[None, :], s, float("-inf"))
     ref, tot, shift, share = at_middle(ref, tot, decay2, F)
-    ref = first_reference(s, keep, ref, tot, shift, F)
+    ref = first_reference(s, keep, ref, tot, shift, due, F)
     return k, bounded(tl.exp2(s - ref[:, None]), F), ref, tot, share
 
 
 @triton.jit
-def open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F: tl.constexpr):
+def open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, due, F: tl.constexpr):
     """(keys, P, first token that rises too far, CHUNK if none, ref, tot, factor that totals moved
-    by).
+    by); `due` is that of `first_reference`.
 
     P = e^{s-ref}, [PAD_M, CHUNK].
     """
@@ -227,10 +227,10 @@ def open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F: tl.constexpr):
         s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
         ref, share = raised(s, ref, tot, F)
         tot *= share
-        ref, P, first = exponentials(s, keep, ref, tot, 0.0, F)
+        ref, P, first = exponentials(s, keep, ref, tot, 0.0, due, F)
     else:
-        k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
-                                                F)  # fmt: skip
+        k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, due,
+                                                True, F)  # fmt: skip
         first = F.CHUNK
         if may_have_risen(exponent(tot + tl.sum(P, 1))):
             offs = tl.arange(0, F.CHUNK)[None, :]
@@ -248,7 +248,7 @@ def enter_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, marks, 
     keep = kept_tokens(keep_ptr, t0, stop, F)
     v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
-    k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, F)
+    k, P, first, ref, tot, share = open_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True, F)
     if F.STEEP or F.DECAY:
         acc *= share[:, None]
     return keep, v, operand(P, F), first, ref, tot, acc, share
@@ -263,7 +263,7 @@ def enter_calm_chunk(keys, values, keep_ptr, t0, stop, state, lq, decay2, v0, ma
     """
     ref, tot, acc = state
     keep = kept_tokens(keep_ptr, t0, stop, F)
-    k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks,
+    k, P, ref, tot, share = open_calm_chunk(keys, t0, keep, ref, tot, lq, decay2, marks, True,
                                             F.KEEP or F.ONE_PASS, F)  # fmt: skip
     v = load_rows(values[0] + v0, t0, values[1], keep, F.DIM_V - v0, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0)  # fmt: skip
@@ -280,7 +280,7 @@ def first_rise(keys, keep_ptr, start, stop, ref, tot, lq, decay2, marks, F: tl.c
         keep = kept_tokens(keep_ptr, t0, stop, F)
         s, k = key_scores(keys, t0, keep, lq, decay2, marks, F)
         ref, tot, shift, share = at_middle(ref, tot, decay2, F)
-        ref, P, first = exponentials(s, keep, ref, tot, shift, F)
+        ref, P, first = exponentials(s, keep, ref, tot, shift, True, F)
         P = cut_operand(P, F)
         if first < F.CHUNK:
             rise = tl.minimum(rise, t0 + first)

@@ -80,6 +80,10 @@ def join_slots_kernel(
     tl.store(stored.joined.past + lines, past, mask=there)
     tl.store(stored.joined.new + lines, new, mask=there)
     tl.store(stored.joined.left + lines, left, mask=there)
+    # [ROWS]
+    empty = (tl.min(tot, 1) == 0.0).to(tl.int32)
+    first = line * tl.cdiv(problem.span, F.SLOT)
+    tl.store(stored.joined.empty + first + slot, empty, mask=slot * F.SLOT < length)
 
 
 @triton.jit
@@ -116,6 +120,13 @@ def start_of_slot(stored, slot, F: tl.constexpr):
     """(ref, tot) before a slot."""
     ref, tot = vector_ptrs(stored.joined.ref, slot, F), vector_ptrs(stored.joined.tot, slot, F)
     return tl.load(ref), tl.load(tot)
+
+
+@triton.jit
+def is_empty(place):
+    """Does any landmark hold nothing at the start of a slot?"""
+    stored, reverse, rises, line, slot, v0, piece = place
+    return tl.load(stored.joined.empty + slot) != 0
 
 
 @triton.jit

@@ -213,7 +213,8 @@ def slot_states(
     if slot:
         dtype = torch.bfloat16 if F.BFLOAT16 else torch.float32
         slots = args.new_states(call, lines * (stretches.span // slot), F, dtype)
-        joined = args.Joined(*own.ref.new_empty(5, *slots.ref.shape))
+        empty = slots.ref.new_empty(len(slots.ref), dtype=torch.int32)
+        joined = args.Joined(*own.ref.new_empty(5, *slots.ref.shape), empty)
     saved = own._replace(ref=torch.empty_like(own.ref), tot=torch.empty_like(own.tot))
     ends = args.new_ends(call)
     problem = args.problem_of(call, stretches, parts)
