@@ -14,7 +14,7 @@ from flashmark.block_sparse.call import Call, Grads, Saved
 
 from . import arguments as args
 from . import bias as bias_gradient
-from . import forms, passes
+from . import configs, forms, passes
 from .backward_kv import Operands, backward_kv_kernel
 from .backward_q import backward_q_kernel
 from .primitives import LOG2E, ROWS_OF_A_TILE, head_of, load_rows, load_tile, padded_rows
@@ -174,9 +174,27 @@ def _keys_and_values(
         call.scale,
         *sizes,
         F=features,
-        **config.options,
+        **(config.options | _stages(config, operands)),
     )
     return dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+def _stages(config: configs.Config, operands: Operands) -> dict[str, int]:
+    """Stages of the walk over queries: one on Hopper and later unless both tiles are copied
+    asynchronously. Triton would put the proxy fence of a tile that is not in front of the wait for
+    one that is, which a product would then read unfenced.
+    """
+    arch = configs.device_arch(operands.query.device)
+    fenced = isinstance(arch, int) and arch >= 90
+    copied = _is_copied(operands.query) and _is_copied(operands.dout)
+    return {"num_stages": 1 if fenced and not copied else config.num_stages}
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    """Whether Triton copies rows asynchronously for a product: it knows them to be aligned."""
+    size = tensor.element_size()
+    steps = (step % 16 for step in tensor.stride()[:3])  # what Triton asks of a number
+    return not (tensor.shape[-1] * size % 16 or tensor.data_ptr() % 16 or any(steps))
 
 
 def _queries(operands: Operands, call: Call, described: args.KernelArguments) -> Tensor:

@@ -31,6 +31,7 @@ EXACT = {
     "window": PLAIN,
     "window, D=128": dataclasses.replace(PLAIN, dim=128),
     "window, float32": dataclasses.replace(PLAIN, dtype=torch.float32, q_len=70, dim=32, block=32),
+    "window, rows of 200 bytes": dataclasses.replace(PLAIN, dim=100, v_dim=64),
     "dropout": dataclasses.replace(PLAIN, dropout_p=0.2),
     "dense bias": dataclasses.replace(PLAIN, bias=(1, 2, 150, 150)),
     "relative bias": dataclasses.replace(PLAIN, bias=(2, 299)),

@@ -26,7 +26,12 @@ EVERYWHERE = (
 )
 CHOSEN = {
     80: (*EVERYWHERE, "block-sparse: relative bias"),
-    90: (*EVERYWHERE, "block-sparse: window, float32", "block-sparse: dropout"),
+    90: (
+        *EVERYWHERE,
+        "block-sparse: window, float32",
+        "block-sparse: window, rows of 200 bytes",
+        "block-sparse: dropout",
+    ),
 }
 
 
