@@ -70,9 +70,8 @@ def choose_mass(
     """The config of a pass that reads the far field of merge="mass"; widths are padded."""
     bfloat16, wide = dtype == torch.bfloat16, max(marks, dim, v_dim) > 64
     arch = shared.device_arch(where)
-    tight = (
-        marks > 64 and arch not in ROOMY
-    )  # a core in bfloat16 and what it lost take 64 of 99 KiB
+    # a core in bfloat16 and what it lost take 64 of 99 KiB
+    tight = marks > 64 and arch not in ROOMY
     if pass_ == "forward":
         tile = 64 if bfloat16 and marks <= 64 else 16 if tight and dtype == torch.float32 else 32
         block = 16 if tight and dtype == torch.float32 else 32 if tight else 64

@@ -7,6 +7,8 @@ import dataclasses
 
 import torch
 
+from flashmark import dispatch
+
 from ..block_sparse import configs as shared
 
 PASSES = ("states", "forward", "pieces", "decode", "rows", "keys", "read")
@@ -34,7 +36,8 @@ def using(**passes: Config) -> contextlib.AbstractContextManager[None]:
     return shared.with_entries(_IN_USE, passes)
 
 
-ROOMY = (80, 90, 100, 103, "cpu")  # 163 KiB of shared memory to a program, or more
+# 163 KiB of shared memory to a program, or more
+ROOMY = (*(10 * major + minor for major, minor in dispatch.ROOMY), "cpu")
 TWICE = (90, 100, 103, "cpu")  # 227 KiB: the same with two programs that load ahead
 MOST_IN_CHUNKS = 128  # landmarks whose whole chunks fit; pieces, one after the other, take more
 
