@@ -22,6 +22,12 @@ def constant_when_traced(function: Function) -> Function:
     return function
 
 
+def fake_mode() -> Any:
+    """The FakeTensorMode around, where it takes fake tensors alone; else None."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return None if mode is None or mode.allow_non_fake_inputs else mode
+
+
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
     """Run without the modes around (fake tensors, tracing, counting) and without the transforms of

@@ -187,6 +187,10 @@ def test_transforms_go_to_torch(routed, any_backend):
     assert set(routed) == {"torch"}
 
 
+def test_scale_may_be_a_bool_as_in_torch(any_backend):
+    check(*helpers.qkv(1, 2, 130, 8), scale=True)
+
+
 def test_what_torch_refuses_is_refused(any_backend):
     query, key, value = helpers.qkv(1, 2, 130, 8, grad=False)
     mask = torch.ones(130, 130, dtype=torch.bool)
@@ -196,6 +200,7 @@ def test_what_torch_refuses_is_refused(any_backend):
         ((query, key[..., :4], value), {}),
         ((query, key, value), {"dropout_p": 1.5}),
         ((query, key, value, mask.int()), {}),
+        ((query, key, value), {"enable_gqa": None}),
     ):
         raised = []
         for function in (theirs, ours):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashmark
 from flashmark import masks
@@ -182,6 +183,39 @@ def test_exported_and_loaded_module_gives_the_same(name, strict):
     wanted = module(*given)
     helpers.assert_close(program.module()(*given), wanted, 1e-6)
     helpers.assert_close(saved_and_loaded(program).module()(*given), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+@pytest.mark.parametrize("number", ["batch", "heads"])
+def test_export_with_an_expression_and_free_numbers_of_samples_or_heads(number, strict):
+    """Positions alone decide such a mask, so that neither is fixed by it."""
+    dim = ["batch", "heads"].index(number)
+    free = [{dim: torch.export.Dim("n", min=1, max=99)}] * 3
+    given = helpers.qkv(3, 3, N, 8, grad=False)
+    program = torch.export.export(Building(9), given, dynamic_shapes=free, strict=strict)
+    for n in (1, 2, 7):
+        other = helpers.qkv(*((n, 3) if number == "batch" else (3, n)), N, 8, grad=False)
+        helpers.assert_close(program.module()(*other), Building(9)(*other), 1e-6)
+
+
+def test_batches_of_any_size_share_two_graphs():
+    compiled = torch.compile(Building(9), fullgraph=True, backend="aot_eager")
+    for batch in (3, 2, 5, 7):
+        given = helpers.qkv(batch, 2, N, 8, grad=False)
+        helpers.assert_close(compiled(*given), Building(9)(*given), 1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_expression_among_fake_tensors():
+    """As memory is estimated: all that a call makes is fake as well, and nothing fake is kept."""
+    flashmark.masks.cache._remembered.cache_clear()
+    with FakeTensorMode():
+        query, key, value = (x.requires_grad_() for x in inputs())
+        out = Building(9)(query, key, value)
+        out.sum().backward()
+        assert out.shape == query.shape and query.grad.shape == query.shape
+    block = block_mask(masks.causal() & (masks.sliding_window(9) | masks.prefix(3)))
+    helpers.assert_close(Building(9)(*inputs()), attend(*inputs(), block), 1e-6)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])

@@ -172,6 +172,12 @@ def test_the_size_of_a_cache_of_keys(name, max_length):
         made(name).init_cache(1, max_length)
 
 
+@pytest.mark.parametrize("batch", [-1, None, 2.0, True])
+def test_the_batch_of_a_cache(module, batch):
+    with pytest.raises((ValueError, TypeError), match="batch: expected an int >= 0"):
+        module.init_cache(batch, 8)
+
+
 def test_no_cache_without_causality():
     with pytest.raises(ValueError, match="is_causal=False"):
         BlockSparseAttention(WIDTH, 4, is_causal=False).init_cache(1, 8)

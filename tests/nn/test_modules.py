@@ -65,6 +65,21 @@ def heads(x, module, part):
     return (x @ weight.mT).unflatten(-1, (groups[part], module.head_dim)).transpose(1, 2)
 
 
+@pytest.fixture
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_made_where_float64_is_the_default(double_by_default, module):
+    """Every parameter is float64, as PyTorch's modules have it, and what a cache keeps."""
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    x = torch.randn(2, N, WIDTH)
+    with torch.no_grad():
+        helpers.assert_close(module(x, cache=module.init_cache(2, N)), module(x), 1e-12)
+
+
 @pytest.mark.parametrize("kind", [BlockSparseAttention, NystromAttention, HybridAttention])
 def test_shapes_on_the_meta_device(kind):
     options = {BlockSparseAttention: (), NystromAttention: (3,), HybridAttention: (3,)}[kind]

@@ -92,7 +92,8 @@ def _ours(
         isinstance(is_causal, bool)
         and isinstance(dropout_p, float | int)
         and 0.0 <= dropout_p < 1.0
-        and (scale is None or (isinstance(scale, float | int) and math.isfinite(scale)))
+        and isinstance(enable_gqa, bool)
+        and (scale is None or (_is_number(scale) and math.isfinite(scale)))
     )
     return (
         simple
@@ -102,6 +103,10 @@ def _ours(
         and (attn_mask is None or (not is_causal and _mask_fits(attn_mask, query, key)))
         and _ahead(query, key, attn_mask)
     )
+
+
+def _is_number(scale: object) -> bool:
+    return isinstance(scale, float | int) and not isinstance(scale, bool)
 
 
 def _transformed(tensors: list[Tensor]) -> bool:

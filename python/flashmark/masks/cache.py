@@ -19,7 +19,7 @@ from flashmark.masks.compile import compile_mask
 from flashmark.masks.data import dense
 from flashmark.masks.expression import Mask, from_formula
 from flashmark.masks.positions import plain_kind
-from flashmark.tracing import constant_when_traced, without_modes
+from flashmark.tracing import constant_when_traced, fake_mode, without_modes
 
 REMEMBERED = 128  # compiled expressions of positions; each has O(tiles along its border) bytes
 
@@ -39,8 +39,6 @@ def block_mask_for(
     if kind is not None:
         return (plain_mask if torch.compiler.is_compiling() else _plain)(kind, q_len, kv_len)
     assert mask is not None
-    # torch.compile may trace sizes as symbols: an expression is compiled for their values
-    batch, heads, q_len, kv_len = (operator.index(n) for n in (batch, heads, q_len, kv_len))
     return compiled(mask, batch, heads, q_len, kv_len, device)
 
 
@@ -59,11 +57,16 @@ def compiled(
     mask: Mask, batch: int, heads: int, q_len: int, kv_len: int, device: torch.device
 ) -> BlockMask:
     """`compile_mask` at the largest block size of the expression."""
+    # torch.compile may trace sizes as symbols: an expression is compiled for their values. One of
+    # positions is the same for all samples and heads, whose numbers may stay free.
+    q_len, kv_len = operator.index(q_len), operator.index(kv_len)
     if mask.formula is not None:
         if torch.compiler.is_compiling():
             return unpack_mask(*_constant(_fixed(mask.formula), q_len, kv_len, device))
-        return _remembered(mask.formula, q_len, kv_len, device)
-    sizes = (batch, heads, q_len, kv_len)
+        held = _remembered(mask.formula, q_len, kv_len, device)
+        mode = fake_mode()
+        return held if mode is None else held.mapped(mode.from_tensor)
+    sizes = (operator.index(batch), operator.index(heads), q_len, kv_len)
     if torch.compiler.is_compiling():
         from flashmark.masks.untraced import evaluated
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flashmark.arguments import check_count
 from flashmark.masks import Mask, causal, key_padding
 from flashmark.masks.cache import compiled
 from flashmark.models.layers import (
@@ -221,6 +222,7 @@ class T5(nn.Module):
         """Room for `max_length` decoded tokens a sample. `rollback` is for models with states:
         here `crop` takes back any number."""
         config, weight = self.config, self.embed.weight
+        batch, max_length = check_count("batch", batch, 0), check_count("max_length", max_length)
         sizes = batch, config.heads, max_length
         mask = compiled(self.mask, *sizes, max_length, weight.device)
         layers = [

@@ -90,7 +90,7 @@ class BlockSparseAttention(ProjectedAttention):
         """
         if self.mask is None:
             raise ValueError("cache: expected a causal module, got is_causal=False")
-        max_length = check_count("max_length", max_length)
+        batch, max_length = check_count("batch", batch, 0), check_count("max_length", max_length)
         place = self._place(dtype, device)
         sizes = batch, self.num_heads, max_length, max_length
         mask = compiled(self.mask, *sizes, place["device"])

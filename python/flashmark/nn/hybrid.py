@@ -118,7 +118,7 @@ class HybridAttention(ProjectedAttention):
 
         Nor is `dtype`: the state takes that of the first keys and values.
         """
-        device = self._place(dtype, device)["device"]
+        batch, device = check_count("batch", batch, 0), self._place(dtype, device)["device"]
         return StateCache(None, torch.zeros(batch, dtype=torch.int32, device=device))
 
     def forward(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashmark.arguments import check_count
 from flashmark.autograd import check_no_derivative, reached
 from flashmark.nn.cache import StateCache, check_cache
 from flashmark.nn.projected import ProjectedAttention
@@ -83,7 +84,7 @@ class NystromAttention(ProjectedAttention):
         device: torch.device | str | None = None,
     ) -> StateCache:
         """The state before any token. `max_length` is not needed: any number of them fits."""
-        place = self._place(dtype, device)
+        batch, place = check_count("batch", batch, 0), self._place(dtype, device)
         place["dtype"] = torch.promote_types(place["dtype"], torch.float32)
         marks = self.landmarks.shape[1]
         state = NystromState.empty(batch, self.num_kv_heads, marks, self.head_dim, **place)

@@ -152,7 +152,7 @@ class RoutedAttention(ProjectedAttention):
         2 * batch * num_kv_heads * max_length * head_dim numbers, and for each block (head_dim + 1)
         a landmark and key head.
         """
-        max_length = check_count("max_length", max_length)
+        batch, max_length = check_count("batch", batch, 0), check_count("max_length", max_length)
         marks = 1 if self.landmarks is None else self.landmarks.shape[1]
         return RoutedCache(
             batch, self.num_kv_heads, max_length, self.head_dim, block_size=self.block_size,

@@ -280,14 +280,15 @@ def init_landmarks(
     landmarks: int,
     head_dim: int,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Orthogonal rows times sqrt(head_dim), (kv_heads, landmarks, head_dim).
 
-    More landmarks than dimensions are stacked from several orthogonal blocks. Wrap the result in an
-    `nn.Parameter` and `mark_landmarks` it.
+    More landmarks than dimensions are stacked from several orthogonal blocks. float32 when `dtype`
+    is None, or float64 where that is PyTorch's default. Wrap the result in an `nn.Parameter` and
+    `mark_landmarks` it.
     """
     for name, n in (("kv_heads", kv_heads), ("landmarks", landmarks), ("head_dim", head_dim)):
         if n < 1:
@@ -296,6 +297,8 @@ def init_landmarks(
     shape = kv_heads, blocks, head_dim, head_dim
     normal = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
     rows = torch.linalg.qr(normal).Q.flatten(1, 2)[:, :landmarks]
+    if dtype is None:
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     return (rows * math.sqrt(head_dim)).to(dtype).contiguous()
 
 
