@@ -140,7 +140,6 @@ def block_scores(
     each = torch.logsumexp(each.masked_fill(empty[:, :, None, None, :, None], 0.0), 5)
     at, first = _places(q_len, kv_len, query_offset, cu_seqlens, query.device)
     own = (at - first).div(block_size, rounding_mode="floor")[..., None]
-    starts = _starts(kv_len, cu_seqlens, query.device)
     number = torch.arange(-(-kv_len // block_size), device=query.device)
     base = torch.zeros_like(first)  # the first block of its sequence
     if kv_len:
