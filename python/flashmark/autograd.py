@@ -60,7 +60,10 @@ def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def unit_stride(x: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy; backends expect it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if x.stride(-1) == 1:
+        return x
+    # an empty tensor counts as contiguous, whatever its strides
+    return x.contiguous() if x.numel() else x.clone(memory_format=torch.contiguous_format)
 
 
 def refuse_tracing(name: str) -> None:

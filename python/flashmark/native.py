@@ -65,11 +65,6 @@ def solves_cores(device: torch.device) -> bool:
     return preferred(device) or device.type == "cuda" and has_cuda()
 
 
-def solves_landmarks(device: torch.device) -> bool:
-    """Whether flashmark takes `landmarks_core` for landmarks that autograd follows."""
-    return device.type == "cuda" and has_cuda()
-
-
 def _operators():
     reason = why_not()
     if reason:

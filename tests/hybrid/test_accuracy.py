@@ -38,6 +38,19 @@ def test_float64_is_the_definition(merge):
     helpers.assert_close(found, reference.hybrid_attention(**arguments), 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (60, 1), (4, 1, 1), (1, 60, 1)], ids=str)
+def test_a_gate_of_fewer_dimensions_is_broadcast(op, shape):
+    arguments = Case(60, 8, 5, "gate", group=2, kv_heads=2, batch=2).arguments()
+    gate = helpers.randn(*shape, seed=3).sigmoid().requires_grad_()
+    whole = gate.detach().expand(2, 4, 60, 1).contiguous().requires_grad_()
+    one, other = (op(**arguments | {"gate": x}) for x in (gate, whole))
+    assert torch.equal(one, other)
+    (grad,), (wanted,) = (
+        torch.autograd.grad(x.square().sum(), y) for x, y in ((one, gate), (other, whole))
+    )
+    helpers.assert_close(grad, wanted.sum_to_size(shape), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("merge", MERGES)
 def test_half_precision_is_as_good_as_plain_pytorch(op, merge, dtype):

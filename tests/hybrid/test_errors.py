@@ -42,7 +42,7 @@ BAD = {
     "gate-without-its-merge": (ValueError, "gate", lambda: base(gate=GATE)),
     "no-gate": (ValueError, "gate", lambda: base(merge="gate")),
     "gate-of-another-shape": (ValueError, "gate", lambda: base(merge="gate", gate=GATE[:, :3])),
-    "gate-of-three-dimensions": (ValueError, "gate", lambda: base(merge="gate", gate=GATE[0])),
+    "gate-of-five-dimensions": (ValueError, "gate", lambda: base(merge="gate", gate=GATE[None])),
     "gate-a-number": (TypeError, "gate", lambda: base(merge="gate", gate=0.5)),
     "integer-gate": (TypeError, "gate", lambda: base(merge="gate", gate=GATE.long())),
     "core-for-slots": (ValueError, "core", lambda: base(core=torch.eye(5).expand(2, 5, 5))),

@@ -69,3 +69,18 @@ def test_the_mean_of_a_landmark_that_holds_nothing_is_not_read(op, rest):
         runs.append(results(op, arguments | {"state": (L.clone(), R.clone())}))
     for actual, expected in zip(*runs, strict=True):
         helpers.assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 0, 4), (0, 2, 5, 4), (1, 2, 6, 1)], ids=str)
+def test_any_stride_of_tensors_that_are_empty_or_one_wide(op, shape):
+    """Such tensors count as contiguous, whatever the stride of their last dimension."""
+    query, key, value = (
+        helpers.randn(*shape[:-1], 2 * shape[-1])[..., ::2].requires_grad_() for _ in range(3)
+    )
+    marks = helpers.randn(2, 3, shape[-1], grad=True)
+    out, (L, R) = op(query, key, value, marks, return_state=True)
+    assert out.shape == shape and R.shape == (shape[0], 2, 3, shape[-1])
+    seen = shape[2] > 0
+    assert (L > -math.inf).all() if seen else (L == -math.inf).all()
+    grads = torch.autograd.grad(out.sum() + R.sum(), (query, key, value))
+    assert [x.shape for x in grads] == [shape] * 3

@@ -143,3 +143,49 @@ def test_opcheck(backend, name):
             torch.Tensor, torch.Tensor.detach, (args, kwargs)
         )
         torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "landmarks", "scores"])
+def test_any_stride_of_the_last_dimension(op, name):
+    query, key, value, landmarks = inputs(100)
+    scores = helpers.randn(2, 2, 100, 7, seed=8)
+    tensors = {"query": query, "key": key, "value": value}
+    tensors |= {"scores": scores} if name == "scores" else {"landmarks": landmarks}
+    wanted = op(**tensors, top_k=2)
+    x = tensors[name].detach()
+    spread = helpers.randn(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+    assert torch.equal(op(**tensors | {name: spread}, top_k=2), wanted)
+
+
+@pytest.mark.parametrize("backend", [*helpers.BACKENDS, "reference"])
+def test_packed_sequences_without_a_token(backend):
+    query, key, value, landmarks = inputs(0, grad=True)
+    query, key, value = (x[:1].detach().requires_grad_() for x in (query, key, value))
+    call = {"cu_seqlens": integers(0, 0, 0), "backend": backend}
+    out = flashmark.routed_attention(query, key, value, landmarks, top_k=2, **call)
+    assert out.shape == query.shape
+    assert [x.shape for x in torch.autograd.grad(out.sum(), (query, key, value))] == [
+        x.shape for x in (query, key, value)
+    ]
+    assert flashmark.block_scores(query, key, landmarks, **call).shape == (1, 2, 0, 0)
+
+
+@pytest.mark.parametrize("backend", [*helpers.BACKENDS, "reference"])
+def test_scores_where_there_is_no_block(backend):
+    query, key, _, landmarks = inputs(0)
+    scores = flashmark.block_scores(query, key, landmarks, backend=backend)
+    assert scores.shape == (2, 2, 0, 0)
+    scores = flashmark.block_scores(query.new_ones(2, 4, 3, 16), key, landmarks, backend=backend)
+    assert scores.shape == (2, 2, 3, 0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_shapes_on_the_meta_device(backend, packed):
+    query, key, value = (x[:1].detach().to("meta") for x in inputs(40)[:3])
+    landmarks = torch.empty(2, 3, 16, device="meta")
+    lengths = torch.empty(3, dtype=torch.int32, device="meta") if packed else None
+    call = {"block_size": 16, "cu_seqlens": lengths, "backend": backend}
+    out = flashmark.routed_attention(query, key, value, landmarks, top_k=2, **call)
+    assert out.shape == query.shape and out.device.type == "meta"
+    assert flashmark.block_scores(query, key, landmarks, **call).shape == (1, 2, 40, 3)

@@ -102,7 +102,7 @@ def hybrid_attention(
     query, key, value = under_autocast(query, key, value)
     check_qkv(query, key, value)
     cu_seqlens = check_lengths(query, key, True, cu_seqlens)
-    check_merge(merge, gate, core, landmarks, query)
+    gate = check_merge(merge, gate, core, landmarks, query)
     window = check_window(window)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else finite("scale", scale)
     tied = isinstance(landmarks, Tensor)

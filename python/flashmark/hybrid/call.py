@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 
-from flashmark.arguments import check_count, check_same, check_tensor, one_or
+from flashmark.arguments import check_count, check_same, one_or
 from flashmark.dispatch import choose_backend
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def check_window(window) -> int:
     return check_count("window", window)
 
 
-def check_merge(merge, gate, core, landmarks, query) -> None:
+def check_merge(merge, gate, core, landmarks, query) -> Tensor | None:
+    """The gate, in four dimensions."""
     if merge not in MERGES:
         raise ValueError(f"merge: expected 'slots', 'mass' or 'gate', got {merge!r}")
     if (gate is None) == (merge == "gate"):
@@ -74,12 +75,15 @@ def check_merge(merge, gate, core, landmarks, query) -> None:
     if merge == "mass" and isinstance(landmarks, tuple | list):
         raise ValueError("landmarks: expected one tensor with merge='mass', got a pair")
     if gate is None:
-        return
-    check_tensor("gate", gate, 4)
+        return None
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"gate: expected a tensor, got {type(gate).__name__}")
     check_same("gate", gate, dtype=None, device=query.device)
     shape = (*query.shape[:3], 1)
-    if not all(map(one_or, gate.shape, shape)):
+    whole = gate[(None,) * (4 - gate.dim())] if gate.dim() < 4 else gate
+    if whole.dim() > 4 or not all(map(one_or, whole.shape, shape)):
         raise ValueError(f"gate: expected broadcastable to {shape}, got {tuple(gate.shape)}")
+    return whole
 
 
 def parts_of(backend: str, merge: str, query: Tensor, marks: int) -> tuple[str, str]:

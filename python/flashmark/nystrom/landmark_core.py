@@ -91,9 +91,7 @@ def solve_core(
     """`landmark_core` of checked arguments; `landmark_keys` None for tied landmarks."""
     if method == "cholesky" and not scale > 0:
         raise ValueError(f"scale: expected a number > 0 with method='cholesky', got {scale}")
-    if method == "cholesky" and (
-        jitter > 0 and _is_plain(landmark_queries) or _in_one_operator(landmark_queries)
-    ):
+    if method == "cholesky" and _in_one_operator(landmark_queries, jitter):
         X, softmax = landmark_queries, kind == "softmax"
         if X.dtype is not torch.float32 and X.dtype is not torch.float64:
             X = X.float()
@@ -110,15 +108,16 @@ def solve_core(
                 landmark_queries, landmark_keys, scale, method, kind, jitter, iterations
             )
     dtype = torch.promote_types(landmark_queries.dtype, torch.float32)
-    # where products in float32 may be in tf32, of 10 bits: cores cancel
-    inner = torch.float64 if _in_float64(landmark_queries.device) else dtype
+    inner = torch.float64 if _in_float64(landmark_queries.device, method) else dtype
     X = landmark_queries if landmark_queries.dtype == inner else landmark_queries.to(inner)
     Y = X if landmark_keys is None else landmark_keys.to(inner)
     return _core_of(X, Y, scale, method, kind, jitter, iterations, landmark_keys is None).to(dtype)
 
 
-def _in_float64(device: torch.device) -> bool:
-    return device.type == "cuda"
+def _in_float64(device: torch.device, method: str) -> bool:
+    """Whether scores are float64. Solves cancel, and on a GPU float32 products may be in tf32, of
+    10 bits."""
+    return device.type == "cuda" or device.type == "cpu" and method in ("cholesky", "tikhonov")
 
 
 def _core_of(
@@ -141,23 +140,13 @@ def _core_of(
     return _solved(native.tikhonov_core, _tikhonov_core, matrix, jitter, softmax)
 
 
-def _is_plain(landmarks: Tensor) -> bool:
-    """Whether one operator can take landmarks to their core: on a CPU, and nothing follows it."""
-    return (
-        not torch.compiler.is_compiling()
-        and not (landmarks.requires_grad and torch.is_grad_enabled())
-        and 1 <= landmarks.shape[-2] <= native.MOST_LANDMARKS
-        and native.preferred(landmarks.device)
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _in_one_operator(landmarks: Tensor) -> bool:
-    """Whether one operator can take landmarks to their core, and one back: on a GPU."""
+def _in_one_operator(landmarks: Tensor, jitter: float) -> bool:
+    """Whether one operator can take landmarks to their core, and one back."""
+    on_cpu = landmarks.device.type == "cpu"
     return (
         1 <= landmarks.shape[-2] <= native.MOST_LANDMARKS
-        and native.solves_landmarks(landmarks.device)
+        and native.solves_cores(landmarks.device)
+        and not (on_cpu and (jitter == 0 or torch.compiler.is_compiling()))
         and not torch._C._are_functorch_transforms_active()
         and (forward_ad._current_level < 0 or forward_ad.unpack_dual(landmarks).tangent is None)
     )

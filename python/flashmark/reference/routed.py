@@ -81,14 +81,19 @@ def block_summaries(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean key (B, Hkv, blocks, M, D) and log count (B, Hkv, blocks, M) under each landmark, and
-    the membership (blocks, Nk) of the tokens."""
+    the membership (blocks, Nk) of the tokens.
+
+    Of packed sequences some blocks at the end may be empty.
+    """
     kv_len, dim = key.shape[2:]
     starts = _starts(kv_len, cu_seqlens, key.device)
     if key_mask is not None:  # hidden keys may hold anything
         key = key.masked_fill(~key_mask[:, None, :, None], 0.0)
     place = torch.arange(kv_len, device=key.device) - starts
     ids = (place % block_size == 0).cumsum(0) - 1
-    blocks = int(ids[-1]) + 1 if kv_len else 0
+    blocks = -(-kv_len // block_size)
+    if cu_seqlens is not None:  # at least as many as there are
+        blocks = kv_len // block_size + cu_seqlens.shape[0] - 1
     member = ids == torch.arange(blocks, device=key.device)[:, None]  # (blocks, Nk)
     if landmarks is None:
         shares = key.new_ones(*key.shape[:3], 1)
@@ -135,9 +140,10 @@ def block_scores(
     each = torch.logsumexp(each.masked_fill(empty[:, :, None, None, :, None], 0.0), 5)
     at, first = _places(q_len, kv_len, query_offset, cu_seqlens, query.device)
     own = (at - first).div(block_size, rounding_mode="floor")[..., None]
-    starts = _starts(kv_len, cu_seqlens, query.device)
     number = torch.arange(-(-kv_len // block_size), device=query.device)
-    base = (member.int().argmax(0) if len(member) else starts)[first.clamp(0)]  # its first block
+    base = torch.zeros_like(first)  # the first block of its sequence
+    if kv_len:
+        base = member.int().argmax(0)[first.clamp(0)]
     pick = (base[..., None] + number).clamp(max=max(0, len(member) - 1))[:, None]  # (B|1, 1, Nq, C)
     each = each.gather(4, pick[:, :, None].expand(batch, kv_heads, each.shape[2], -1, -1))
     none = empty[:, :, None].expand(-1, -1, q_len, -1)

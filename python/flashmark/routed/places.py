@@ -56,6 +56,8 @@ def blocks_of(
         tokens = torch.arange(first, count, device=device)[:, None] * block_size + step
         return Blocks(tokens.clamp(max=max(0, kv_len - 1)), tokens < kv_len, None)
     token = torch.arange(kv_len, device=device)
+    if kv_len == 0:
+        return Blocks(token.view(0, 1) + step, token.view(0, 1) < step, token)
     opens = (token - starts) % block_size == 0
     number = opens.cumsum(0) - 1  # (Nk,)
     count = kv_len // block_size + sequences  # at least as many as there are

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashmark import reference
 from flashmark.arguments import check_count
-from flashmark.autograd import refuse_tracing, under_autocast, without_autocast
+from flashmark.autograd import refuse_tracing, under_autocast, unit_stride, without_autocast
 from flashmark.routed.attention import run
 from flashmark.routed.checks import (
     Checked,
@@ -226,8 +226,8 @@ def _chosen(
         return best_blocks(scores, lowest, far, min(top_k, scores.shape[3]))
     base = None if checked.starts is None else checked.blocks(key, block_size).base
     call = Choice(
-        query, *state, top_k, block_size, near, checked.scale, key.shape[2], checked.query_offset,
-        checked.starts, base,
+        unit_stride(query), *state, top_k, block_size, near, checked.scale, key.shape[2],
+        checked.query_offset, checked.starts, base,
     )  # fmt: skip
     return choose_by(call, checked.backend)
 

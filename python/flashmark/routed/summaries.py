@@ -147,8 +147,10 @@ def mean_over_heads(each: Tensor, far: Tensor) -> Tensor:
 def log_total(each: Tensor, dims: tuple[int, ...]) -> Tensor:
     """`torch.logsumexp`, without a gradient of NaN where all are -inf, as for a block without keys.
 
-    +inf and NaN pass.
+    +inf and NaN pass. The total of nothing is -inf.
     """
+    if any(each.shape[d] == 0 for d in dims):
+        return each.sum(dims) - math.inf
     top = each.detach().amax(dims, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)
     total = (each - top).exp().sum(dims)
