@@ -63,8 +63,8 @@ def less_later_sums(ds, x, F: tl.constexpr):
 
 
 @triton.jit
-def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, state,
-               reverse, place, sums, lq, lk, decay2, part, width, marks,
+def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, stop, state,
+               reverse, place, ddecay, lq, lk, decay2, part, width, marks,
                F: tl.constexpr):  # fmt: skip
     """(reverse state, sums, until) before the tokens [t0, until), whose dK and dV are stored.
 
@@ -99,8 +99,10 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW, True)
     own_G, own_pull, ds, dv = 0.0, full(F.PAD_M, 0.0), 0.0, 0.0
-    if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
+    if F.STEEP or F.CHUNK < F.SLOT:
         own_G = zeros(F.PAD_M, F.BLOCK_V)
+    elif F.DECAY:  # G times R0, summed over columns: a tile of registers else
+        own_G = full(F.PAD_M, 0.0)
     if F.TAKES_KEYS:
         # [PAD_M, BLOCK_V]
         if F.STEEP or F.CHUNK < F.SLOT:
@@ -109,6 +111,9 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
             R0 = load_held(place, F)
         if F.STEEP or F.DECAY:
             R0 = R0 * moved[:, None]
+        later = 0.0
+        if F.DECAY and not (F.STEEP or F.CHUNK < F.SLOT):
+            later = tl.sum(rounded_product(end_of_slot(place, F, "evict_last")[0], R0, F), 1)
         R0 = operand(R0, F)
         # [PAD_M, CHUNK]
         ds = zeros(F.PAD_M, F.CHUNK)
@@ -118,7 +123,8 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     norm = 0.0
     if F.MASS:
         norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
-    for g in range(F.GROUP):
+    # what heads share would else be kept in registers
+    for g in tl.range(F.GROUP, disable_licm=True):
         head, dhead = head_of(queries, g), head_of(douts, g)
         features, W, factor, q = turned_weights(head, t0, there, lk, norm, marks, F)
         if F.MASS:
@@ -138,8 +144,10 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
             norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
             wt = W * inverse
         wt = operand(wt, F)
-        if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
+        if F.STEEP or F.CHUNK < F.SLOT:
             own_G = mm_acc(wt, dout, own_G, F)
+        elif F.DECAY and F.TAKES_KEYS:
+            own_G += tl.sum(rounded_product(wt.to(tl.float32), mm(R0, tl.trans(dout), F), F), 1)
         if F.TAKES_VALUES:
             # [CHUNK, CHUNK]
             between = mm(tl.trans(P), wt, F)
@@ -156,21 +164,26 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     if F.TAKES_VALUES:
         dv = mm_acc(tl.trans(P), late, dv, F)
     share = tot * left  # e^{L at t0 - rho}
-    if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
-        own_G *= tot[:, None]
-    G = G * share[:, None] + own_G
+    if F.STEEP or F.CHUNK < F.SLOT:
+        G = G * share[:, None] + own_G * tot[:, None]
+    elif F.DECAY and F.TAKES_KEYS:
+        G = later * left + own_G
     pull = pull * share + own_pull * tot
     if F.TAKES_VALUES:
         if leads(part, F):
             store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW, True)
     if F.TAKES_KEYS:
-        dlq, ddecay = sums
         if F.DECAY:  # ages at the slot's end
             age = (stop - 1 - t0 - offs).to(tl.float32)
             ddecay -= tl.sum(rounded_product(ds, age[None, :], F), 1)
         ds = operand(ds, F)
-        sums = (take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F), ddecay)
-    return (G, pull), sums, until
+        # [PAD_M, BLOCK_D]: in memory from slot to slot, not in registers
+        ptrs = columns_ptrs(dlq_ptr, 0, part, F)
+        dlq = tl.load(ptrs)
+        dlq = take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F)
+        tl.debug_barrier()  # several threads read an element that one of them overwrites
+        tl.store(ptrs, dlq)
+    return (G, pull), ddecay, until
 
 
 @triton.jit
@@ -219,8 +232,8 @@ def walk_to(keys, values, keep_ptr, start, until, stop, most, state, place, lq, 
 
 
 @triton.jit
-def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, totals,
-              reverse, place, sums, lq, lk, decay2, part, width, marks,
+def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, start, until, stop, totals,
+              reverse, place, ddecay, lq, lk, decay2, part, width, marks,
               F: tl.constexpr):  # fmt: skip
     """(reverse state, sums, until) before the tokens [start, until) of a slot, none or all.
 
@@ -242,19 +255,19 @@ def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, unt
                 state = totals[0], totals[1], held
                 t0, own, steps = walk_to(keys, values, keep_ptr, start, end, stop, most, state,
                                          place, lq, decay2, width, marks, F)  # fmt: skip
-                reverse, sums, end = chunk_keys(
-                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, end, stop, own,
-                    reverse, place, sums, lq, lk, decay2, part, width, marks, F,
+                reverse, ddecay, end = chunk_keys(
+                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, end, stop, own,
+                    reverse, place, ddecay, lq, lk, decay2, part, width, marks, F,
                 )  # fmt: skip
                 end = t0
                 if F.STEEP:
                     most = steps
     else:
-        reverse, sums, until = chunk_keys(
-            queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, totals,
-            reverse, place, sums, lq, lk, decay2, part, width, marks, F,
+        reverse, ddecay, until = chunk_keys(
+            queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, start, until, stop, totals,
+            reverse, place, ddecay, lq, lk, decay2, part, width, marks, F,
         )  # fmt: skip
-    return reverse, sums, until
+    return reverse, ddecay, until
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -302,11 +315,12 @@ def keys_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     lq = landmark_queries(marks, b, h, dtype, F)
     lk = split_keys(marks, b, h, dtype, F)
-    decay2 = load_decay(marks, h, F)
 
-    sums = (0.0, 0.0)
-    if F.TAKES_KEYS:
-        sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
+    mine = line_of(group, share, problem, F)
+    dlq_ptr = partial.dlq + mine * (F.PAD_M * F.BLOCKS_D * F.BLOCK_D)
+    if F.TAKES_KEYS and not F.STEEP:
+        tl.store(columns_ptrs(dlq_ptr, 0, part, F), zeros(F.PAD_M, F.BLOCK_D))
+    ddecay = full(F.PAD_M, 0.0)
     slots, first, turns, taken = turns_of(rises, group, b, pair, problem, table, F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers
     stretch, place = first, 0
@@ -325,21 +339,21 @@ def keys_kernel(
             if F.STEEP:
                 due = rise
             if due:
-                sums = one_slot(
-                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, end, start,
-                    stored, reverse, rises, line, slot, piece, sums, lq, lk, decay2, part, marks, F,
+                # not earlier: its product with times would sit in registers
+                decay2 = load_decay(marks, h, F)
+                ddecay = one_slot(
+                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, end, start,
+                    stored, reverse, rises, line, slot, piece, ddecay, lq, lk, decay2, part, marks, F,
                 )  # fmt: skip
         stretch, place = turn_after(stretch, place, slots, 1)
-    if F.STEEP:
-        if taken:
-            store_key_sums(partial, group, share, part, sums, problem, F)
-    else:
-        store_key_sums(partial, group, share, part, sums, problem, F)
+    if F.TAKES_KEYS and taken:
+        if leads(part, F):
+            put_share(vector_ptrs(partial.ddecay, mine, F), ddecay, F)
 
 
 @triton.jit
-def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, start,
-             stored, reverse, rises, line, slot, piece, sums, lq, lk, decay2, part, marks,
+def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, stop, start,
+             stored, reverse, rises, line, slot, piece, ddecay, lq, lk, decay2, part, marks,
              F: tl.constexpr):  # fmt: skip
     """`sums` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
     v0 = piece * F.BLOCK_V
@@ -348,23 +362,15 @@ def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, 
     back = 0.0, 0.0
     if F.STEEP or F.CHUNK < F.SLOT:
         back = end_of_slot(place, F)
-    back, sums, until = slot_keys(
-        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot),
-        back, place, sums, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
+    back, ddecay, until = slot_keys(
+        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, stop, (ref, tot),
+        back, place, ddecay, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
     )  # fmt: skip
     if F.TAKES_KEYS:
         if F.DECAY:  # the slot's length times the gradient of L at its start
-            R = load_held(place, F) * reciprocal(tot)[:, None]
-            dL = tl.sum(rounded_product(back[0], R, F), 1) - back[1]
-            sums = (sums[0], sums[1] - (until - t0).to(tl.float32) * dL)
-    return sums
-
-
-@triton.jit
-def store_key_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
-    """This program's share of the gradients, a place of its own, as in `store_sums`."""
-    if F.TAKES_KEYS:
-        line = line_of(group, share, problem, F)
-        put_share(columns_ptrs(partial.dlq, line, part, F), sums[0], F)
-        if leads(part, F):
-            put_share(vector_ptrs(partial.ddecay, line, F), sums[1], F)
+            dR = back[0]
+            if F.STEEP or F.CHUNK < F.SLOT:
+                R = load_held(place, F) * reciprocal(tot)[:, None]
+                dR = tl.sum(rounded_product(dR, R, F), 1)
+            ddecay -= (until - t0).to(tl.float32) * (dR - back[1])
+    return ddecay
