@@ -63,20 +63,22 @@ def less_later_sums(ds, x, F: tl.constexpr):
 
 
 @triton.jit
-def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, stop, state,
-               reverse, place, ddecay, lq, lk, decay2, part, width, marks,
-               F: tl.constexpr):  # fmt: skip
-    """(reverse state, sums, until) before the tokens [t0, until), whose dK and dV are stored.
+def chunk_keys(queries, keys, values, douts, keep_ptr, grads, t0, until, stop, state, reverse,
+               place, ddecay, lq, lk, decay2, part, width, marks, F: tl.constexpr):  # fmt: skip
+    """(reverse state, ddecay, until) before the tokens [t0, until), whose dK and dV are stored.
 
     A whole slot in which a score rises too far is noted and left out: then `until` is t0.
-    `state` is that before them, and no score rises far above it; the slot ends at `stop`. Where
-    they are the whole slot, `reverse` and what `state` holds are not read, but loaded late.
+    `grads` points to dK, dV and the gradient of landmark queries. `state` is that before the
+    tokens, and no score rises far above it; the slot ends at `stop`. Where they are the whole slot,
+    `reverse` and what `state` holds are not read, but loaded late, and of the reverse state before
+    them no more than sum over columns of G R is returned, for the decay.
 
     ds_lj = e^{s_lj - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il D_lj(i) (dO_i . v_j - centre_il)
     dv_j  = sum_l e^{s_lj - rho} G_l + sum_{i >= j} sum_l W_il D_lj(i) dO_i
     """
-    ref, tot = state[0], state[1]
+    WHOLE: tl.constexpr = not (F.STEEP or F.CHUNK < F.SLOT)
     NARROW: tl.constexpr = F.DIM_V % F.BLOCK_V != 0
+    ref, tot = state[0], state[1]
     keep = kept_tokens(keep_ptr, t0, until, F)
     # [PAD_M, CHUNK]
     if F.STEEP:
@@ -89,7 +91,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, 
     total = tot + tl.sum(P, 1)
     P = operand(P, F)
     calm = True
-    if not (F.STEEP or F.CHUNK < F.SLOT):  # the query side may have had shorter chunks
+    if WHOLE:  # the query side may have had shorter chunks
         calm = not may_have_risen(exponent(total))
         if not calm:
             tl.store(place[2] + place[4], t0)
@@ -98,22 +100,21 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, 
     there = t0 + offs < until
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW, True)
-    own_G, own_pull, ds, dv = 0.0, full(F.PAD_M, 0.0), 0.0, 0.0
-    if F.STEEP or F.CHUNK < F.SLOT:
+    own_G, own_GR, own_pull = 0.0, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
+    later_GR, ds, dv = 0.0, 0.0, 0.0
+    if not WHOLE:
         own_G = zeros(F.PAD_M, F.BLOCK_V)
-    elif F.DECAY:  # G times R0, summed over columns: a tile of registers else
-        own_G = full(F.PAD_M, 0.0)
     if F.TAKES_KEYS:
         # [PAD_M, BLOCK_V]
-        if F.STEEP or F.CHUNK < F.SLOT:
-            R0 = state[2]
-        else:
+        if WHOLE:
             R0 = load_held(place, F)
+        else:
+            R0 = state[2]
         if F.STEEP or F.DECAY:
             R0 = R0 * moved[:, None]
-        later = 0.0
-        if F.DECAY and not (F.STEEP or F.CHUNK < F.SLOT):
-            later = tl.sum(rounded_product(end_of_slot(place, F, "evict_last")[0], R0, F), 1)
+        if WHOLE and F.DECAY:
+            G, pull = end_of_slot(place, F, "evict_last")
+            later_GR = tl.sum(rounded_product(G, R0, F), 1)
         R0 = operand(R0, F)
         # [PAD_M, CHUNK]
         ds = zeros(F.PAD_M, F.CHUNK)
@@ -136,7 +137,8 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, 
             wt, dW, centre, pairs = row_gradients(
                 W, (ref, tot), P, R0, decay2, dout, v, t0, 0, F, F
             )
-            pulls = rounded_product(wt, centre, F)
+            wt = operand(wt, F)  # rounded for both terms of ds, which cancel
+            pulls = rounded_product(wt.to(tl.float32), centre, F)
             own_pull += tl.sum(pulls, 1)
             ds = mm_acc(wt, tl.trans(pairs), ds, F)
             ds = less_later_sums(ds, pulls, F)
@@ -144,19 +146,20 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, 
             norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
             wt = W * inverse
         wt = operand(wt, F)
-        if F.STEEP or F.CHUNK < F.SLOT:
+        if not WHOLE:
             own_G = mm_acc(wt, dout, own_G, F)
         elif F.DECAY and F.TAKES_KEYS:
-            own_G += tl.sum(rounded_product(wt.to(tl.float32), mm(R0, tl.trans(dout), F), F), 1)
+            dR0 = mm(R0, tl.trans(dout), F)
+            own_GR += tl.sum(rounded_product(wt.to(tl.float32), dR0, F), 1)
         if F.TAKES_VALUES:
             # [CHUNK, CHUNK]
             between = mm(tl.trans(P), wt, F)
             # times from `stop`: the mask of `pairs`, if it were the same, would sit in registers
             dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
-    if F.STEEP or F.CHUNK < F.SLOT:
-        G, pull = reverse
-    else:
+    if WHOLE:
         G, pull = end_of_slot(place, F)
+    else:
+        G, pull = reverse
     left = tl.where(calm, reciprocal(total), 0.0)  # e^{s - rho} = P left
     late = operand(G * left[:, None], F)
     if F.TAKES_KEYS:
@@ -164,23 +167,23 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, 
     if F.TAKES_VALUES:
         dv = mm_acc(tl.trans(P), late, dv, F)
     share = tot * left  # e^{L at t0 - rho}
-    if F.STEEP or F.CHUNK < F.SLOT:
+    if WHOLE:
+        G = later_GR * left + own_GR
+    else:
         G = G * share[:, None] + own_G * tot[:, None]
-    elif F.DECAY and F.TAKES_KEYS:
-        G = later * left + own_G
     pull = pull * share + own_pull * tot
     if F.TAKES_VALUES:
         if leads(part, F):
-            store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW, True)
+            store_rows(grads[1], t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW, True)
     if F.TAKES_KEYS:
         if F.DECAY:  # ages at the slot's end
             age = (stop - 1 - t0 - offs).to(tl.float32)
             ddecay -= tl.sum(rounded_product(ds, age[None, :], F), 1)
         ds = operand(ds, F)
         # [PAD_M, BLOCK_D]: in memory from slot to slot, not in registers
-        ptrs = columns_ptrs(dlq_ptr, 0, part, F)
+        ptrs = columns_ptrs(grads[2], 0, part, F)
         dlq = tl.load(ptrs)
-        dlq = take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F)
+        dlq = take_keys(k, keys, grads[0], t0, there, keep, ds, dlq, lq, part, marks, F)
         tl.debug_barrier()  # several threads read an element that one of them overwrites
         tl.store(ptrs, dlq)
     return (G, pull), ddecay, until
@@ -232,10 +235,10 @@ def walk_to(keys, values, keep_ptr, start, until, stop, most, state, place, lq, 
 
 
 @triton.jit
-def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, start, until, stop, totals,
+def slot_keys(queries, keys, values, douts, keep_ptr, grads, start, until, stop, totals,
               reverse, place, ddecay, lq, lk, decay2, part, width, marks,
               F: tl.constexpr):  # fmt: skip
-    """(reverse state, sums, until) before the tokens [start, until) of a slot, none or all.
+    """(reverse state, ddecay, until) before the tokens [start, until) of a slot, none or all.
 
     `totals` are those before it; what it holds is loaded where it is read, for registers.
     """
@@ -256,7 +259,7 @@ def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, s
                 t0, own, steps = walk_to(keys, values, keep_ptr, start, end, stop, most, state,
                                          place, lq, decay2, width, marks, F)  # fmt: skip
                 reverse, ddecay, end = chunk_keys(
-                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, end, stop, own,
+                    queries, keys, values, douts, keep_ptr, grads, t0, end, stop, own,
                     reverse, place, ddecay, lq, lk, decay2, part, width, marks, F,
                 )  # fmt: skip
                 end = t0
@@ -264,7 +267,7 @@ def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, s
                     most = steps
     else:
         reverse, ddecay, until = chunk_keys(
-            queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, start, until, stop, totals,
+            queries, keys, values, douts, keep_ptr, grads, start, until, stop, totals,
             reverse, place, ddecay, lq, lk, decay2, part, width, marks, F,
         )  # fmt: skip
     return reverse, ddecay, until
@@ -321,6 +324,7 @@ def keys_kernel(
     if F.TAKES_KEYS and not F.STEEP:
         tl.store(columns_ptrs(dlq_ptr, 0, part, F), zeros(F.PAD_M, F.BLOCK_D))
     ddecay = full(F.PAD_M, 0.0)
+    grads = dk_ptr, dv_ptr, dlq_ptr
     slots, first, turns, taken = turns_of(rises, group, b, pair, problem, table, F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers
     stretch, place = first, 0
@@ -342,8 +346,8 @@ def keys_kernel(
                 # not earlier: its product with times would sit in registers
                 decay2 = load_decay(marks, h, F)
                 ddecay = one_slot(
-                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, end, start,
-                    stored, reverse, rises, line, slot, piece, ddecay, lq, lk, decay2, part, marks, F,
+                    queries, keys, values, douts, keep_ptr, grads, t0, until, end, start, stored,
+                    reverse, rises, line, slot, piece, ddecay, lq, lk, decay2, part, marks, F,
                 )  # fmt: skip
         stretch, place = turn_after(stretch, place, slots, 1)
     if F.TAKES_KEYS and taken:
@@ -352,10 +356,10 @@ def keys_kernel(
 
 
 @triton.jit
-def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, stop, start,
+def one_slot(queries, keys, values, douts, keep_ptr, grads, t0, until, stop, start,
              stored, reverse, rises, line, slot, piece, ddecay, lq, lk, decay2, part, marks,
              F: tl.constexpr):  # fmt: skip
-    """`sums` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
+    """`ddecay` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
     v0 = piece * F.BLOCK_V
     place = stored, reverse, rises, line, slot, v0, piece
     ref, tot = start_of_slot(stored, slot, F)
@@ -363,14 +367,14 @@ def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0
     if F.STEEP or F.CHUNK < F.SLOT:
         back = end_of_slot(place, F)
     back, ddecay, until = slot_keys(
-        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, dlq_ptr, t0, until, stop, (ref, tot),
+        queries, keys, values, douts, keep_ptr, grads, t0, until, stop, (ref, tot),
         back, place, ddecay, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
     )  # fmt: skip
     if F.TAKES_KEYS:
         if F.DECAY:  # the slot's length times the gradient of L at its start
-            dR = back[0]
+            GR = back[0]
             if F.STEEP or F.CHUNK < F.SLOT:
                 R = load_held(place, F) * reciprocal(tot)[:, None]
-                dR = tl.sum(rounded_product(dR, R, F), 1)
-            ddecay -= (until - t0).to(tl.float32) * (dR - back[1])
+                GR = tl.sum(rounded_product(GR, R, F), 1)
+            ddecay -= (until - t0).to(tl.float32) * (GR - back[1])
     return ddecay
