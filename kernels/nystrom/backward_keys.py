@@ -63,20 +63,22 @@ def less_later_sums(ds, x, F: tl.constexpr):
 
 
 @triton.jit
-def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, state,
-               reverse, place, sums, lq, lk, decay2, part, width, marks,
-               F: tl.constexpr):  # fmt: skip
-    """(reverse state, sums, until) before the tokens [t0, until), whose dK and dV are stored.
+def chunk_keys(queries, keys, values, douts, keep_ptr, grads, t0, until, stop, state, reverse,
+               place, ddecay, lq, lk, decay2, part, width, marks, F: tl.constexpr):  # fmt: skip
+    """(reverse state, ddecay, until) before the tokens [t0, until), whose dK and dV are stored.
 
     A whole slot in which a score rises too far is noted and left out: then `until` is t0.
-    `state` is that before them, and no score rises far above it; the slot ends at `stop`. Where
-    they are the whole slot, `reverse` and what `state` holds are not read, but loaded late.
+    `grads` points to dK, dV and the gradient of landmark queries. `state` is that before the
+    tokens, and no score rises far above it; the slot ends at `stop`. Where they are the whole slot,
+    `reverse` and what `state` holds are not read, but loaded late, and of the reverse state before
+    them no more than sum over columns of G R is returned, for the decay.
 
     ds_lj = e^{s_lj - rho} (G_l . v_j - g_l) + sum_{i >= j} W_il D_lj(i) (dO_i . v_j - centre_il)
     dv_j  = sum_l e^{s_lj - rho} G_l + sum_{i >= j} sum_l W_il D_lj(i) dO_i
     """
-    ref, tot = state[0], state[1]
+    WHOLE: tl.constexpr = not (F.STEEP or F.CHUNK < F.SLOT)
     NARROW: tl.constexpr = F.DIM_V % F.BLOCK_V != 0
+    ref, tot = state[0], state[1]
     keep = kept_tokens(keep_ptr, t0, until, F)
     # [PAD_M, CHUNK]
     if F.STEEP:
@@ -89,7 +91,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     total = tot + tl.sum(P, 1)
     P = operand(P, F)
     calm = True
-    if not (F.STEEP or F.CHUNK < F.SLOT):  # the query side may have had shorter chunks
+    if WHOLE:  # the query side may have had shorter chunks
         calm = not may_have_risen(exponent(total))
         if not calm:
             tl.store(place[2] + place[4], t0)
@@ -98,17 +100,21 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     there = t0 + offs < until
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V, NARROW, True)
-    own_G, own_pull, ds, dv = 0.0, full(F.PAD_M, 0.0), 0.0, 0.0
-    if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
+    own_G, own_GR, own_pull = 0.0, full(F.PAD_M, 0.0), full(F.PAD_M, 0.0)
+    later_GR, ds, dv = 0.0, 0.0, 0.0
+    if not WHOLE:
         own_G = zeros(F.PAD_M, F.BLOCK_V)
     if F.TAKES_KEYS:
         # [PAD_M, BLOCK_V]
-        if F.STEEP or F.CHUNK < F.SLOT:
-            R0 = state[2]
-        else:
+        if WHOLE:
             R0 = load_held(place, F)
+        else:
+            R0 = state[2]
         if F.STEEP or F.DECAY:
             R0 = R0 * moved[:, None]
+        if WHOLE and F.DECAY:
+            G, pull = end_of_slot(place, F, "evict_last")
+            later_GR = tl.sum(rounded_product(G, R0, F), 1)
         R0 = operand(R0, F)
         # [PAD_M, CHUNK]
         ds = zeros(F.PAD_M, F.CHUNK)
@@ -118,7 +124,8 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     norm = 0.0
     if F.MASS:
         norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
-    for g in range(F.GROUP):
+    # what heads share would else be kept in registers
+    for g in tl.range(F.GROUP, disable_licm=True):
         head, dhead = head_of(queries, g), head_of(douts, g)
         features, W, factor, q = turned_weights(head, t0, there, lk, norm, marks, F)
         if F.MASS:
@@ -130,7 +137,8 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
             wt, dW, centre, pairs = row_gradients(
                 W, (ref, tot), P, R0, decay2, dout, v, t0, 0, F, F
             )
-            pulls = rounded_product(wt, centre, F)
+            wt = operand(wt, F)  # rounded for both terms of ds, which cancel
+            pulls = rounded_product(wt.to(tl.float32), centre, F)
             own_pull += tl.sum(pulls, 1)
             ds = mm_acc(wt, tl.trans(pairs), ds, F)
             ds = less_later_sums(ds, pulls, F)
@@ -138,17 +146,20 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
             norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
             wt = W * inverse
         wt = operand(wt, F)
-        if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
+        if not WHOLE:
             own_G = mm_acc(wt, dout, own_G, F)
+        elif F.DECAY and F.TAKES_KEYS:
+            dR0 = mm(R0, tl.trans(dout), F)
+            own_GR += tl.sum(rounded_product(wt.to(tl.float32), dR0, F), 1)
         if F.TAKES_VALUES:
             # [CHUNK, CHUNK]
             between = mm(tl.trans(P), wt, F)
             # times from `stop`: the mask of `pairs`, if it were the same, would sit in registers
             dv = mm_acc(tl.where(tl.trans(lower(t0, F)), between, 0.0), dout, dv, F)
-    if F.STEEP or F.CHUNK < F.SLOT:
-        G, pull = reverse
-    else:
+    if WHOLE:
         G, pull = end_of_slot(place, F)
+    else:
+        G, pull = reverse
     left = tl.where(calm, reciprocal(total), 0.0)  # e^{s - rho} = P left
     late = operand(G * left[:, None], F)
     if F.TAKES_KEYS:
@@ -156,21 +167,26 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until
     if F.TAKES_VALUES:
         dv = mm_acc(tl.trans(P), late, dv, F)
     share = tot * left  # e^{L at t0 - rho}
-    if F.DECAY or F.STEEP or F.CHUNK < F.SLOT:
-        own_G *= tot[:, None]
-    G = G * share[:, None] + own_G
+    if WHOLE:
+        G = later_GR * left + own_GR
+    else:
+        G = G * share[:, None] + own_G * tot[:, None]
     pull = pull * share + own_pull * tot
     if F.TAKES_VALUES:
         if leads(part, F):
-            store_rows(dv_ptr, t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW, True)
+            store_rows(grads[1], t0, F.DIM_V, there, width, dv, F.CHUNK, F.BLOCK_V, NARROW, True)
     if F.TAKES_KEYS:
-        dlq, ddecay = sums
         if F.DECAY:  # ages at the slot's end
             age = (stop - 1 - t0 - offs).to(tl.float32)
             ddecay -= tl.sum(rounded_product(ds, age[None, :], F), 1)
         ds = operand(ds, F)
-        sums = (take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F), ddecay)
-    return (G, pull), sums, until
+        # [PAD_M, BLOCK_D]: in memory from slot to slot, not in registers
+        ptrs = columns_ptrs(grads[2], 0, part, F)
+        dlq = tl.load(ptrs)
+        dlq = take_keys(k, keys, grads[0], t0, there, keep, ds, dlq, lq, part, marks, F)
+        tl.debug_barrier()  # several threads read an element that one of them overwrites
+        tl.store(ptrs, dlq)
+    return (G, pull), ddecay, until
 
 
 @triton.jit
@@ -219,10 +235,10 @@ def walk_to(keys, values, keep_ptr, start, until, stop, most, state, place, lq, 
 
 
 @triton.jit
-def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, totals,
-              reverse, place, sums, lq, lk, decay2, part, width, marks,
+def slot_keys(queries, keys, values, douts, keep_ptr, grads, start, until, stop, totals,
+              reverse, place, ddecay, lq, lk, decay2, part, width, marks,
               F: tl.constexpr):  # fmt: skip
-    """(reverse state, sums, until) before the tokens [start, until) of a slot, none or all.
+    """(reverse state, ddecay, until) before the tokens [start, until) of a slot, none or all.
 
     `totals` are those before it; what it holds is loaded where it is read, for registers.
     """
@@ -242,19 +258,19 @@ def slot_keys(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, unt
                 state = totals[0], totals[1], held
                 t0, own, steps = walk_to(keys, values, keep_ptr, start, end, stop, most, state,
                                          place, lq, decay2, width, marks, F)  # fmt: skip
-                reverse, sums, end = chunk_keys(
-                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, end, stop, own,
-                    reverse, place, sums, lq, lk, decay2, part, width, marks, F,
+                reverse, ddecay, end = chunk_keys(
+                    queries, keys, values, douts, keep_ptr, grads, t0, end, stop, own,
+                    reverse, place, ddecay, lq, lk, decay2, part, width, marks, F,
                 )  # fmt: skip
                 end = t0
                 if F.STEEP:
                     most = steps
     else:
-        reverse, sums, until = chunk_keys(
-            queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, start, until, stop, totals,
-            reverse, place, sums, lq, lk, decay2, part, width, marks, F,
+        reverse, ddecay, until = chunk_keys(
+            queries, keys, values, douts, keep_ptr, grads, start, until, stop, totals,
+            reverse, place, ddecay, lq, lk, decay2, part, width, marks, F,
         )  # fmt: skip
-    return reverse, sums, until
+    return reverse, ddecay, until
 
 
 @triton.jit(do_not_specialize=Problem._fields)
@@ -302,11 +318,13 @@ def keys_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     lq = landmark_queries(marks, b, h, dtype, F)
     lk = split_keys(marks, b, h, dtype, F)
-    decay2 = load_decay(marks, h, F)
 
-    sums = (0.0, 0.0)
-    if F.TAKES_KEYS:
-        sums = (zeros(F.PAD_M, F.BLOCK_D), full(F.PAD_M, 0.0))
+    mine = line_of(group, share, problem, F)
+    dlq_ptr = partial.dlq + mine * (F.PAD_M * F.BLOCKS_D * F.BLOCK_D)
+    if F.TAKES_KEYS and not F.STEEP:
+        tl.store(columns_ptrs(dlq_ptr, 0, part, F), zeros(F.PAD_M, F.BLOCK_D))
+    ddecay = full(F.PAD_M, 0.0)
+    grads = dk_ptr, dv_ptr, dlq_ptr
     slots, first, turns, taken = turns_of(rises, group, b, pair, problem, table, F)
     # a loop over all slots of all stretches, and nothing computed in front of it: registers
     stretch, place = first, 0
@@ -325,46 +343,38 @@ def keys_kernel(
             if F.STEEP:
                 due = rise
             if due:
-                sums = one_slot(
-                    queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, end, start,
-                    stored, reverse, rises, line, slot, piece, sums, lq, lk, decay2, part, marks, F,
+                # not earlier: its product with times would sit in registers
+                decay2 = load_decay(marks, h, F)
+                ddecay = one_slot(
+                    queries, keys, values, douts, keep_ptr, grads, t0, until, end, start, stored,
+                    reverse, rises, line, slot, piece, ddecay, lq, lk, decay2, part, marks, F,
                 )  # fmt: skip
         stretch, place = turn_after(stretch, place, slots, 1)
-    if F.STEEP:
-        if taken:
-            store_key_sums(partial, group, share, part, sums, problem, F)
-    else:
-        store_key_sums(partial, group, share, part, sums, problem, F)
+    if F.TAKES_KEYS and taken:
+        if leads(part, F):
+            put_share(vector_ptrs(partial.ddecay, mine, F), ddecay, F)
 
 
 @triton.jit
-def one_slot(queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, start,
-             stored, reverse, rises, line, slot, piece, sums, lq, lk, decay2, part, marks,
+def one_slot(queries, keys, values, douts, keep_ptr, grads, t0, until, stop, start,
+             stored, reverse, rises, line, slot, piece, ddecay, lq, lk, decay2, part, marks,
              F: tl.constexpr):  # fmt: skip
-    """`sums` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
+    """`ddecay` with the tokens [t0, until) of a slot of the stretch at `start`, none or all."""
     v0 = piece * F.BLOCK_V
     place = stored, reverse, rises, line, slot, v0, piece
     ref, tot = start_of_slot(stored, slot, F)
     back = 0.0, 0.0
     if F.STEEP or F.CHUNK < F.SLOT:
         back = end_of_slot(place, F)
-    back, sums, until = slot_keys(
-        queries, keys, values, douts, keep_ptr, dk_ptr, dv_ptr, t0, until, stop, (ref, tot),
-        back, place, sums, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
+    back, ddecay, until = slot_keys(
+        queries, keys, values, douts, keep_ptr, grads, t0, until, stop, (ref, tot),
+        back, place, ddecay, lq, lk, decay2, part, F.DIM_V - v0, marks, F,
     )  # fmt: skip
     if F.TAKES_KEYS:
         if F.DECAY:  # the slot's length times the gradient of L at its start
-            R = load_held(place, F) * reciprocal(tot)[:, None]
-            dL = tl.sum(rounded_product(back[0], R, F), 1) - back[1]
-            sums = (sums[0], sums[1] - (until - t0).to(tl.float32) * dL)
-    return sums
-
-
-@triton.jit
-def store_key_sums(partial, group, share, part, sums, problem, F: tl.constexpr):
-    """This program's share of the gradients, a place of its own, as in `store_sums`."""
-    if F.TAKES_KEYS:
-        line = line_of(group, share, problem, F)
-        put_share(columns_ptrs(partial.dlq, line, part, F), sums[0], F)
-        if leads(part, F):
-            put_share(vector_ptrs(partial.ddecay, line, F), sums[1], F)
+            GR = back[0]
+            if F.STEEP or F.CHUNK < F.SLOT:
+                R = load_held(place, F) * reciprocal(tot)[:, None]
+                GR = tl.sum(rounded_product(GR, R, F), 1)
+            ddecay -= (until - t0).to(tl.float32) * (GR - back[1])
+    return ddecay

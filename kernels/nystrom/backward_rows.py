@@ -181,7 +181,8 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         norm = 0.0
         if F.MASS:
             norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
-        for g in range(F.GROUP):
+        # what heads share would else be kept in registers
+        for g in tl.range(F.GROUP, disable_licm=True):
             head = head_of(queries, g)
             reading = turned_weights(head, q0, there, lk, norm, marks, H)
             dhead = head_of(douts, g)
@@ -344,7 +345,6 @@ def rows_kernel(
         keep_ptr += tl.cast(b, tl.int64) * problem.tokens
     lq = landmark_queries(marks, b, h, q_ptr.dtype.element_ty, F)
     lk = split_keys(marks, b, h, q_ptr.dtype.element_ty, F)
-    decay2 = load_decay(marks, h, F)
 
     slots, first, turns, taken = turns_of(rises, group, b, pair, problem, table, F)
     sums = new_sums(F)
@@ -359,6 +359,8 @@ def rows_kernel(
         if F.PACKED:
             due = t0 < stop
         if due:
+            # not earlier: its product with times would sit in registers
+            decay2 = load_decay(marks, h, F)
             back, sums = one_slot(
                 queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, stored, reverse,
                 rises, line, piece, back, sums, lq, lk, decay2, part, marks, problem, H, F,

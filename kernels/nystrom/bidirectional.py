@@ -17,7 +17,7 @@ from ..block_sparse.arguments import on_device, strides
 from . import arguments as args
 from . import configs
 from .arguments import Problem
-from .backward_keys import store_key_sums, take_keys
+from .backward_keys import take_keys
 from .backward_rows import centre_of, new_sums, store_sums, take_rows
 from .chunks import key_scores
 from .gradients import (
@@ -53,6 +53,7 @@ from .reading import (
     split_keys,
     turned_weights,
 )
+from .shares import columns_ptrs, leads, line_of, put_share
 from .states import start_states
 
 
@@ -167,7 +168,11 @@ def summary_backward_kernel(k_ptr, v_ptr, dk_ptr, dv_ptr, k_strides, v_strides, 
             if F.TAKES_KEYS:
                 ds = operand(E * (mm(G, tl.trans(v), F) - pull[:, None]), F)
                 dlq = take_keys(k, keys, dk_ptr, t0, there, keep, ds, dlq, lq, part, marks, F)
-    store_key_sums(partial, group, pair, part, (dlq, full(F.PAD_M, 0.0)), problem, F)
+    if F.TAKES_KEYS:
+        line = line_of(group, pair, problem, F)
+        put_share(columns_ptrs(partial.dlq, line, part, F), dlq, F)
+        if leads(part, F):
+            put_share(vector_ptrs(partial.ddecay, line, F), full(F.PAD_M, 0.0), F)
 
 
 def features(call: args.Inputs, config: configs.Config, **extra: bool) -> args.Features:

@@ -141,12 +141,15 @@ def load_held(place, F: tl.constexpr):
 
 
 @triton.jit
-def end_of_slot(place, F: tl.constexpr):
-    """(G, pull) after a slot: BLOCK_V columns, [PAD_M, BLOCK_V], of which `piece` is the number."""
+def end_of_slot(place, F: tl.constexpr, AGAIN: tl.constexpr = ""):
+    """(G, pull) after a slot: BLOCK_V columns, [PAD_M, BLOCK_V], of which `piece` is the number.
+
+    AGAIN, "evict_last", where they are loaded once more, and must not stay in registers till then.
+    """
     stored, reverse, rises, line, slot, v0, piece = place
     ratio = tl.load(vector_ptrs(reverse.slots.ratio, slot, F))
     pull = tl.load(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F))
     pull += tl.load(vector_ptrs(reverse.pull, line * F.SLICES + piece, F)) * ratio
-    G = tl.load(state_ptrs(reverse.slots.G, slot, v0, F)).to(tl.float32)
-    G += tl.load(state_ptrs(reverse.G, line, v0, F)) * ratio[:, None]
+    G = tl.load(state_ptrs(reverse.slots.G, slot, v0, F), eviction_policy=AGAIN).to(tl.float32)
+    G += tl.load(state_ptrs(reverse.G, line, v0, F), eviction_policy=AGAIN) * ratio[:, None]
     return G, pull
