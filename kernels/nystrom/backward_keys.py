@@ -113,7 +113,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, grads, t0, until, stop, s
         if F.STEEP or F.DECAY:
             R0 = R0 * moved[:, None]
         if WHOLE and F.DECAY:
-            G, pull = end_of_slot(place, F, "evict_last")
+            G, pull = end_of_slot(place, F, True)
             later_GR = tl.sum(rounded_product(G, R0, F), 1)
         R0 = operand(R0, F)
         # [PAD_M, CHUNK]

@@ -141,15 +141,16 @@ def load_held(place, F: tl.constexpr):
 
 
 @triton.jit
-def end_of_slot(place, F: tl.constexpr, AGAIN: tl.constexpr = ""):
+def end_of_slot(place, F: tl.constexpr, AGAIN: tl.constexpr = False):
     """(G, pull) after a slot: BLOCK_V columns, [PAD_M, BLOCK_V], of which `piece` is the number.
 
-    AGAIN, "evict_last", where they are loaded once more, and must not stay in registers till then.
+    AGAIN where they are loaded once more, and must not stay in registers till then.
     """
     stored, reverse, rises, line, slot, v0, piece = place
     ratio = tl.load(vector_ptrs(reverse.slots.ratio, slot, F))
     pull = tl.load(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F))
     pull += tl.load(vector_ptrs(reverse.pull, line * F.SLICES + piece, F)) * ratio
-    G = tl.load(state_ptrs(reverse.slots.G, slot, v0, F), eviction_policy=AGAIN).to(tl.float32)
-    G += tl.load(state_ptrs(reverse.G, line, v0, F), eviction_policy=AGAIN) * ratio[:, None]
+    POLICY: tl.constexpr = "evict_last" if AGAIN else ""
+    G = tl.load(state_ptrs(reverse.slots.G, slot, v0, F), eviction_policy=POLICY).to(tl.float32)
+    G += tl.load(state_ptrs(reverse.G, line, v0, F), eviction_policy=POLICY) * ratio[:, None]
     return G, pull
