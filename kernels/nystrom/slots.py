@@ -150,7 +150,7 @@ def end_of_slot(place, F: tl.constexpr, AGAIN: tl.constexpr = False):
     ratio = tl.load(vector_ptrs(reverse.slots.ratio, slot, F))
     pull = tl.load(vector_ptrs(reverse.slots.pull, slot * F.SLICES + piece, F))
     pull += tl.load(vector_ptrs(reverse.pull, line * F.SLICES + piece, F)) * ratio
-    POLICY: tl.constexpr = "evict_last" if AGAIN else ""
-    G = tl.load(state_ptrs(reverse.slots.G, slot, v0, F), eviction_policy=POLICY).to(tl.float32)
-    G += tl.load(state_ptrs(reverse.G, line, v0, F), eviction_policy=POLICY) * ratio[:, None]
+    MODIFIER: tl.constexpr = ".ca" if AGAIN else ""  # the default, by another name
+    G = tl.load(state_ptrs(reverse.slots.G, slot, v0, F), cache_modifier=MODIFIER).to(tl.float32)
+    G += tl.load(state_ptrs(reverse.G, line, v0, F), cache_modifier=MODIFIER) * ratio[:, None]
     return G, pull
