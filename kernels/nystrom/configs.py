@@ -83,6 +83,8 @@ def choose(
         chunk = 16
     elif pass_ == "pieces":
         chunk = 16 if wide else 32
+    elif pass_ == "forward" and bfloat16 and width == 128 and max(head_dim, v_dim) <= 32:
+        chunk = 64  # fewer tokens by so few columns would be multiplied by several warps alike
     elif pass_ == "forward" and (wide or not bfloat16):
         chunk = 16 if wide and not bfloat16 else 32
     elif pass_ == "read" and width > 64:

@@ -159,7 +159,8 @@ def output_kernel(
     else:
         ref, tot, acc = state
         highest = full(F.PAD_M, 0.0)
-        for t0 in range(start, stop, F.CHUNK):
+        # what decay or mass computes from the landmarks alone would else be kept in registers
+        for t0 in tl.range(start, stop, F.CHUNK, disable_licm=True):
             state, end, totals = output_chunk(
                 queries, keys, values, keep_ptr, out_ptr, t0, start, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,

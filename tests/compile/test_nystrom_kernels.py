@@ -18,7 +18,7 @@ ASKED = os.environ.get("FLASHMARK_COMPILE_TARGETS")
 TARGETS = (ASKED or "sm_90").split(",")
 HALF2 = torch.float16
 SUITE = [  # a launch for every config
-    *(Launch("forward", m, d) for m, d in ((32, 32), (64, 64), (64, 128), (128, 128))),
+    *(Launch("forward", m, d) for m, d in ((32, 32), (64, 64), (64, 128), (128, 32), (128, 128))),
     *(Launch("forward", m, 256) for m in (64, 128)),
     *(Launch("backward", m, d) for m, d in ((32, 32), (64, 64), (64, 128), (128, 128))),
     Launch("backward", 32, 32, dtype=HALF2),
@@ -30,8 +30,35 @@ SUITE = [  # a launch for every config
 STANDING = [  # for their siblings, which are compiled where targets are named: up to a minute each
     *(Launch("forward", m, m) for m in (64, 128)),
     *(Launch(p, 64, 64) for p in ("backward", "decode", "bidirectional")),
+    *(Launch("backward", 64, 64, feature) for feature in ("decay", "grouped")),
     Launch("forward", 32, 32, dtype=SINGLE),
 ]
+NEW_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+# bytes that all kernels of a call spilled when a program of the backward walked a whole stretch and
+# kept states in scratch memory, Triton 3.7.1 and 3.6.0 on sm_90
+SPILLED_BEFORE = {
+    "forward-bf16-M64-D32-plain": (240, 240),
+    "forward-bf16-M64-D64-plain": (24, 16),
+    "forward-bf16-M64-D128-plain": (96, 8),
+    "forward-bf16-M128-D32-plain": (32, 24),
+    "forward-bf16-M64-D64-mass": (176, 144),
+    "forward-bf16-M64-D64-decay": (96, 72),
+    "forward-bf16-M64-D64-grouped": (24, 40),
+    "forward-bf16-M64-D64-packed": (24, 24),
+    "backward-bf16-M32-D32-plain": (240, 184),
+    "backward-bf16-M32-D64-plain": (272, 272),
+    "backward-bf16-M32-D128-plain": (816, 792),
+    "backward-bf16-M64-D32-plain": (464, 128),
+    "backward-bf16-M64-D64-plain": (1512, 1096),
+    "backward-bf16-M64-D128-plain": (2304, 1912),
+    "backward-bf16-M128-D32-plain": (1952, 1096),
+    "backward-bf16-M128-D64-plain": (3728, 2912),
+    "backward-bf16-M128-D128-plain": (4736, 3896),
+    "backward-bf16-M64-D64-mass": (1744, 1328),
+    "backward-bf16-M64-D64-decay": (1856, 1456),
+    "backward-bf16-M64-D64-grouped": (744, 528),
+    "backward-bf16-M64-D64-packed": (1480, 1072),
+}
 SCANS = ("scan_kernel", "reverse_scan_kernel", "join_slots_kernel")  # sums only
 CUT = ("output_kernel", "rows_kernel", "keys_kernel")  # launched for chunks, then for pieces
 
@@ -51,7 +78,7 @@ def spill_allowed(launch: Launch, report: Report, pieces: bool) -> int:
     """Bytes to a thread. Pieces run where a chunk is cut, which is seldom."""
     if pieces:
         return 1424
-    slack = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
+    slack = 0 if NEW_TRITON else 64
     if launch.dtype == SINGLE:
         return slack + 576
     if report.kernel not in CUT:
@@ -141,6 +168,8 @@ def test_kernel(target, launch):
     if arch == 90:
         for name, kernel in budgets.distinct(launches):
             assert budgets.complaints(str(launch), name, kernel) == [], name
+        if before := SPILLED_BEFORE.get(str(launch)):
+            assert sum(each.spilled for each in set(reports)) <= before[not NEW_TRITON]
     for report, pieces in roles(reports, launch.pass_ == "decode"):
         assert report.shared <= SHARED_MEMORY[arch], report
         if arch != 90:
