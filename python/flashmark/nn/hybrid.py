@@ -152,8 +152,7 @@ class HybridAttention(ProjectedAttention):
             query, key = self._rotated(query, key, angles)
         gate = self._gate(kept)
         if cache is None:
-            core = self._core(None)
-            out = self._attend(query, key, value, core=core, gate=gate, cu_seqlens=bounds)
+            out = self._attend(query, key, value, gate=gate, cu_seqlens=bounds)
             learned = self.gate.parameters() if isinstance(self.gate, nn.Module) else [self.gate]
             out = reached(out, self.landmarks, *learned)
         else:
@@ -242,17 +241,13 @@ class HybridAttention(ProjectedAttention):
             return self.gate.sigmoid().view(1, -1, 1, 1)
         return self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
-    def _core(self, cache: StateCache | None) -> Tensor | None:
-        """Core of the landmarks as they are now; a cache keeps the core that it began with."""
-        if self.merge == "slots":
-            return None
-        if cache is not None and cache.core is not None:
-            return cache.core
-        kind = "softmax" if self.merge == "gate" else "kernel"
-        core = landmark_core(self.landmarks, scale=1.0 / math.sqrt(self.head_dim), kind=kind)
-        if cache is not None:
-            cache.core = core
-        return core
+    def _core(self, cache: StateCache) -> Tensor | None:
+        """Core of the landmarks as they were when the cache began."""
+        if self.merge != "slots" and cache.core is None:
+            kind = "softmax" if self.merge == "gate" else "kernel"
+            scale = 1.0 / math.sqrt(self.head_dim)
+            cache.core = landmark_core(self.landmarks, scale=scale, kind=kind)
+        return cache.core
 
     def extra_repr(self) -> str:
         marks = self.landmarks.shape[1]
