@@ -44,7 +44,7 @@ def check_same(
 
 def one_or(got: int, want: int) -> bool:
     """Whether a size broadcasts. Not written with `in`, which finds traced sizes unequal."""
-    return got == 1 or got == want
+    return got == want or got == 1
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
