@@ -183,6 +183,13 @@ def test_export_of_a_hybrid_module_frees_batch_and_length(case):
         helpers.assert_close(program(**given(batch, n)), module(**given(batch, n)), 1e-5)
 
 
+def test_export_of_a_composed_hybrid_with_a_key_mask_is_refused():
+    module = hybrid("slots").double()  # float64 is PyTorch's
+    given = {"x": helpers.randn(2, 37, 16).double(), "key_mask": torch.arange(37).expand(2, 37) > 3}
+    with pytest.raises(NotImplementedError, match="cu_seqlens: expected None under torch.export"):
+        export(module, given, None)
+
+
 def test_compiled_with_checkpoints_and_autocast():
     from torch.utils.checkpoint import checkpoint
 
