@@ -41,11 +41,6 @@ def run(call: Call, parts: tuple[str, str]) -> tuple[Tensor, HybridState | None]
     lengths: int | Tensor = query.shape[2]
     packed = None
     if call.cu_seqlens is not None:
-        if torch.compiler.is_exporting():
-            raise NotImplementedError(
-                "cu_seqlens: expected None under torch.export with tensors that the C++ kernels do "
-                "not take, got a tensor (a module's key_mask becomes one)"
-            )
         packed = PackedRows(call.cu_seqlens, query.shape[2])
         if gate is not None:
             gate = packed.rows_of(gate.expand(*query.shape[:3], 1))
