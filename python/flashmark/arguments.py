@@ -117,12 +117,14 @@ def deterministic_or_default(deterministic) -> bool:
     return flag("deterministic", deterministic)
 
 
-def check_count(name: str, value, least: int = 1) -> int:
-    """An int >= `least` of Python, also where NumPy's came."""
+def check_count(name: str, value, least: int = 1, most: int | None = None) -> int:
+    """An int of Python from `least` to `most`, also where NumPy's came."""
     if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
         raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
     # torch.compile may trace an int as a symbol, which must stay one
     return value if isinstance(value, int) else operator.index(value)
 
