@@ -72,7 +72,7 @@ def test_outputs_ignore_the_future_bitwise(op, last, marks):
 @pytest.mark.parametrize("last", [60, 128, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_the_past_ignore_the_future_bitwise(op, dtype, last):
-    """Of a loss of the past, whichever blocks later queries choose."""
+    """Gradients of a loss of the past, whichever blocks later queries choose."""
     n, past = 257, slice(0, last)
     d_out = helpers.randn(1, 4, last, 16, dtype=dtype, seed=9)
 
