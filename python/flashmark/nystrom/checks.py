@@ -17,10 +17,11 @@ def wide_landmarks(lq: Tensor, lk: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     Autograd adds the gradients of all uses in the dtype of what is used. Of landmarks close to each
     other these gradients cancel, and in float16 each of them may be infinite.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    tied = lk is lq
-    lq = lq.to(torch.promote_types(lq.dtype, wide))
-    return lq, lq if tied else lk.to(torch.promote_types(lk.dtype, wide))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if lq.dtype in (wide, torch.float64) and lk.dtype in (wide, torch.float64):
+        return lq, lk
+    cast = lq.to(torch.promote_types(lq.dtype, wide))
+    return cast, cast if lk is lq else lk.to(torch.promote_types(lk.dtype, wide))
 
 
 def default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str) -> Tensor:
