@@ -123,10 +123,11 @@ def check_count(name: str, value, least: int = 1, most: int | None = None) -> in
         raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an int >= {least}, got {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
     # torch.compile may trace an int as a symbol, which must stay one
-    return value if isinstance(value, int) else operator.index(value)
+    count = value if isinstance(value, int) else operator.index(value)
+    if most is not None and count > most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
+    return count
 
 
 def check_kv_lengths(lengths, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
