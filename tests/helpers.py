@@ -130,6 +130,25 @@ def outputs_and_grads(
     return result
 
 
+def check_half_landmarks(
+    attend: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The gradient of half-precision landmarks is that of their float32 copy, rounded once.
+
+    The loss is scaled as for training in float16: gradients of the single uses are infinite there.
+    """
+    half = randn(*shape, dtype=dtype, seed=5, grad=True)
+    wide = half.detach().float().requires_grad_()
+    outs = [attend(x) for x in (half, wide)]
+    assert_identical(*outs)
+    found, wanted = (
+        torch.autograd.grad((out.float() * 4096.0).sum(), x)[0]
+        for out, x in zip(outs, (half, wide), strict=True)
+    )
+    assert wanted.isfinite().all() and wanted.any()
+    assert_identical(found, wanted.to(dtype))
+
+
 def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies in float64, as fresh leaves."""
     return {

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 import flashmark
 from flashmark import masks
+from flashmark.nn import HybridAttention
 from flashmark.nystrom.landmark_core import init_landmarks
 from tests import helpers
 
@@ -151,6 +152,42 @@ def test_export_with_a_free_length(name):
         for n in LENGTHS[:3]:
             tensors = inputs(n, grad=False)
             helpers.assert_close(program.module()(*tensors), call(*tensors), 1e-5)
+
+
+def hybrid(merge):
+    return HybridAttention(16, 2, 3, window=5, merge=merge, rotary=10_000.0)
+
+
+def export(module, given, dims, **options):
+    """A program with free dimensions, made with gradients on as a user would."""
+    free = {name: dims for name in given}
+    return torch.export.export(module, (), given, dynamic_shapes=free, **options).module()
+
+
+@pytest.mark.skipif("cpu" not in helpers.BACKENDS, reason="C++ runs the whole call")
+@pytest.mark.parametrize(
+    "case", ["slots", "mass", "gate", "slots-masked", "gate-masked", "gate-masked-strict"]
+)
+def test_export_of_a_hybrid_module_frees_batch_and_length(case):
+    merge, masked, strict = case.split("-")[0], "masked" in case, "strict" in case
+    module = hybrid(merge)
+
+    def given(batch, n):
+        lengths = torch.tensor([[0], [n], [1], [n // 2]])[:batch]
+        mask = {"key_mask": torch.arange(n) < lengths} if masked else {}
+        return {"x": helpers.randn(batch, n, 16)} | mask
+
+    dims = {n: torch.export.Dim(name, min=2, max=999) for n, name in ((0, "batch"), (1, "length"))}
+    program = export(module, given(3, 37), dims, strict=strict)
+    for batch, n in ((2, 2), (4, 11), (3, 140)):
+        helpers.assert_close(program(**given(batch, n)), module(**given(batch, n)), 1e-5)
+
+
+def test_export_of_a_composed_hybrid_with_a_key_mask_is_refused():
+    module = hybrid("slots").double()  # float64 is PyTorch's
+    given = {"x": helpers.randn(2, 37, 16).double(), "key_mask": torch.arange(37).expand(2, 37) > 3}
+    with pytest.raises(NotImplementedError, match="cu_seqlens: expected None under torch.export"):
+        export(module, given, None)
 
 
 def test_compiled_with_checkpoints_and_autocast():

@@ -44,7 +44,7 @@ def check_same(
 
 def one_or(got: int, want: int) -> bool:
     """Whether a size broadcasts. Not written with `in`, which finds traced sizes unequal."""
-    return got == 1 or got == want
+    return got == want or got == 1
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
@@ -117,14 +117,17 @@ def deterministic_or_default(deterministic) -> bool:
     return flag("deterministic", deterministic)
 
 
-def check_count(name: str, value, least: int = 1) -> int:
-    """An int >= `least` of Python, also where NumPy's came."""
+def check_count(name: str, value, least: int = 1, most: int | None = None) -> int:
+    """An int of Python from `least` to `most`, also where NumPy's came."""
     if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
         raise TypeError(f"{name}: expected an int >= {least}, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an int >= {least}, got {value}")
     # torch.compile may trace an int as a symbol, which must stay one
-    return value if isinstance(value, int) else operator.index(value)
+    count = value if isinstance(value, int) else operator.index(value)
+    if most is not None and count > most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
+    return count
 
 
 def check_kv_lengths(lengths, batch: int, kv_len: int, device: torch.device) -> Tensor | None:

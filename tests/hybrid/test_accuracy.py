@@ -77,6 +77,14 @@ def test_a_scale_of_ones_own(op, merge):
     assert report.ok, f"\n{report}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("merge", MERGES)
+def test_gradients_of_half_landmarks_are_rounded_once(op, merge, dtype):
+    arguments = Case(40, 4, 16, merge, dim=1).arguments(dtype)
+    del arguments["landmarks"]
+    helpers.check_half_landmarks(lambda x: op(landmarks=x, **arguments), (1, 16, 1), dtype)
+
+
 def test_head_dimension_one_and_256(op):
     check(op, Case(40, 8, 4, dim=1, v_dim=1))
     check(op, Case(14, 4, 256, dim=256, v_dim=256))

@@ -35,6 +35,18 @@ def test_every_parameter_has_a_gradient_where_no_token_takes_part(name):
     assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["nystrom", "slots", "mass", "gate"])
+def test_gradients_of_half_landmarks_are_rounded_once(name, dtype):
+    module = MODULES[name]().to(dtype)
+    x = helpers.randn(2, 23, WIDTH, dtype=dtype)
+
+    def attend(landmarks):
+        return torch.func.functional_call(module, {"landmarks": landmarks}, (x,))
+
+    helpers.check_half_landmarks(attend, module.landmarks.shape, dtype)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize("name", ["nystrom", "slots", "mass", "gate"])
 def test_steps_of_a_fused_optimiser_with_checkpoints(name, use_reentrant):

@@ -115,6 +115,15 @@ def test_parameters_may_have_their_own_precision(op):
     assert arguments["query"].grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("given_core", [False, True], ids=["own-core", "given-core"])
+@pytest.mark.parametrize("normalize", ["landmark", "mass"])
+def test_gradients_of_half_landmarks_are_rounded_once(op, normalize, given_core, dtype):
+    arguments = Case(40, 16, dim=1, normalize=normalize, given_core=given_core).arguments(dtype)
+    del arguments["landmarks"]
+    helpers.check_half_landmarks(lambda x: op(landmarks=x, **arguments), (1, 16, 1), dtype)
+
+
 @pytest.mark.parametrize("normalize", ["landmark", "mass"])
 def test_rows_that_see_no_key_are_zero_and_have_no_gradient(op, normalize):
     arguments = Case(90, 8, padding=(70, 0), normalize=normalize).arguments()

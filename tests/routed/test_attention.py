@@ -69,6 +69,29 @@ def test_outputs_ignore_the_future_bitwise(op, last, marks):
         helpers.assert_identical(new[:, :, : last + 1], out[:, :, : last + 1], f"with {poison}")
 
 
+@pytest.mark.parametrize("last", [60, 128, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_the_past_ignore_the_future_bitwise(op, dtype, last):
+    """Gradients of a loss of the past, whichever blocks later queries choose."""
+    n, past = 257, slice(0, last)
+    d_out = helpers.randn(1, 4, last, 16, dtype=dtype, seed=9)
+
+    def grads(seed):
+        first = helpers.qkv(1, 4, n, 16, kv_heads=2, dtype=dtype)
+        later = helpers.qkv(1, 4, n, 16, kv_heads=2, dtype=dtype, seed=seed)
+        leaves = [
+            torch.cat([x[:, :, past], y[:, :, last:]], 2).detach().requires_grad_()
+            for x, y in zip(first, later, strict=True)
+        ]
+        out = op(*leaves, block_size=16, top_k=2)[:, :, past]
+        return [x[:, :, past] for x in torch.autograd.grad(out, leaves, d_out)]
+
+    wanted = grads(0)
+    for seed in (1, 2, 3):
+        for found, expected in zip(grads(seed), wanted, strict=True):
+            helpers.assert_identical(found, expected)
+
+
 @pytest.mark.parametrize("at", [1, 15, 16, 17, 64, 149])
 def test_split_anywhere_gives_the_whole(op, at):
     query, key, value, marks = inputs()

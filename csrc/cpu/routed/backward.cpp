@@ -90,9 +90,9 @@ class BackwardChunk {
       sums.open(segment, block);
       each_piece(p, b, kv_head, block, [&](const Piece& piece) {
         load(piece);
-        each_tile(n * group, 16, [&](int64_t r0, int64_t size) {
-          take(piece, readers, r0, size);
-        });
+        // whole tiles first: later queries that read the block move no earlier one to another tile
+        for (int64_t r0 = 0; r0 < n * group; r0 += TILE)
+          take(piece, readers, r0, std::min(TILE, n * group - r0));
       });
     });
     store();

@@ -46,7 +46,7 @@ class ForwardChunk {
     visits.for_each([&](int64_t block, const int32_t* readers, int64_t n) {
       each_piece(p, b, kv_head, block, [&](const Piece& piece) {
         load(piece);
-        each_tile(n * group, 8, [&](int64_t r0, int64_t size) {
+        each_tile(n * group, [&](int64_t r0, int64_t size) {
           take(piece, readers, r0, size);
         });
       });

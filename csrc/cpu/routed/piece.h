@@ -108,8 +108,8 @@ void gather_rows(const C* from, int64_t size, const int64_t* rows, int64_t n, in
 
 // tile(r0, n) over the rows of a visit, in parts of about one size.
 template <typename F>
-void each_tile(int64_t rows, int64_t step, const F& tile) {
-  const int64_t tiles = (rows + TILE - 1) / TILE, size = round_up((rows + tiles - 1) / tiles, step);
+void each_tile(int64_t rows, const F& tile) {
+  const int64_t tiles = (rows + TILE - 1) / TILE, size = round_up((rows + tiles - 1) / tiles, 8);
   for (int64_t r0 = 0; r0 < rows; r0 += size) tile(r0, std::min(size, rows - r0));
 }
 

@@ -31,7 +31,7 @@ from flashmark.hybrid import far_field, hybrid_attention
 from flashmark.hybrid.call import check_merge, check_window, parts_of
 from flashmark.hybrid.far_field import Far
 from flashmark.hybrid.state import HybridState, Totals, empty_totals
-from flashmark.nystrom.checks import check_landmarks, default_core
+from flashmark.nystrom.checks import check_landmarks, default_core, wide_landmarks
 
 
 def context_parallel_hybrid_attention(
@@ -88,11 +88,12 @@ def context_parallel_hybrid_attention(
     window = check_window(window)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
     check_merge(merge, gate, core, landmarks, query)
-    lq, lk = check_landmarks(landmarks, query, key)
+    lq, lk = wide_landmarks(*check_landmarks(landmarks, query, key), query.dtype)
+    landmarks = lq if lk is lq else (lq, lk)
     width = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
-        core = default_core(lq, None if lk is lq else lk, width, kind, query.dtype)
+        core = default_core(lq, None if lk is lq else lk, width, kind)
     runs = parts_of("eager" if backend == "reference" else backend, merge, query, lq.shape[-2])
     far = Far(merge, lq, lk, core, width, runs[1])
     segments = segments_of(plan, group, key, bounds=True)

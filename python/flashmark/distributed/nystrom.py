@@ -20,7 +20,7 @@ from flashmark.distributed.collectives import (
 from flashmark.distributed.plan import ContextPlan
 from flashmark.distributed.segments import Segments, check_exchange, merged, scanned, segments_of
 from flashmark.nystrom import NystromState, nystrom_attention
-from flashmark.nystrom.checks import check_landmarks, default_core
+from flashmark.nystrom.checks import check_landmarks, default_core, wide_landmarks
 
 
 def context_parallel_nystrom_attention(
@@ -84,12 +84,13 @@ def context_parallel_nystrom_attention(
     check_exchange(exchange, segments, dist.get_world_size(group))
     if exchange == "scan" and return_state:
         raise ValueError("return_state: expected False with exchange='scan', got True")
+    tied = isinstance(landmarks, Tensor)
+    lq, lk = wide_landmarks(*check_landmarks(landmarks, query, key), query.dtype)
+    landmarks = lq if tied else (lq, lk)
     if core is None:
-        lq, lk = check_landmarks(landmarks, query, key)
         kind = "kernel" if normalize == "mass" else "softmax"
-        unlike = None if isinstance(landmarks, Tensor) else lk
         width = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
-        core = default_core(lq, unlike, width, kind, query.dtype)
+        core = default_core(lq, None if tied else lk, width, kind)
 
     def run(queries: Tensor, place: slice, **options) -> Any:
         mask = None if key_mask is None else key_mask[:, place]

@@ -10,14 +10,26 @@ from torch import Tensor
 
 from flashmark import reference
 from flashmark.arguments import Landmarks, check_key_mask, check_qkv, finite
-from flashmark.autograd import check_no_derivative, refuse_tracing, under_autocast, unit_stride
+from flashmark.autograd import (
+    check_no_derivative,
+    needs_gradient,
+    refuse_tracing,
+    under_autocast,
+    unit_stride,
+)
 from flashmark.hybrid import far_field
 from flashmark.hybrid.call import MERGES, Call, Options, check_merge, check_window, parts_of
 from flashmark.hybrid.far_field import Far
 from flashmark.hybrid.layout import FromStart
 from flashmark.hybrid.operator import run
 from flashmark.hybrid.state import HybridState, check_state, tensors_of
-from flashmark.nystrom.checks import check_core, check_landmarks, check_lengths, default_core
+from flashmark.nystrom.checks import (
+    check_core,
+    check_landmarks,
+    check_lengths,
+    default_core,
+    wide_landmarks,
+)
 from flashmark.sharded import call_on_shards, is_sharded
 
 
@@ -129,9 +141,11 @@ def hybrid_attention(
             check_state("state_out", state_out, *sizes)
         held = (*tensors_of(state_out), *(() if state is None else tensors_of(state)))
         check_no_derivative("state_out", query, key, value, lq, lk, core, gate, *held)
+    if merge != "slots" and (core is None or needs_gradient((lq, lk), (0, 1))):
+        lq, lk = wide_landmarks(lq, lk, query.dtype)
     if core is None and merge != "slots":
         kind = "softmax" if merge == "gate" else "kernel"
-        core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
+        core = default_core(lq, None if tied else lk, scale, kind)
     keys = unit_stride(lk)
     call = Call(
         unit_stride(query), unit_stride(key), unit_stride(value),
@@ -209,7 +223,7 @@ def hybrid_statistics(
     held = far_field.of_chunks(routed, keys, values, keep)[0].sum(2)
     if merge == "mass":
         if core is None:
-            core = default_core(lq, None, scale, "kernel", query.dtype)
+            core = default_core(wide_landmarks(lq, lq, query.dtype)[0], None, scale, "kernel")
         far = Far(merge, lq, lk, core, scale, "eager")
         totals = far_field.running(far, far_field.of_chunks(far, keys, values, keep))
         _, mass, _ = far_field.mass_read(far, layout.queries(query), totals)

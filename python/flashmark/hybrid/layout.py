@@ -115,6 +115,12 @@ class PackedRows:
     """Packed sequences spread over rows of the longest length, and back."""
 
     def __init__(self, cu_seqlens: Tensor, tokens: int):
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "cu_seqlens: expected None under torch.export, where the longest sequence is not "
+                "known, got a tensor (a hybrid module makes one of key_mask); hybrid attention "
+                "takes it on a CPU where the C++ kernels run"
+            )
         bounds = cu_seqlens.long()
         self.lengths = bounds[1:] - bounds[:-1]
         longest = int(self.lengths.max())

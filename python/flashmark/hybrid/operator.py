@@ -36,7 +36,9 @@ def run(call: Call, parts: tuple[str, str], state_out: HybridState | None):
     if not torch.compiler.is_compiling():
         register_if_counting()
     flat = tuple([getattr(call, name) for name in _FIELDS])
-    follows = needs_gradient(flat, _DIFFERENTIABLE) or transformed()
+    # gradients of an exported program pass no operator, and this one fits every length
+    exported = parts[0] == "cpu" and torch.compiler.is_exporting()
+    follows = transformed() or not exported and needs_gradient(flat, _DIFFERENTIABLE)
     if parts[0] != "cpu" or follows:
         if _is_step(call, parts, state_out) and not follows:
             return _step(*flat, None), state_out

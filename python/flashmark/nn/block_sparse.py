@@ -14,7 +14,7 @@ from flashmark.hybrid.layout import PackedRows
 from flashmark.masks import Mask, causal
 from flashmark.masks.cache import compiled
 from flashmark.nn.cache import KeyValueCache, check_cache
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_dropout, check_rotary, check_softcap
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import Packing, check_packed, check_tokens, packed_places
 
@@ -69,12 +69,11 @@ class BlockSparseAttention(ProjectedAttention):
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, bias)
         if mask is not None and not isinstance(mask, Mask):
             raise TypeError(f"mask: expected a mask expression or None, got {type(mask).__name__}")
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
         self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         check_rotary(rotary, self.rotary_dim, self.head_dim)
         self.mask = causal() if mask is None and is_causal else mask
-        self.rotary, self.softcap, self.dropout_p = rotary, softcap, dropout_p
+        self.rotary, self.softcap = rotary, check_softcap(softcap)
+        self.dropout_p = check_dropout(dropout_p)
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
 
     def init_cache(

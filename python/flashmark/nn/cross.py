@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flashmark.arguments import check_count
 from flashmark.block_sparse import block_sparse_attention
+from flashmark.nn.projected import check_dropout, check_sizes
 from flashmark.nn.tokens import Packing, check_tokens
 
 
@@ -57,18 +59,12 @@ class CrossAttention(nn.Module):
         dropout_p: float = 0.0,
     ):
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {kv_heads}")
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim {embed_dim} without head_dim, "
-                f"got {num_heads}"
-            )
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
-        self.embed_dim, self.memory_dim = embed_dim, memory_dim or embed_dim
-        self.head_dim, self.dropout_p = head_dim or embed_dim // num_heads, dropout_p
+        sizes = check_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
+        embed_dim, num_heads, kv_heads, self.head_dim = sizes
+        self.embed_dim = self.memory_dim = embed_dim
+        if memory_dim is not None:
+            self.memory_dim = check_count("memory_dim", memory_dim)
+        self.dropout_p = check_dropout(dropout_p)
         self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(self.memory_dim, 2 * kv_heads * self.head_dim, bias=bias)
         self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias)

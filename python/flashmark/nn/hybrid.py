@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmark.arguments import check_count, readable
+from flashmark.arguments import MAX_DIM, check_count, readable
 from flashmark.autograd import check_no_derivative, reached, without_autocast
 from flashmark.hybrid import hybrid_attention
 from flashmark.hybrid.call import MERGES
@@ -19,11 +19,11 @@ from flashmark.nn.cache import StateCache, check_cache
 from flashmark.nn.projected import ProjectedAttention, check_rotary
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import check_packed, check_tokens, packed_places
+from flashmark.nystrom.checks import MAX_LANDMARKS
 from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.sharded import is_sharded, local_part
 
 GATES = ("token", "head")
-MAX_HEAD_DIM = 256  # of the operator
 
 
 class HybridAttention(ProjectedAttention):
@@ -89,12 +89,13 @@ class HybridAttention(ProjectedAttention):
         check_rotary(rotary, rotary_dim, self.head_dim)
         self.rotary, self.rotary_dim = rotary, 0 if rotary is False else rotary_dim
         self.window, self.merge = check_count("window", window), merge
+        landmarks = check_count("landmarks", landmarks, most=MAX_LANDMARKS)
         free = self.head_dim - self.rotary_dim
         if not free:
-            if merge != "slots" or 2 * self.head_dim > MAX_HEAD_DIM:
+            if merge != "slots" or 2 * self.head_dim > MAX_DIM:
                 raise NotImplementedError(
                     f"rotary_dim: expected less than head_dim {self.head_dim} with merge={merge!r} "
-                    f"(all of it with 'slots' and a head_dim up to {MAX_HEAD_DIM // 2}), "
+                    f"(all of it with 'slots' and a head_dim up to {MAX_DIM // 2}), "
                     f"got {rotary_dim}"
                 )
             free = self.head_dim
@@ -152,8 +153,7 @@ class HybridAttention(ProjectedAttention):
             query, key = self._rotated(query, key, angles)
         gate = self._gate(kept)
         if cache is None:
-            core = self._core(None)
-            out = self._attend(query, key, value, core=core, gate=gate, cu_seqlens=bounds)
+            out = self._attend(query, key, value, gate=gate, cu_seqlens=bounds)
             learned = self.gate.parameters() if isinstance(self.gate, nn.Module) else [self.gate]
             out = reached(out, self.landmarks, *learned)
         else:
@@ -242,17 +242,13 @@ class HybridAttention(ProjectedAttention):
             return self.gate.sigmoid().view(1, -1, 1, 1)
         return self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
 
-    def _core(self, cache: StateCache | None) -> Tensor | None:
-        """Core of the landmarks as they are now; a cache keeps the core that it began with."""
-        if self.merge == "slots":
-            return None
-        if cache is not None and cache.core is not None:
-            return cache.core
-        kind = "softmax" if self.merge == "gate" else "kernel"
-        core = landmark_core(self.landmarks, scale=1.0 / math.sqrt(self.head_dim), kind=kind)
-        if cache is not None:
-            cache.core = core
-        return core
+    def _core(self, cache: StateCache) -> Tensor | None:
+        """Core of the landmarks as they were when the cache began."""
+        if self.merge != "slots" and cache.core is None:
+            kind = "softmax" if self.merge == "gate" else "kernel"
+            scale = 1.0 / math.sqrt(self.head_dim)
+            cache.core = landmark_core(self.landmarks, scale=scale, kind=kind)
+        return cache.core
 
     def extra_repr(self) -> str:
         marks = self.landmarks.shape[1]

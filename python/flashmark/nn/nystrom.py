@@ -14,6 +14,7 @@ from flashmark.nn.cache import StateCache, check_cache
 from flashmark.nn.projected import ProjectedAttention
 from flashmark.nn.tokens import Packing, check_packed, check_tokens
 from flashmark.nystrom.attention import NORMALIZATIONS, nystrom_attention
+from flashmark.nystrom.checks import MAX_LANDMARKS
 from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 from flashmark.nystrom.state import NystromState
 
@@ -64,6 +65,7 @@ class NystromAttention(ProjectedAttention):
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize: expected 'landmark' or 'mass', got {normalize!r}")
         self.normalize = normalize
+        landmarks = check_count("landmarks", landmarks, most=MAX_LANDMARKS)
         self.landmarks = mark_landmarks(
             nn.Parameter(init_landmarks(self.num_kv_heads, landmarks, self.head_dim))
         )

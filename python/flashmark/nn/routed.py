@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from flashmark.arguments import check_count
 from flashmark.autograd import check_no_derivative, reached
 from flashmark.nn.cache import KeyValueCache, check_cache
-from flashmark.nn.projected import ProjectedAttention, check_rotary
+from flashmark.nn.projected import ProjectedAttention, check_rotary, check_softcap
 from flashmark.nn.rotary import apply_rotary, rotary_angles
 from flashmark.nn.tokens import Packing, check_packed, check_tokens, packed_places
+from flashmark.nystrom.checks import MAX_LANDMARKS
 from flashmark.nystrom.landmark_core import init_landmarks, mark_landmarks
 from flashmark.routed import RoutedState, Routing, routed_attention
+from flashmark.routed.checks import MAX_BLOCK
 from flashmark.routed.summaries import update_summaries
 
 
@@ -126,13 +128,14 @@ class RoutedAttention(ProjectedAttention):
         sinks: bool = False,
     ):
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, bias)
-        self.block_size = check_count("block_size", block_size)
+        self.block_size = check_count("block_size", block_size, most=MAX_BLOCK)
         self.top_k, self.near = check_count("top_k", top_k, 0), check_count("near", near, 0)
         self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         check_rotary(rotary, self.rotary_dim, self.head_dim)
-        self.rotary, self.softcap = rotary, softcap
+        self.rotary, self.softcap = rotary, check_softcap(softcap)
         self.landmarks: nn.Parameter | None = None
         if landmarks is not None:
+            landmarks = check_count("landmarks", landmarks, most=MAX_LANDMARKS)
             self.landmarks = mark_landmarks(
                 nn.Parameter(init_landmarks(self.num_kv_heads, landmarks, self.head_dim))
             )

@@ -18,7 +18,13 @@ from flashmark.arguments import (
     finite,
     flag,
 )
-from flashmark.autograd import check_no_derivative, refuse_tracing, under_autocast, unit_stride
+from flashmark.autograd import (
+    check_no_derivative,
+    needs_gradient,
+    refuse_tracing,
+    under_autocast,
+    unit_stride,
+)
 from flashmark.dispatch import choose_backend
 from flashmark.nystrom.call import Call, Options
 from flashmark.nystrom.checks import (
@@ -27,6 +33,7 @@ from flashmark.nystrom.checks import (
     check_lengths,
     default_core,
     readable,
+    wide_landmarks,
 )
 from flashmark.nystrom.operator import run
 from flashmark.nystrom.state import NystromState
@@ -148,9 +155,11 @@ def nystrom_attention(
     if state_out is not None:
         _check_state_out(state_out, held, query, (key, value, lq, lk, core, decay, L0, R0))
 
+    if core is None or needs_gradient((lq, lk), (0, 1)):
+        lq, lk = wide_landmarks(lq, lk, query.dtype)
     if core is None:
         kind = "softmax" if normalize == "landmark" else "kernel"
-        core = default_core(lq, None if tied else lk, scale, kind, query.dtype)
+        core = default_core(lq, None if tied else lk, scale, kind)
     if backend == "reference":
         out, ends = reference.nystrom_attention(
             query, key, value, (lq, lk), core=core, is_causal=is_causal, scale=scale,

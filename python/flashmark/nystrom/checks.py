@@ -11,10 +11,21 @@ from flashmark.nystrom.landmark_core import solve_core
 MAX_LANDMARKS = 256
 
 
-def default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str, dtype) -> Tensor:
-    """`landmark_core` of checked landmarks, tied if `lk` is None."""
-    if dtype == torch.float64 and lq.dtype != dtype:
-        lq, lk = lq.to(dtype), None if lk is None else lk.to(dtype)
+def wide_landmarks(lq: Tensor, lk: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Landmarks in the precision that a query of `dtype` is computed in, cast once for all uses.
+
+    Autograd adds the gradients of all uses in the dtype of what is used. Of landmarks close to each
+    other these gradients cancel, and in float16 each of them may be infinite.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if lq.dtype in (wide, torch.float64) and lk.dtype in (wide, torch.float64):
+        return lq, lk
+    cast = lq.to(torch.promote_types(lq.dtype, wide))
+    return cast, cast if lk is lq else lk.to(torch.promote_types(lk.dtype, wide))
+
+
+def default_core(lq: Tensor, lk: Tensor | None, scale: float, kind: str) -> Tensor:
+    """`landmark_core` of checked landmarks from `wide_landmarks`, tied if `lk` is None."""
     return solve_core(lq, lk, scale, "cholesky" if lk is None else "tikhonov", kind)
 
 

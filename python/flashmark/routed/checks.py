@@ -25,6 +25,8 @@ from flashmark.nystrom.checks import MAX_LANDMARKS, check_lengths
 from flashmark.routed.places import Blocks, Places, blocks_of, places_of, starts_of
 from flashmark.routed.summaries import RoutedState
 
+MAX_BLOCK = 1024  # keys
+
 
 class Checked(NamedTuple):
     """Arguments that all functions of this folder take, in their final form."""
@@ -60,8 +62,7 @@ def check_call(
     backend = choose_backend("routed", backend, query)
     scale = 1.0 / math.sqrt(dim) if scale is None else finite("scale", scale)
     softcap = 0.0 if softcap is None else finite("softcap", softcap, negative=False)
-    if check_count("block_size", block_size) > 1024:
-        raise ValueError(f"block_size: expected 1 to 1024 keys, got {block_size}")
+    check_count("block_size", block_size, most=MAX_BLOCK)
     check_count("near", near, 0)
     if sinks is not None:
         check_sinks(sinks, heads, device)

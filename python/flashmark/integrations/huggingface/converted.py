@@ -21,6 +21,7 @@ from flashmark.integrations.huggingface.state import StateLayer, Tokens, state_l
 from flashmark.masks.positions import is_plain_causal
 from flashmark.nn.projected import NUMBERS
 from flashmark.nystrom import nystrom_attention
+from flashmark.nystrom.checks import wide_landmarks
 from flashmark.nystrom.landmark_core import init_landmarks, landmark_core, mark_landmarks
 
 FIELD = "flashmark_attention"  # of a model's configuration: a list of conversions
@@ -225,8 +226,8 @@ Attend = Callable[..., Any]  # (tokens) -> output; (tokens, state, True) -> outp
 def _nystrom(query: Tensor, landmarks: Tensor, scale: float, layer: StateLayer | None) -> Attend:
     core = None if layer is None else layer.core
     if core is None:
-        wide = landmarks.to(query.dtype) if query.dtype == torch.float64 else landmarks
-        core = landmark_core(wide, scale=scale)
+        landmarks, _ = wide_landmarks(landmarks, landmarks, query.dtype)
+        core = landmark_core(landmarks, scale=scale)
     if layer is not None:
         layer.core = core
 
