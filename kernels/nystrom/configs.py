@@ -69,7 +69,7 @@ def choose(
     wide = max(width, head_dim, v_dim) > 64
     block_d = block_v = 64 if backward else 128
     if pass_ == "decode":
-        block_v = 64
+        block_d, block_v = 64 if width == 128 else 128, 64
     elif pass_ == "pieces" and v_dim <= 128:
         block_d, block_v = 64 if width == 128 else 128, 64
     elif pass_ == "forward" and width == 128 and head_dim > 128:
