@@ -219,7 +219,7 @@ def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop
         # no `while`: what it needs of landmarks and core would be kept in registers
         t0 = start
         for _ in tl.range(start, stop, disable_licm=True):
-            if t0 < stop:
+            for _ in tl.range((t0 < stop).to(tl.int32), disable_licm=True):
                 state, handed, sums, t0 = chunk_rows(
                     queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, place,
                     handed, sums, lq, lk, decay2, part, width, marks, problem, H, F,
@@ -276,11 +276,11 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
         left = tl.load(vector_ptrs(stored.joined.left, slot, F))
         G *= left[:, None]
         pull *= left
-    since, own = t0, True
+    since, own = t0, 1
     if F.STEEP:
         since = tl.load(rises + slot)
-        own = since < end
-    if own:
+        own = (since < end).to(tl.int32)
+    for _ in tl.range(own, disable_licm=True):
         place = stored, reverse, rises, line, slot, v0, piece
         ref, tot = start_of_slot(stored, slot, F)
         held = 0.0
@@ -355,10 +355,10 @@ def rows_kernel(
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         t0 = start + place * F.SLOT
-        due = True
+        due = 1
         if F.PACKED:
-            due = t0 < stop
-        if due:
+            due = (t0 < stop).to(tl.int32)
+        for _ in tl.range(due, disable_licm=True):
             # not earlier: its product with times would sit in registers
             decay2 = load_decay(marks, h, F)
             back, sums = one_slot(
