@@ -172,34 +172,35 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
                   F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
     PARTS: tl.constexpr = F.CHUNK // H.CHUNK
-    for c in tl.range(PARTS, disable_licm=True):  # a few queries at a time: tiles of half the width
-        q0 = t0 + c * H.CHUNK
+    # a few queries of a head at a time: tiles of half the width; in one loop, for heads would else
+    # share what depends on times in registers
+    for n in tl.range(F.GROUP * PARTS, disable_licm=True):
+        g, first = n // PARTS, n % PARTS * H.CHUNK
+        q0 = t0 + first
         times = q0 + tl.arange(0, H.CHUNK)
         there, rows = times < stop, times < t0 + length
         if F.STEEP:
             rows = rows & (times >= since)
         norm = 0.0
         if F.MASS:
-            norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
-        # what heads share would else be kept in registers
-        for g in tl.range(F.GROUP, disable_licm=True):
-            head = head_of(queries, g)
-            reading = turned_weights(head, q0, there, lk, norm, marks, H)
-            dhead = head_of(douts, g)
-            # [H.CHUNK, BLOCK_V], 0 where no row is: so are the gradients of its weights
-            dout = load_rows(dhead[0], q0, dhead[1], rows, width, H.CHUNK, F.BLOCK_V,
-                             F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
-            W = reading[1]
-            if F.MASS:
-                W = tl.where(rows[None, :], W, 0.0)
-            wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v,
-                                                  0, c * H.CHUNK, H, F)  # fmt: skip
-            if F.TAKES_STATES:
-                wt *= ratio[:, None]
-                pull += tl.sum(rounded_product(wt, centre, F), 1)
-                G = mm_acc(wt, dout, G, F)
-            sums = take_rows(head, dq_ptr + g * head_size, q0, stop - q0, rows, part, lk, reading,
-                             dW, centre, sums, marks, H)  # fmt: skip
+            norm, inverse = weigh(P, ref, tot, decay2, first, H, F)
+        head = head_of(queries, g)
+        reading = turned_weights(head, q0, there, lk, norm, marks, H)
+        dhead = head_of(douts, g)
+        # [H.CHUNK, BLOCK_V], 0 where no row is: so are the gradients of its weights
+        dout = load_rows(dhead[0], q0, dhead[1], rows, width, H.CHUNK, F.BLOCK_V,
+                         F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
+        W = reading[1]
+        if F.MASS:
+            W = tl.where(rows[None, :], W, 0.0)
+        wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v, 0, first, H,
+                                              F)  # fmt: skip
+        if F.TAKES_STATES:
+            wt *= ratio[:, None]
+            pull += tl.sum(rounded_product(wt, centre, F), 1)
+            G = mm_acc(wt, dout, G, F)
+        sums = take_rows(head, dq_ptr + g * head_size, q0, stop - q0, rows, part, lk, reading,
+                         dW, centre, sums, marks, H)  # fmt: skip
     if F.STEEP or F.CHUNK < F.SLOT:
         own = P
         if F.STEEP:
