@@ -34,6 +34,7 @@ from .primitives import (
     state_ptrs,
     store_rows,
     tokens_of,
+    uniform,
     upper,
     vector_ptrs,
     zeros,
@@ -166,7 +167,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         held *= share[:, None]
         ratio *= share
     R0 = operand(held, F)
-    length = tl.minimum(stop - t0, first)
+    length = uniform(tl.minimum(stop - t0, first))
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
@@ -175,15 +176,15 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
     # a few queries of a head at a time: tiles of half the width; in one loop, for heads would else
     # share what depends on times in registers
     for n in tl.range(F.GROUP * PARTS, disable_licm=True):
-        g, first = n // PARTS, n % PARTS * H.CHUNK
-        q0 = t0 + first
+        g, c0 = n // PARTS, n % PARTS * H.CHUNK
+        q0 = t0 + c0
         times = q0 + tl.arange(0, H.CHUNK)
         there, rows = times < stop, times < t0 + length
         if F.STEEP:
             rows = rows & (times >= since)
         norm = 0.0
         if F.MASS:
-            norm, inverse = weigh(P, ref, tot, decay2, first, H, F)
+            norm, inverse = weigh(P, ref, tot, decay2, c0, H, F)
         head = head_of(queries, g)
         reading = turned_weights(head, q0, there, lk, norm, marks, H)
         dhead = head_of(douts, g)
@@ -193,7 +194,7 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         W = reading[1]
         if F.MASS:
             W = tl.where(rows[None, :], W, 0.0)
-        wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v, 0, first, H,
+        wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v, 0, c0, H,
                                               F)  # fmt: skip
         if F.TAKES_STATES:
             wt *= ratio[:, None]
@@ -217,7 +218,7 @@ def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop
     """(handed, sums, first token that rises too far) after a slot."""
     rise = stop
     if F.STEEP:
-        # no `while`: what it needs of landmarks and core would be kept in registers
+        # no `while` or `if`: what chunks need of landmarks and core would be kept in registers
         t0 = start
         for _ in tl.range(start, stop, disable_licm=True):
             for _ in tl.range((t0 < stop).to(tl.int32), disable_licm=True):
@@ -279,9 +280,9 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
         pull *= left
     since, own = t0, 1
     if F.STEEP:
-        since = tl.load(rises + slot)
+        since = uniform(tl.load(rises + slot))
         own = (since < end).to(tl.int32)
-    for _ in tl.range(own, disable_licm=True):
+    for _ in tl.range(own, disable_licm=True):  # no `if`, as in `slot_rows`
         place = stored, reverse, rises, line, slot, v0, piece
         ref, tot = start_of_slot(stored, slot, F)
         held = 0.0
@@ -359,7 +360,7 @@ def rows_kernel(
         due = 1
         if F.PACKED:
             due = (t0 < stop).to(tl.int32)
-        for _ in tl.range(due, disable_licm=True):
+        for _ in tl.range(due, disable_licm=True):  # no `if`, as in `slot_rows`
             # not earlier: its product with times would sit in registers
             decay2 = load_decay(marks, h, F)
             back, sums = one_slot(

@@ -60,7 +60,7 @@ def core_parts(core, F: tl.constexpr):
 
 @triton.jit
 def split_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
-    """`landmark_keys` for the backward, with the core as `core_mm` takes it."""
+    """`landmark_keys` for the backward: the core as `core_mm` takes it, a pointer to half2."""
     lk = landmark_keys(marks, b, h, dtype, F)
     half2 = 0.0
     if F.MASS:
