@@ -34,6 +34,7 @@ from .primitives import (
     state_ptrs,
     store_rows,
     tokens_of,
+    uniform,
     upper,
     vector_ptrs,
     zeros,
@@ -166,40 +167,41 @@ def chunk_rows(queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, 
         held *= share[:, None]
         ratio *= share
     R0 = operand(held, F)
-    length = tl.minimum(stop - t0, first)
+    length = uniform(tl.minimum(stop - t0, first))
     # [CHUNK, BLOCK_V]
     v = load_rows(values[0], t0, values[1], keep, width, F.CHUNK, F.BLOCK_V,
                   F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
     head_size = tl.cast(problem.tokens, tl.int64) * F.DIM
     PARTS: tl.constexpr = F.CHUNK // H.CHUNK
-    for c in tl.range(PARTS, disable_licm=True):  # a few queries at a time: tiles of half the width
-        q0 = t0 + c * H.CHUNK
+    # a few queries of a head at a time: tiles of half the width; in one loop, for heads would else
+    # share what depends on times in registers
+    for n in tl.range(F.GROUP * PARTS, disable_licm=True):
+        g, c0 = n // PARTS, n % PARTS * H.CHUNK
+        q0 = t0 + c0
         times = q0 + tl.arange(0, H.CHUNK)
         there, rows = times < stop, times < t0 + length
         if F.STEEP:
             rows = rows & (times >= since)
         norm = 0.0
         if F.MASS:
-            norm, inverse = weigh(P, ref, tot, decay2, c * H.CHUNK, H, F)
-        # what heads share would else be kept in registers
-        for g in tl.range(F.GROUP, disable_licm=True):
-            head = head_of(queries, g)
-            reading = turned_weights(head, q0, there, lk, norm, marks, H)
-            dhead = head_of(douts, g)
-            # [H.CHUNK, BLOCK_V], 0 where no row is: so are the gradients of its weights
-            dout = load_rows(dhead[0], q0, dhead[1], rows, width, H.CHUNK, F.BLOCK_V,
-                             F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
-            W = reading[1]
-            if F.MASS:
-                W = tl.where(rows[None, :], W, 0.0)
-            wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v,
-                                                  0, c * H.CHUNK, H, F)  # fmt: skip
-            if F.TAKES_STATES:
-                wt *= ratio[:, None]
-                pull += tl.sum(rounded_product(wt, centre, F), 1)
-                G = mm_acc(wt, dout, G, F)
-            sums = take_rows(head, dq_ptr + g * head_size, q0, stop - q0, rows, part, lk, reading,
-                             dW, centre, sums, marks, H)  # fmt: skip
+            norm, inverse = weigh(P, ref, tot, decay2, c0, H, F)
+        head = head_of(queries, g)
+        reading = turned_weights(head, q0, there, lk, norm, marks, H)
+        dhead = head_of(douts, g)
+        # [H.CHUNK, BLOCK_V], 0 where no row is: so are the gradients of its weights
+        dout = load_rows(dhead[0], q0, dhead[1], rows, width, H.CHUNK, F.BLOCK_V,
+                         F.DIM_V % F.BLOCK_V != 0, True)  # fmt: skip
+        W = reading[1]
+        if F.MASS:
+            W = tl.where(rows[None, :], W, 0.0)
+        wt, dW, centre, pairs = row_gradients(W, (ref, tot), P, R0, decay2, dout, v, 0, c0, H,
+                                              F)  # fmt: skip
+        if F.TAKES_STATES:
+            wt *= ratio[:, None]
+            pull += tl.sum(rounded_product(wt, centre, F), 1)
+            G = mm_acc(wt, dout, G, F)
+        sums = take_rows(head, dq_ptr + g * head_size, q0, stop - q0, rows, part, lk, reading,
+                         dW, centre, sums, marks, H)  # fmt: skip
     if F.STEEP or F.CHUNK < F.SLOT:
         own = P
         if F.STEEP:
@@ -216,10 +218,10 @@ def slot_rows(queries, keys, values, douts, keep_ptr, dq_ptr, since, start, stop
     """(handed, sums, first token that rises too far) after a slot."""
     rise = stop
     if F.STEEP:
-        # no `while`: what it needs of landmarks and core would be kept in registers
+        # no `while` or `if`: what chunks need of landmarks and core would be kept in registers
         t0 = start
         for _ in tl.range(start, stop, disable_licm=True):
-            if t0 < stop:
+            for _ in tl.range((t0 < stop).to(tl.int32), disable_licm=True):
                 state, handed, sums, t0 = chunk_rows(
                     queries, keys, values, douts, keep_ptr, dq_ptr, t0, since, stop, state, place,
                     handed, sums, lq, lk, decay2, part, width, marks, problem, H, F,
@@ -276,11 +278,11 @@ def one_slot(queries, keys, values, douts, keep_ptr, dq_ptr, t0, start, stop, st
         left = tl.load(vector_ptrs(stored.joined.left, slot, F))
         G *= left[:, None]
         pull *= left
-    since, own = t0, True
+    since, own = t0, 1
     if F.STEEP:
-        since = tl.load(rises + slot)
-        own = since < end
-    if own:
+        since = uniform(tl.load(rises + slot))
+        own = (since < end).to(tl.int32)
+    for _ in tl.range(own, disable_licm=True):  # no `if`, as in `slot_rows`
         place = stored, reverse, rises, line, slot, v0, piece
         ref, tot = start_of_slot(stored, slot, F)
         held = 0.0
@@ -355,10 +357,10 @@ def rows_kernel(
         start, stop, row = span_of(stretch, b, problem, table, F)
         line = tl.cast(pair, tl.int64) * problem.stretches + stretch
         t0 = start + place * F.SLOT
-        due = True
+        due = 1
         if F.PACKED:
-            due = t0 < stop
-        if due:
+            due = (t0 < stop).to(tl.int32)
+        for _ in tl.range(due, disable_licm=True):  # no `if`, as in `slot_rows`
             # not earlier: its product with times would sit in registers
             decay2 = load_decay(marks, h, F)
             back, sums = one_slot(

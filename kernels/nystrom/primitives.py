@@ -68,6 +68,14 @@ def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def uniform(x):
+    """x, an int32 the same in all threads, so that the compiler knows: under a branch by a number
+    that may differ, addresses of tiles would take registers of every thread.
+    """
+    return tl.max(tl.full([32], x, tl.int32), 0)
+
+
+@triton.jit
 def inverse(x):
     """1 / x of a number > 0, as near as a division, which is four times as many instructions."""
     root = tl.rsqrt(x)

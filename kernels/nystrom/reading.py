@@ -60,9 +60,12 @@ def core_parts(core, F: tl.constexpr):
 
 @triton.jit
 def split_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
-    """`landmark_keys` for the backward, with the core as `core_mm` takes it."""
+    """`landmark_keys` for the backward: the core as `core_mm` takes it, a pointer to half2."""
     lk = landmark_keys(marks, b, h, dtype, F)
-    return lk[0], lk[1], lk[2], core_parts(lk[3], F), lk[4]
+    half2 = 0.0
+    if F.MASS:
+        half2 = marks.half2 + b * marks.half_strides[0] + h * marks.half_strides[1]
+    return lk[0], lk[1], lk[2], core_parts(lk[3], F), half2
 
 
 @triton.jit
@@ -197,7 +200,10 @@ def turned_weights(queries, t0, there, lk, norm, marks, F: tl.constexpr):
     """(features, weights on R, their factor, the queries if they fit one block); all but the last
     are [PAD_M, CHUNK]."""
     dots, q = landmark_dots(queries, t0, there, lk, F)
-    features = turned_features(dots, lk[4], marks, F)
+    half2 = 0.0
+    if F.MASS:
+        half2 = load_vector(lk[4], F)
+    features = turned_features(dots, half2, marks, F)
     W = core_mm(lk[3], features, True, F)
-    W, factor = turned_divided(W, norm, lk[4], F)
+    W, factor = turned_divided(W, norm, half2, F)
     return features, W, factor, q

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import span_of
+from .primitives import span_of, uniform
 from .states import slot_line
 
 
@@ -60,7 +60,7 @@ def turns_of(rises, group, b, pair, problem, table, F: tl.constexpr):
         turns = tl.minimum(turns, tl.cdiv(problem.tokens - first * problem.span, F.SLOT))
     if F.STEEP:
         taken = any_risen(rises, first, count, b, pair, problem, table, F)
-        turns = tl.where(taken, turns, 0)
+        turns = uniform(tl.where(taken, turns, 0))
     return slots, first, turns, taken
 
 
