@@ -334,15 +334,16 @@ def keys_kernel(
         t0 = start + place * F.SLOT
         slot = slot_line(line, t0 - start, problem, F)
         end = tl.minimum(t0 + F.SLOT, stop)
-        due = True
+        due = 1
         if F.PACKED:
-            due = t0 < stop
-        if due:
+            due = (t0 < stop).to(tl.int32)
+        for _ in tl.range(due, disable_licm=True):  # no `if`, as in `slot_rows`
             rise = tl.load(rises + slot) < end
             until = tl.where(rise == F.STEEP, end, t0)
+            own = 1
             if F.STEEP:
-                due = rise
-            if due:
+                own = rise.to(tl.int32)
+            for _ in tl.range(own, disable_licm=True):
                 # not earlier: its product with times would sit in registers
                 decay2 = load_decay(marks, h, F)
                 ddecay = one_slot(
