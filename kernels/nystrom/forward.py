@@ -159,8 +159,9 @@ def output_kernel(
     else:
         ref, tot, acc = state
         highest = full(F.PAD_M, 0.0)
-        # what decay or mass computes from the landmarks alone would else be kept in registers
-        for t0 in tl.range(start, stop, F.CHUNK, disable_licm=True):
+        # what follows from landmarks alone would else be kept in registers
+        LATE: tl.constexpr = F.DECAY or F.MASS or F.PAD_M * F.CHUNK > 64 * 64
+        for t0 in tl.range(start, stop, F.CHUNK, disable_licm=LATE):
             state, end, totals = output_chunk(
                 queries, keys, values, keep_ptr, out_ptr, t0, start, stop, state,
                 lq, lk, decay2, v0, marks, problem, F,

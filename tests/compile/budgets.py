@@ -49,6 +49,7 @@ HEADLINES = (
     "gluon-backward-D128-sparse128-bfloat16-dropout",
     "forward-bf16-M64-D64-plain", "forward-bf16-M64-D128-plain", "forward-bf16-M128-D128-plain",
     "backward-bf16-M64-D64-plain", "backward-bf16-M128-D128-plain",
+    "backward-bf16-M64-D64-decay", "backward-bf16-M64-D64-grouped",
     "decode-bf16-M64-D64-plain", "bidirectional-bf16-M64-D64-plain",
     "slots-bf16-M64-D64", "masked-bf16-M64-D128", "slots-bf16-M128-D128",
     "mass-bf16-M64-D64", "mass-bf16-M128-D128",
@@ -155,7 +156,7 @@ def all_launches() -> list:
         *block_sparse_launches.all_launches(),
         *test_hopper_forms.LAUNCHES,
         *test_hopper_backward.LAUNCHES,
-        *test_nystrom_kernels.SUITE,
+        *dict.fromkeys([*test_nystrom_kernels.SUITE, *test_nystrom_kernels.STANDING]),
         *test_hybrid_kernels.SUITE,
         *routed_launches.all_launches(),
     ]
