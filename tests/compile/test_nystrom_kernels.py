@@ -40,7 +40,6 @@ SPILLED_BEFORE = {
     "forward-bf16-M64-D32-plain": (240, 240),
     "forward-bf16-M64-D64-plain": (24, 16),
     "forward-bf16-M64-D128-plain": (96, 8),
-    "forward-bf16-M128-D32-plain": (32, 24),
     "forward-bf16-M64-D64-mass": (176, 144),
     "forward-bf16-M64-D64-decay": (96, 72),
     "forward-bf16-M64-D64-grouped": (24, 40),
