@@ -82,7 +82,7 @@ def choose(
     elif backward or pass_ == "decode" or tokens <= DECODE_TOKENS and pass_ != "read":
         chunk = 16
     elif pass_ == "pieces":
-        chunk = 16 if wide or width > max(head_dim, v_dim) else 32
+        chunk = 16 if wide or not bfloat16 or width > max(head_dim, v_dim) else 32
     elif pass_ == "forward" and bfloat16 and width == 128 and max(head_dim, v_dim) <= 32:
         chunk = 64  # fewer tokens by so few columns would be multiplied by several warps alike
     elif pass_ == "forward" and (wide or not bfloat16):
