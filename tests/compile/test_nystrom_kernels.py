@@ -76,7 +76,7 @@ def roles(reports: list[Report], decode: bool) -> list[tuple[Report, bool]]:
 def spill_allowed(launch: Launch, report: Report, pieces: bool) -> int:
     """Bytes to a thread. Pieces run where a chunk is cut, which is seldom."""
     if pieces:
-        return 1424
+        return 384
     slack = 0 if NEW_TRITON else 64
     if launch.dtype == SINGLE:
         return slack + 576
@@ -85,7 +85,7 @@ def spill_allowed(launch: Launch, report: Report, pieces: bool) -> int:
     if launch.dtype == HALF2:
         return slack + (64 if report.kernel == "output_kernel" else 640)
     if launch.feature != "plain":
-        return slack + (192 if report.kernel == "output_kernel" else 1216)
+        return slack + (24 if report.kernel == "output_kernel" else 272)
     wide = max(launch.marks, launch.dim, launch.v_dim) > 64
     most = {"output_kernel": (24, 96), "rows_kernel": (272, 320), "keys_kernel": (96, 512)}
     return slack + most[report.kernel][wide]
