@@ -171,13 +171,17 @@ def few_tokens_case(n: int) -> None:
     found = context_parallel_nystrom_attention(*mine, landmarks, plan=plan)
     found.sum().backward()
     helpers.assert_close(unshard(found, plan), wanted, 1e-5)
-    for merge in ("slots", "mass", "gate"):
+    by_token = helpers.randn(1, 1, n, 1, seed=4).sigmoid()
+    rows = shard(by_token, plan)
+    gates = [(x, x) for x in (torch.full((1, 1, 1, 1), 0.5), torch.tensor(0.5))]
+    gates += [(by_token, rows), (by_token[0, 0], rows[0, 0])]
+    for merge, gate, own in [("slots", None, None), ("mass", None, None)] + [
+        ("gate", *pair) for pair in gates
+    ]:
         options = {"window": 8, "merge": merge}
-        if merge == "gate":
-            options["gate"] = torch.full((1, 1, 1, 1), 0.5)
-        wanted = hybrid_attention(*leaves, landmarks, **options)
+        wanted = hybrid_attention(*leaves, landmarks, gate=gate, **options)
         mine = (shard(x, plan) for x in leaves)
-        found = context_parallel_hybrid_attention(*mine, landmarks, plan=plan, **options)
+        found = context_parallel_hybrid_attention(*mine, landmarks, plan=plan, gate=own, **options)
         found.sum().backward()
         helpers.assert_close(unshard(found, plan), wanted, 1e-5)
 

@@ -129,6 +129,9 @@ def hybrid_case(layout: str, merge: str) -> None:
         replicated["gate"] = helpers.randn(1, HEADS, 1, 1, seed=4).sigmoid()
     plain = {"window": 8, "merge": merge, "return_state": True}
     compare(hybrid_attention, sharded, replicated, plain, layout)
+    if merge == "gate":
+        replicated["gate"] = helpers.randn(HEADS, 1, 1, seed=4).sigmoid()
+        compare(hybrid_attention, sharded, replicated, plain, layout)
 
 
 def routed_case(layout: str) -> None:

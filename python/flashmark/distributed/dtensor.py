@@ -37,7 +37,7 @@ DIMENSIONS: dict[str, Dimensions] = {
     "core": {3: (None, 0), 4: (0, 1)},
     "decay": {2: (None, 0)},
     "key_mask": {2: (0, None)},
-    "gate": {4: (0, 1)},
+    "gate": {3: (None, 0), 4: (0, 1)},
     "indices": {4: (0, 1)},
     "scores": {4: (0, 1)},
 }

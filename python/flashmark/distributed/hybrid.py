@@ -87,7 +87,7 @@ def context_parallel_hybrid_attention(
         check_tokens("query", query, 2, plan, check_plan(plan, group))
     window = check_window(window)
     check_key_mask(key_mask, (key.shape[0], key.shape[2]), query.device)
-    check_merge(merge, gate, core, landmarks, query)
+    gate = check_merge(merge, gate, core, landmarks, query)
     lq, lk = wide_landmarks(*check_landmarks(landmarks, query, key), query.dtype)
     landmarks = lq if lk is lq else (lq, lk)
     width = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
