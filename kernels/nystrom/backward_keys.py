@@ -144,8 +144,7 @@ def chunk_keys(queries, keys, values, douts, keep_ptr, grads, t0, until, stop, s
             ds = less_later_sums(ds, pulls, F)
         else:
             norm, inverse = weigh(P, ref, tot, decay2, 0, F, F)
-            wt = W * inverse
-        wt = operand(wt, F)
+            wt = operand(W * inverse, F)
         if not WHOLE:
             own_G = mm_acc(wt, dout, own_G, F)
         elif F.DECAY and F.TAKES_KEYS:

@@ -38,13 +38,19 @@ def landmark_queries(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def half_ptr(marks, b, h):
+    """Pointer to half2 of sample b and key head h, MARKS numbers."""
+    return marks.half2 + b * marks.half_strides[0] + h * marks.half_strides[1]
+
+
+@triton.jit
 def landmark_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
     """(pointer, stride, tile, core, half2) of sample b and key head h: what queries read."""
     ptr = marks.lk + tl.cast(b, tl.int64) * marks.lk_strides[0] + h * marks.lk_strides[1]
     core = marks.core + tl.cast(b, tl.int64) * marks.core_strides[0] + h * marks.core_strides[1]
     half2 = 0.0
     if F.MASS:
-        half2 = load_vector(marks.half2 + b * marks.half_strides[0] + h * marks.half_strides[1], F)
+        half2 = load_vector(half_ptr(marks, b, h), F)
     tile = load_marks(ptr, marks.lk_strides[2], 0, dtype, F)
     return ptr, marks.lk_strides[2], tile, load_core(core, marks.core_strides[2], F), half2
 
@@ -64,7 +70,7 @@ def split_keys(marks, b, h, dtype: tl.constexpr, F: tl.constexpr):
     lk = landmark_keys(marks, b, h, dtype, F)
     half2 = 0.0
     if F.MASS:
-        half2 = marks.half2 + b * marks.half_strides[0] + h * marks.half_strides[1]
+        half2 = half_ptr(marks, b, h)
     return lk[0], lk[1], lk[2], core_parts(lk[3], F), half2
 
 
